@@ -1,0 +1,57 @@
+"""What several tests share: a small cohort, a small untrained CLIP, and a way to run a function on several
+processes."""
+
+import os
+import sys
+import tempfile
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def cohort_folder(tmp_path_factory):
+    """Demo tissue: 4 classes x 5 patients x 2 slides x 3 patches of 64 pixels; of each 5 patients 2 are for
+    validation."""
+    from data import write_demo
+
+    return str(write_demo(tmp_path_factory.mktemp("cohort"), patients=5, slides=2, patches=3))
+
+
+@pytest.fixture(scope="session")
+def clip_file(tmp_path_factory):
+    """The demo's CLIP after one step of training: all the machinery, none of the knowledge."""
+    from describe import train_demo_clip
+
+    path = str(tmp_path_factory.mktemp("clip") / "clip.pt")
+    train_demo_clip(path, steps=4, patches=32, batch=8)
+    return path
+
+
+@pytest.fixture
+def flags(cohort_folder, clip_file, tmp_path):
+    """Flags of a run that takes seconds."""
+    return ["--data", cohort_folder, "--clip", clip_file, "--bank", os.path.join(ROOT, "attributes/demo.json"),
+            "--out", str(tmp_path / "run"), "--patients", "4", "--steps", "4", "--log-every", "1",
+            "--save-every", "2", "--no-compile", "--no-amp"]
+
+
+def _process(rank, world, folder, function, arguments):
+    sys.path.insert(0, ROOT)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    torch.save(function(rank, world, *arguments), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def on_processes(world, function, *arguments):
+    """function(rank, world, *arguments) on `world` gloo processes; returns their results by rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_process, (world, folder, function, arguments), nprocs=world)
+        return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world)]

@@ -1,0 +1,364 @@
+"""Pretrain an image encoder with HLSS, HiDisc or SimCLR.
+
+    python train.py                                          the demo: from nothing to a kNN table
+    torchrun --nproc_per_node=4 train.py                     the same on four processes
+    python train.py --data FOLDER --out runs/mine            your own cohort (a folder with manifest.csv)
+
+A run that was stopped goes on from its newest checkpoint when it is started again with the same flags.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import data
+from describe import Tokenizer, encode_bank, read_bank, train_demo_clip
+from evaluate import embed, probe, table
+from losses import LEVELS, ha, hvc, nearest_attribute
+from model import HLSS, OBJECTIVES, checkpoints, image_tower, load_state, text_tower
+
+STOPPED = 75  # exit code after SIGTERM or SIGINT: saved, start again to go on
+
+
+def flag(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Config:
+    """Everything that a run depends on. Each field is a flag, and the checkpoint carries them all."""
+
+    data: str = flag("", "folder with manifest.csv; empty: demo tissue, written on first use")
+    out: str = flag("runs/demo", "folder of the run: checkpoints, log.jsonl, config.json")
+    cache: str = flag("runs/cache", "where the demo's tissue and CLIP are kept")
+    clip: str = flag("", "CLIP state dict to start from; empty: the demo's small CLIP, trained on first use")
+    bank: str = flag("attributes/demo.json", "the attribute-text bank")
+    objective: str = flag("hlss", "hlss: three text-tied projections and alignment; hidisc: one projection, three "
+                          "levels; simclr: one projection, patch level only")
+    steps: int = flag(800, "optimizer steps in all")
+    seed: int = flag(0, "of batches, views and new weights")
+    patients: int = flag(8, "patients in a global batch, each with slides x patches x views images. The loss "
+                         "falls but the probe stays: more, for harder negatives")
+    slides: int = flag(2, "slides a patient")
+    patches: int = flag(2, "patches a slide")
+    views: int = flag(2, "views a patch, at least 2")
+    image_size: int = flag(0, "pixels of a view; 0: what the tower was made for")
+    read_size: int = flag(0, "pixels that a patch is read at, before the views; 0: its own, at most twice a view")
+    val_fraction: float = flag(0.2, "share of the patients held out where the manifest has no split column")
+    lr: float = flag(1e-3, "peak learning rate. The loss jumps or is not finite: divide it by 3")
+    warmup: float = flag(0.1, "share of the steps that the learning rate climbs. The first steps are unstable: more")
+    weight_decay: float = flag(0.01, "AdamW's")
+    temperature: float = flag(0.07, "of the contrast. The loss stays at chance: try 0.2")
+    patch_weight: float = flag(1.0, "lambda of the contrast at patch level")
+    slide_weight: float = flag(1.0, "lambda of the contrast at slide level")
+    patient_weight: float = flag(1.0, "lambda of the contrast at patient level. z tells patients by their stain: less")
+    ha_weight: float = flag(1.0, "lambda of the alignment with text (hlss only)")
+    ha_temperature: float = flag(1.0, "softmax temperature of the alignment. At the paper's 1 it is hardly felt: 0.1; "
+                                 "attributes_used falls to 1: back up")
+    amp: bool = flag(torch.cuda.is_available(), "bf16 autocast of the encoder; the losses stay in float32")
+    compile: bool = flag(torch.cuda.is_available(), "torch.compile the encoder: a slow first step, then faster ones")
+    sync_bn: bool = flag(False, "batch norm over all processes (CUDA only): the statistics of one big batch")
+    workers: int = flag(2, "decoding threads a process. The device waits for data: more")
+    log_every: int = flag(10, "steps between the lines of log.jsonl")
+    probe_every: int = flag(200, "steps between kNN probes on the held-out patients; 0: at the start and the end")
+    save_every: int = flag(100, "steps between checkpoints; the newest two are kept")
+
+
+_LONG = dict(image_size=224, patients=64, steps=60000, workers=8, log_every=50, probe_every=5000, save_every=1000)
+PRESETS = {  # over the defaults above, which are the demo's
+    "demo": {},
+    "opensrh": dict(bank="attributes/opensrh.json", out="runs/opensrh", **_LONG),
+    "tcga": dict(bank="attributes/tcga.json", out="runs/tcga", **_LONG),
+}
+MAY_CHANGE = {"data", "out", "cache", "clip", "bank", "workers", "log_every", "probe_every", "save_every", "compile"}
+
+
+def parse_config(argv=None):
+    """Flags -> Config: the defaults, over them the preset, over it what was typed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="demo", help="a set of defaults, which flags override")
+    for f in dataclasses.fields(Config):
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        if f.name == "objective":
+            kind["choices"] = list(OBJECTIVES)
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
+                            help=f"{f.metadata['help']} (default: {f.default!r})")
+    typed = vars(parser.parse_args(argv))
+    config = Config(**PRESETS[typed.pop("preset")] | typed)
+    if config.views < 2:
+        parser.error(f"--views {config.views}: a patch needs at least 2 views, or nothing attracts at patch level")
+    return config
+
+
+def learning_rate(step, config):
+    """Linear warm-up, then a cosine to zero: a pure function of the step."""
+    warmup = max(1, round(config.warmup * config.steps))
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
+
+
+# ------------------------------------------------------------------------------------------------------- the processes
+
+
+def start_processes():
+    """Join the processes of torchrun, if there are any. Returns (rank, world size, device)."""
+    rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, max(1, world), device
+
+
+def average(*values, device="cpu"):
+    """The mean of each number over the processes."""
+    values = torch.tensor([float(v) for v in values], dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values.tolist()
+
+
+def prepare_demo(config, rank):
+    """Write what the demo needs and is not there yet: rank 0 does, the others wait. Fills in config.data and .clip."""
+    if rank == 0 and not (config.data and config.clip):
+        os.makedirs(config.cache, exist_ok=True)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(os.cpu_count())  # the other processes only wait
+        tissue, clip = os.path.join(config.cache, "demo-tissue"), os.path.join(config.cache, "demo-clip.pt")
+        if not config.data and not os.path.exists(os.path.join(tissue, "manifest.csv")):
+            data.write_demo(tissue)
+        if not config.clip and not os.path.exists(clip):
+            train_demo_clip(clip)
+        torch.set_num_threads(threads)
+    config.data = config.data or os.path.join(config.cache, "demo-tissue")
+    config.clip = config.clip or os.path.join(config.cache, "demo-clip.pt")
+    if dist.is_initialized():
+        dist.barrier()
+
+
+# ---------------------------------------------------------------------------------------------- one step's ingredients
+
+
+def load_views(cohort, config, first, read_size, image_size, device, rank, world):
+    """This rank's share of every global batch from step `first` on: yields (images [n, 3, S, S], ids [n, 3]).
+
+    Rows stand in the order of patient, slide, patch, view. All randomness is a function of (seed, step, rank).
+    """
+    mine = slice(rank * config.patients // world, (rank + 1) * config.patients // world)
+    batches = (data.hierarchical_batch(cohort, step, config.seed, config.patients, config.slides, config.patches)[mine]
+               .reshape(-1) for step in range(first, config.steps))
+    noise = torch.Generator(device)
+    for step, (rows, patches) in enumerate(data.load_batches(cohort, batches, read_size, config.workers), first):
+        parameters = data.view_parameters(len(rows) * world * config.views, config.seed, step)
+        parameters = {name: value.chunk(world)[rank] for name, value in parameters.items()}
+        noise.manual_seed(int(np.random.SeedSequence((config.seed, step, rank)).generate_state(1)[0]))
+        images = data.make_views(patches.to(device, non_blocking=True), parameters, image_size, noise)
+        ids = torch.from_numpy(cohort.ids(rows)).to(device).repeat_interleave(config.views, dim=0)
+        yield images.contiguous(memory_format=torch.channels_last), ids
+
+
+def losses_of(model, images, ids, bank, config):
+    """L = sum_l lambda_l SupCon(p_l) + lambda_HA sum_l HA_l. Returns (L, {term: scalar before weighting}, z)."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=config.amp):
+        z, projections = model(images)
+    contrast = hvc(projections, ids, config.temperature)
+    terms = {f"hvc_{level}": value for level, value in contrast.items()}
+    loss = sum(getattr(config, f"{level}_weight") * value for level, value in contrast.items())
+    if config.objective == "hlss":
+        alignment = ha(z, bank, config.ha_temperature)
+        terms |= {f"ha_{level}": value for level, value in alignment.items()}
+        loss = loss + config.ha_weight * sum(alignment.values())
+    return loss, terms, z
+
+
+def perplexity(z, t):
+    """How many attributes are in use: exp of the entropy of the nearest ones, from 1 (collapse) to K."""
+    share = torch.bincount(nearest_attribute(z, t), minlength=len(t)) / len(z)
+    return torch.special.entr(share).sum().exp().item()
+
+
+# --------------------------------------------------------------------------------------------- checkpoints and the log
+
+
+def save_checkpoint(folder, checkpoint):
+    """Write step-N.pt so that a crash at any moment leaves the one before whole; keep the newest two."""
+    path = os.path.join(folder, f"step-{checkpoint['step']:07d}.pt")
+    with open(path + ".part", "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".part", path)
+    for old in checkpoints(folder)[:-2]:
+        os.remove(old)
+
+
+def resume(config, model, optimizer):
+    """Load the run's newest checkpoint, if it has one, into model and optimizer. Returns the step to go on from.
+
+    Raises ValueError when a flag contradicts the checkpoint's: that would be neither the old run nor a new one.
+    """
+    found = checkpoints(config.out) if os.path.isdir(config.out) else []
+    if not found:
+        return 0
+    checkpoint = torch.load(found[-1], map_location="cpu", weights_only=True)
+    then = checkpoint["config"]
+    changed = [f"--{name.replace('_', '-')} {value} (there: {then[name]})" for name, value in vars(config).items()
+               if name not in MAY_CHANGE and then[name] != value]
+    if changed:
+        raise ValueError(f"{config.out} holds a run with other settings: {', '.join(changed)}. Give the same flags to "
+                         "go on with it, or another --out to start anew")
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    return checkpoint["step"]
+
+
+class Log:
+    """log.jsonl, a JSON line at a time. What a killed run wrote after its last checkpoint is dropped on opening."""
+
+    def __init__(self, folder, until):
+        self.path = os.path.join(folder, "log.jsonl")
+        self.lines = []
+        if until and os.path.exists(self.path):
+            with open(self.path) as file:
+                self.lines = [line for line in map(json.loads, filter(lambda s: s.endswith("\n"), file))
+                              if line["step"] <= until]
+        with open(self.path + ".part", "w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in self.lines)
+        os.replace(self.path + ".part", self.path)
+
+    def write(self, **line):
+        self.lines.append(line)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def probes(self):
+        """{"step N": result} of the first and the last kNN probe."""
+        probes = [line for line in self.lines if line.get("probe")]
+        return {f"step {line['step']}": line["probe"] for line in (probes[:1] + probes[-1:])}
+
+
+# --------------------------------------------------------------------------------------------------------------- train
+
+
+def train(config):
+    """Train to the end, or to a SIGTERM or SIGINT. Returns whether it reached the end."""
+    rank, world, device = start_processes()
+    if config.patients % world:
+        near = sorted({max(1, config.patients // world) * world, -(-config.patients // world) * world})
+        raise ValueError(f"--patients {config.patients} cannot be shared by {world} processes: use "
+                         f"{' or '.join(map(str, near))}")
+    prepare_demo(config, rank)
+    cohort = data.read_manifest(config.data, config.val_fraction)
+    train_cohort = cohort.restrict("train")
+    data.check_patients(train_cohort, config.patients)
+
+    state, bank = load_state(config.clip), read_bank(config.bank)
+    vectors = encode_bank(bank, text_tower(state), Tokenizer())
+    torch.manual_seed(config.seed)  # only the shared projection of hidisc and simclr starts at random
+    model = HLSS(image_tower(state), vectors, config.objective).to(device, memory_format=torch.channels_last)
+    del state  # and with it the text tower: from here on the bank is all that is left of the language
+    image_size = config.image_size or model.tower.image_size
+    read_size = config.read_size or min(data.patch_size(cohort), 2 * image_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    first = resume(config, model, optimizer)
+    if config.compile:
+        model.tower.compile()  # in place, so that the names in the checkpoint stay what they are
+    wrapped = model
+    if world > 1:
+        if config.sync_bn and device.type == "cuda":
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+
+    n = config.patients * config.slides * config.patches * config.views
+    if rank == 0:
+        os.makedirs(config.out, exist_ok=True)
+        log = Log(config.out, until=first)
+        with open(os.path.join(config.out, "config.json"), "w") as file:
+            versions = {"torch": torch.__version__, "processes": world, "device": str(device)}
+            json.dump(vars(config) | versions, file, indent=1)
+        print(f"{config.objective} from step {first} on {world} x {device}: {train_cohort} to train on, of {cohort}\n"
+              f"batches of {n} images; a contrast that learns nothing stays at log({n} - 1) = {math.log(n - 1):.2f}")
+
+    def probe_now(step):
+        if world > 1:  # batch norm's averages differ from process to process, and the checkpoint holds those of rank 0
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+        z = embed(model, cohort, read_size, image_size, workers=config.workers)
+        if rank == 0:
+            log.write(step=step, probe=probe(z, cohort))
+
+    stop = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda signum, frame: stop.append(signum))
+    if first == 0:
+        probe_now(0)
+    model.train()
+    since, since_step = time.perf_counter(), first
+    views = load_views(train_cohort, config, first, read_size, image_size, device, rank, world)
+    bar = tqdm(views, initial=first, total=config.steps, desc=config.objective, unit="step", disable=rank > 0)
+    for step, (images, ids) in enumerate(bar, first + 1):
+        loss, terms, z = losses_of(wrapped, images, ids, model.bank, config)
+        mean_loss, stopping = average(loss, len(stop), device=device)  # the same on all: they stop at the same step
+        if not math.isfinite(mean_loss):
+            raise FloatingPointError(f"step {step}: the loss is {mean_loss} "
+                                     f"({', '.join(f'{k} {v.item():.3g}' for k, v in terms.items())}): lower --lr")
+        optimizer.zero_grad()
+        loss.backward()
+        gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step - 1, config)
+        optimizer.step()
+
+        last = step == config.steps or stopping > 0
+        if step % config.log_every == 0 or last:
+            means = dict(zip(terms, average(*terms.values(), device=device)))
+            if rank == 0:
+                speed = (step - since_step) * n / (time.perf_counter() - since)
+                used = {f"attributes_used_{level}": perplexity(z, t) for level, t in model.bank.items()}
+                log.write(step=step, loss=mean_loss, **means, lr=learning_rate(step - 1, config),
+                          gradient_norm=gradient_norm.item(), **used, images_per_s=round(speed, 1))
+                bar.set_postfix(loss=f"{mean_loss:.3f}")
+            since, since_step = time.perf_counter(), step
+        if step == config.steps or (config.probe_every and step % config.probe_every == 0):
+            probe_now(step)
+            since, since_step = time.perf_counter(), step
+        if rank == 0 and (last or step % config.save_every == 0):
+            save_checkpoint(config.out, {
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "config": vars(config),
+                "attributes": {level: list(bank["levels"][level]) for level in LEVELS}, "classes": cohort.classes,
+                "image_size": image_size, "read_size": read_size})
+        if stopping and step < config.steps:
+            bar.close()
+            return False
+
+    if rank == 0:
+        print("\n".join(table(log.probes())))
+        print(f"the run is in {config.out}; python evaluate.py {config.out} probes its newest checkpoint")
+    return True
+
+
+def main():
+    config = parse_config()
+    try:
+        finished = train(config)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    raise SystemExit(0 if finished else STOPPED)
+
+
+if __name__ == "__main__":
+    main()

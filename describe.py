@@ -124,7 +124,8 @@ def check_bank(bank, attributes=None, tokenizer=None, context=77):
         if "raman" in bank.get("tissue", "").lower() and (stain := STAIN_WORDS.search(f"{name}. {sentence}")):
             problems.append(f"unstained tissue has no {stain.group()!r}: {where}")
     frames = Counter(f for *_, s in said for f in {" ".join(_words(s)[i:i + 3]) for i in range(len(_words(s)) - 2)})
-    problems += [f"a frame of {count / len(said):.0%} of the sentences: {f!r}" for f, count in frames.items() if count > 0.1 * len(said)]
+    problems += [f"{f!r} stands in {count / len(said):.0%} of the sentences" for f, count in frames.items()
+                 if count > 0.1 * len(said)]
     frame, count = frames.most_common(1)[0] if frames else ("none", 0)
     found = [f"{bank.get('name', '?')} ({bank.get('tissue', '?')}): {len(said)} sentences",
              *(f"  {level}: {len(bank['levels'][level])} attributes x {number} sentences" for level in LEVELS),
@@ -274,7 +275,8 @@ def train_demo_clip(path, steps=300, patches=3072, batch=128, seed=0, size=64, w
         optimizer.step()
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.2f}")
-    state = {f"visual.{name}": value for name, value in image.state_dict().items()} | text.state_dict() | {"logit_scale": scale.detach()}
+    state = {f"visual.{name}": value for name, value in image.state_dict().items()}
+    state |= text.state_dict() | {"logit_scale": scale.detach()}
     torch.save(state, path + ".part")
     os.replace(path + ".part", path)
 

@@ -212,25 +212,25 @@ class HLSS(nn.Module):
     """Image tower, frozen bank and projections.
 
     tower: [N, 3, S, S] normalised images -> [N, D]. bank: {level: [K_l, D]} unit vectors. objective: a key of
-    OBJECTIVES. mean, std: of the three channels, in [0, 1]; kept as buffers, so that no one can embed with other ones
-    than were trained with.
+    OBJECTIVES. init: of hlss's projections, "text" (the paper) or "random" (to see what the text is worth there).
+    mean, std: of the channels, in [0, 1]; buffers, so that no one can embed with others than were trained with.
     """
 
-    def __init__(self, tower, bank, objective="hlss", mean=CLIP_MEAN, std=CLIP_STD):
+    def __init__(self, tower, bank, objective="hlss", init="text", mean=CLIP_MEAN, std=CLIP_STD):
         super().__init__()
         self.tower, self.objective = tower, objective
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
         for level in LEVELS:
             self.register_buffer(f"bank_{level}", bank[level].detach().clone())
-        if objective == "hlss":  # W_l starts as the bank, b_l as 0: p_l starts as the similarity to each attribute
-            self.projections = nn.ModuleDict({level: nn.Linear(tower.dim, len(bank[level])) for level in LEVELS})
-            with torch.no_grad():
-                for level in LEVELS:
-                    self.projections[level].weight.copy_(bank[level])
-                    self.projections[level].bias.zero_()
-        else:
+        if objective != "hlss":
             self.projections = nn.ModuleDict({"shared": nn.Linear(tower.dim, 128)})
+            return
+        self.projections = nn.ModuleDict({level: nn.Linear(tower.dim, len(bank[level])) for level in LEVELS})
+        if init == "text":  # W_l starts as the bank, b_l as 0: p_l starts as the similarity to each attribute
+            for level, projection in self.projections.items():
+                projection.weight.data.copy_(bank[level])
+                projection.bias.data.zero_()
 
     @property
     def bank(self):

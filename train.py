@@ -45,6 +45,7 @@ class Config:
     bank: str = flag("attributes/demo.json", "the attribute-text bank")
     objective: str = flag("hlss", "hlss: three text-tied projections and alignment; hidisc: one projection, three "
                           "levels; simclr: one projection, patch level only")
+    init: str = flag("text", "how hlss's projections start. text: as the bank, the paper's; random: an ablation")
     steps: int = flag(800, "optimizer steps in all")
     seed: int = flag(0, "of batches, views and new weights")
     patients: int = flag(8, "patients in a global batch, each with slides x patches x views images. The loss "
@@ -80,6 +81,7 @@ PRESETS = {  # over the defaults above, which are the demo's
     "opensrh": dict(bank="attributes/opensrh.json", out="runs/opensrh", **_LONG),
     "tcga": dict(bank="attributes/tcga.json", out="runs/tcga", **_LONG),
 }
+CHOICES = {"objective": list(OBJECTIVES), "init": ["text", "random"]}
 MAY_CHANGE = {"data", "out", "cache", "clip", "bank", "workers", "log_every", "probe_every", "save_every", "compile"}
 
 
@@ -89,8 +91,8 @@ def parse_config(argv=None):
     parser.add_argument("--preset", choices=PRESETS, default="demo", help="a set of defaults, which flags override")
     for f in dataclasses.fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        if f.name == "objective":
-            kind["choices"] = list(OBJECTIVES)
+        if f.name in CHOICES:
+            kind["choices"] = CHOICES[f.name]
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
                             help=f"{f.metadata['help']} (default: {f.default!r})")
     typed = vars(parser.parse_args(argv))
@@ -124,7 +126,7 @@ def start_processes():
 
 def average(*values, device="cpu"):
     """The mean of each number over the processes."""
-    values = torch.tensor([float(v) for v in values], dtype=torch.float64, device=device)
+    values = torch.tensor([float(torch.as_tensor(v).detach()) for v in values], dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(values)
         values /= dist.get_world_size()
@@ -256,19 +258,23 @@ class Log:
 def train(config):
     """Train to the end, or to a SIGTERM or SIGINT. Returns whether it reached the end."""
     rank, world, device = start_processes()
+    prepare_demo(config, rank)
+    cohort = data.read_manifest(config.data, config.val_fraction)
+    train_cohort = cohort.restrict("train")
+    if config.patients > len(train_cohort.present):
+        config.patients = len(train_cohort.present)
+        print(f"all {config.patients} training patients are in every batch: there are no more")
+    data.check_patients(train_cohort, config.patients)
     if config.patients % world:
         near = sorted({max(1, config.patients // world) * world, -(-config.patients // world) * world})
         raise ValueError(f"--patients {config.patients} cannot be shared by {world} processes: use "
                          f"{' or '.join(map(str, near))}")
-    prepare_demo(config, rank)
-    cohort = data.read_manifest(config.data, config.val_fraction)
-    train_cohort = cohort.restrict("train")
-    data.check_patients(train_cohort, config.patients)
 
     state, bank = load_state(config.clip), read_bank(config.bank)
     vectors = encode_bank(bank, text_tower(state), Tokenizer())
-    torch.manual_seed(config.seed)  # only the shared projection of hidisc and simclr starts at random
-    model = HLSS(image_tower(state), vectors, config.objective).to(device, memory_format=torch.channels_last)
+    torch.manual_seed(config.seed)  # of the projections that start at random
+    model = HLSS(image_tower(state), vectors, config.objective, config.init)
+    model = model.to(device, memory_format=torch.channels_last)
     del state  # and with it the text tower: from here on the bank is all that is left of the language
     image_size = config.image_size or model.tower.image_size
     read_size = config.read_size or min(data.patch_size(cohort), 2 * image_size)

@@ -1,0 +1,281 @@
+"""The cohort, its batches, the views, and the demo tissue."""
+
+import csv
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+
+
+def manifest(folder, lines, header="path,patient,slide,label"):
+    folder.mkdir(exist_ok=True)
+    (folder / "manifest.csv").write_text("\n".join([header, *lines]) + "\n")
+    return str(folder)
+
+
+def many(folder, patients, slides=3, patches=4):
+    """A cohort whose files do not exist: nothing but decoding looks at them."""
+    return data.read_manifest(manifest(folder, [f"{p}/{s}/{b}.png,p{p:03d},p{p}s{s},c{p % 2}" for p in range(patients)
+                                                for s in range(slides) for b in range(patches)]))
+
+
+# -------------------------------------------------------------------------------------------------------------- cohort
+
+
+def test_a_manifest_becomes_a_cohort(tmp_path):
+    """Rows in any order; patches end up in the order of slides, slides in the order of patients."""
+    cohort = data.read_manifest(manifest(tmp_path, [
+        "b/1.png,bob,b-2,tumour", "a/1.png,amy,a-1,normal", "b/0.png,bob,b-1,", "b/2.png,bob,b-2,tumour"]))
+    assert cohort.patients == ["amy", "bob"]
+    assert cohort.slides == ["a-1", "b-1", "b-2"]
+    assert cohort.classes == ["normal", "tumour"]
+    assert [os.path.relpath(cohort.path(i), tmp_path) for i in range(4)] == [
+        "a/1.png", "b/0.png", "b/1.png", "b/2.png"]
+    assert cohort.slide.tolist() == [0, 1, 2, 2]
+    assert cohort.patient.tolist() == [0, 1, 1, 1]
+    assert cohort.label.tolist() == [0, -1, 1, 1]
+    assert cohort.ids(np.array([3, 0])).tolist() == [[3, 2, 1], [0, 0, 0]]
+
+
+@pytest.mark.parametrize(("lines", "message"), [
+    (["x.png,amy,s1,a", "x.png,amy,s1,a"], "line 3.*a second time"),
+    (["x.png,amy,s1,a", "y.png,bob,s1,a"], "line 3.*'s1' is of patient 'amy' above and of 'bob' here"),
+    (["../x.png,amy,s1,a"], "line 2.*leaves"),
+    (["/etc/x.png,amy,s1,a"], "line 2.*leaves"),
+    (["x.png,,s1,a"], "line 2.*must not be empty"),
+    (["x.png,amy,s1"], "line 2: 3 fields"),
+    ([], "no patches"),
+])
+def test_a_bad_manifest_is_refused_by_line(tmp_path, lines, message):
+    with pytest.raises(ValueError, match=message):
+        data.read_manifest(manifest(tmp_path, lines))
+
+
+def test_a_missing_column_or_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no column patient, slide"):
+        data.read_manifest(manifest(tmp_path, ["x.png,s1"], header="path,case"))
+    with pytest.raises(FileNotFoundError, match=r"manifest\.csv does not exist"):
+        data.read_manifest(str(tmp_path / "nowhere"))
+
+
+def test_splits(tmp_path):
+    header = "path,patient,slide,label,split"
+    cohort = data.read_manifest(manifest(tmp_path, ["x.png,amy,s1,a,val", "y.png,bob,s2,a,train"], header))
+    assert len(cohort.restrict("train")) == 1
+    assert cohort.restrict("val").path(0).endswith("x.png")
+    assert cohort.restrict("train").ids(np.array([0])).tolist() == [[0, 1, 1]]  # bob and his slide keep their numbers
+    with pytest.raises(ValueError, match="no patient is in the split 'test'"):
+        cohort.restrict("test")
+    with pytest.raises(ValueError, match="on one side"):
+        data.read_manifest(manifest(tmp_path, ["x.png,amy,s1,a,val", "y.png,amy,s2,a,train"], header))
+    with pytest.raises(ValueError, match="'bob' has none"):
+        data.read_manifest(manifest(tmp_path, ["x.png,amy,s1,a,val", "y.png,bob,s2,a,"], header))
+
+
+def test_the_hash_split_does_not_move():
+    names = [f"patient {i}" for i in range(1000)]
+    split = data.hash_split(names)
+    assert 0.15 < split.mean() < 0.25
+    assert (data.hash_split([*names, "one more"])[:1000] == split).all()
+    assert split[:30].nonzero()[0].tolist() == [9, 15, 24, 26, 27, 28]  # on every machine, with every version
+    for few in (["a", "b"], ["Case-3", "Case-4", "Case-48", "P5"]):
+        assert 0 < data.hash_split(few, 0.01).sum() < len(few) > data.hash_split(few, 0.99).sum() > 0
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize(("n", "patients"), [(12, 4), (13, 4), (7, 4), (4, 4), (101, 32), (9, 5), (5, 1)])
+def test_every_patient_once_an_epoch_and_none_twice_a_batch(tmp_path, n, patients):
+    cohort = many(tmp_path, n, 1, 1)
+    drawn = np.concatenate([data.batch_patients(cohort, step, 3, patients) for step in range(5 * n)])
+    assert all(len(set(batch)) == patients for batch in drawn.reshape(-1, patients))
+    for epoch in drawn[:len(drawn) // n * n].reshape(-1, n):
+        assert sorted(epoch) == list(range(n))
+
+
+def test_a_batch_is_a_pure_function_of_seed_and_step(tmp_path):
+    cohort = many(tmp_path, 12)
+    batch = data.hierarchical_batch(cohort, 5, 0, 4)
+    data.hierarchical_batch(cohort, 6, 0, 4)
+    assert (data.hierarchical_batch(cohort, 5, 0, 4) == batch).all()
+    assert (data.hierarchical_batch(cohort, 5, 1, 4) != batch).any()
+
+
+def test_a_batch_has_the_hierarchy(tmp_path):
+    cohort = many(tmp_path, 12)
+    rows = data.hierarchical_batch(cohort, 0, 0, patients=4, slides=2, patches=3)
+    assert rows.shape == (4, 2, 3)
+    ids = cohort.ids(rows.reshape(-1)).reshape(4, 2, 3, 3)
+    assert len(np.unique(ids[..., 0])) == 24
+    assert all(len(np.unique(slide[:, 1])) == 1 for patient in ids for slide in patient)
+    assert all(len(np.unique(patient[..., 1])) == 2 and len(np.unique(patient[..., 2])) == 1 for patient in ids)
+
+
+def test_too_few_slides_and_patches_are_repeated(tmp_path):
+    one_slide = many(tmp_path / "a", 2, slides=1, patches=4)
+    for rows in data.hierarchical_batch(one_slide, 0, 0, patients=2, slides=2, patches=2):
+        assert len(np.unique(rows)) == 4  # the slide twice, with different patches
+    one_patch = many(tmp_path / "b", 2, slides=2, patches=1)
+    for patient in data.hierarchical_batch(one_patch, 0, 0, patients=2, slides=2, patches=2):
+        assert all(len(np.unique(slide)) == 1 for slide in patient)
+
+
+def test_too_many_patients_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="--patients 8 of 12 training patients: use 12, or at most 6"):
+        data.batch_patients(many(tmp_path, 12), 0, 0, 8)
+
+
+# ------------------------------------------------------------------------------------------------------------ decoding
+
+
+def test_decode_brings_a_patch_to_size(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    middle = data.decode(str(tmp_path / "x.png"), 40)
+    assert middle.dtype == np.uint8
+    assert (middle == pixels[:, 10:50].transpose(2, 0, 1)).all()
+    assert data.decode(str(tmp_path / "x.png"), 20).shape == (3, 20, 20)
+
+
+def test_an_unreadable_file_is_named_and_ends_the_loader(tmp_path, cohort_folder):
+    folder = shutil.copytree(cohort_folder, tmp_path / "cohort")
+    cohort = data.read_manifest(str(folder))
+    whole = open(cohort.path(3), "rb").read()
+    for content in (whole[:len(whole) // 2], b"not an image", b""):
+        open(cohort.path(3), "wb").write(content)
+        with pytest.raises(ValueError, match=os.path.basename(cohort.path(3))):
+            list(data.load_batches(cohort, [[0, 1], [2, 3]], 64))
+
+
+def test_batches_come_in_order(cohort_folder):
+    cohort = data.read_manifest(cohort_folder)
+    order = [np.array([i, (7 * i) % len(cohort)]) for i in range(20)]
+    for expected, (rows, images) in zip(order, data.load_batches(cohort, order, 64), strict=True):
+        assert (rows == expected).all()
+        assert (images[1].numpy() == data.decode(cohort.path(rows[1]), 64)).all()
+
+
+# -------------------------------------------------------------------------------------------------------- augmentation
+
+STILL = {name: (0.0, low, high) for name, (_, low, high) in data.AUGMENTATION.items()}
+PATCHES = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def views(n=2, **transforms):
+    """Views of PATCHES under the named transforms alone, each (lowest, highest) and always drawn."""
+    parameters = data.view_parameters(3 * n, 0, 0, STILL | {name: (1.0, *r) for name, r in transforms.items()})
+    return data.make_views(PATCHES, parameters, 32, torch.Generator().manual_seed(0)), parameters
+
+
+def test_without_a_transform_a_view_is_the_patch():
+    x, _ = views()
+    expected = PATCHES.float().div(255).clamp(min=1 / 255).repeat_interleave(2, dim=0)  # black has no finite density
+    torch.testing.assert_close(x, expected, atol=1e-5, rtol=0)
+
+
+def test_geometry_is_exact_where_it_falls_on_pixels():
+    source = PATCHES.float().div(255).clamp(min=1 / 255).repeat_interleave(2, dim=0)
+    x, parameters = views(flip=(0, 0))
+    assert (parameters["flip"] == -1).all()
+    torch.testing.assert_close(x, source.flip(-1, -2), atol=1e-4, rtol=0)
+    x, _ = views(rotate=(90, 90))
+    torch.testing.assert_close(x, source.rot90(1, (-2, -1)), atol=1e-4, rtol=0)
+    x, _ = views(translate=(0.25, 0.25))
+    torch.testing.assert_close(x[..., :24, :24], source[..., 8:, 8:], atol=1e-4, rtol=0)
+    x, parameters = views(crop=(0.25, 0.25))
+    assert torch.allclose(parameters["size"].prod(dim=1), torch.tensor(0.25))
+    assert (parameters["centre"].abs() + parameters["size"] <= 1 + 1e-6).all()  # the crop lies inside the patch
+
+
+def test_each_view_has_its_own_numbers():
+    for name in ("brightness", "contrast", "angle", "noise", "blur", "erase"):
+        key = {"angle": "rotate"}.get(name, name)
+        _, parameters = views(4, **{key: data.AUGMENTATION[key][1:]})
+        assert len(parameters[name].unique()) == 12
+
+
+def test_a_probability_is_respected():
+    """The released code ignores one that its configuration names."""
+    for name, key in {"blur": "blur", "rotate": "angle", "erase": "erase", "noise": "noise"}.items():
+        drawn = data.view_parameters(4000, 0, 0, STILL | {name: (0.3, 0.5, 0.9)})[key]
+        assert ((drawn >= 0.5) & (drawn <= 0.9)).float().mean().item() == pytest.approx(0.3, abs=0.03)
+
+
+def test_colours():
+    source = PATCHES.float().div(255).clamp(min=1 / 255).repeat_interleave(2, dim=0)
+    torch.testing.assert_close(views(brightness=(0.5, 0.5))[0], source / 2, atol=1e-5, rtol=0)
+    mean = source.mean(dim=(1, 2, 3), keepdim=True)
+    torch.testing.assert_close(views(contrast=(0.5, 0.5))[0], (source + mean) / 2, atol=1e-5, rtol=0)
+    # Twice the density of every stain is the square of the light that passes.
+    torch.testing.assert_close(views(stain=(2, 2))[0], source**2, atol=1e-4, rtol=0)
+    pure = torch.exp(-data.STAINS[1]).view(1, 3, 1, 1).expand(1, 3, 4, 4)  # eosin alone
+    jittered = data.stain_jitter(pure, torch.tensor([[3.0, 0.5, 1.0]]), torch.zeros(1, 3))
+    torch.testing.assert_close(jittered, pure.sqrt(), atol=1e-5, rtol=0)  # only eosin's factor acts
+
+
+def test_blur_noise_and_erasing():
+    flat = torch.full((2, 3, 16, 16), 0.5)
+    torch.testing.assert_close(data.blur(flat, torch.tensor([0.5, 2.0])), flat)
+    point = torch.zeros(1, 1, 9, 9)
+    point[..., 4, 4] = 1
+    weights = torch.exp(-torch.arange(-2, 3) ** 2 / 2.0)
+    torch.testing.assert_close(data.blur(point, torch.tensor([1.0]))[0, 0, 4, 2:7], weights / weights.sum() ** 2)
+    noisy, plain = views(noise=(0.02, 0.02))[0], views()[0]
+    inner = (plain > 0.1) & (plain < 0.9)
+    assert (noisy - plain)[inner].std().item() == pytest.approx(0.02, rel=0.1)
+    erased = (views(erase=(0.25, 0.25))[0] - plain).abs().sum(dim=1) > 1e-4
+    assert 0 < erased.float().mean() <= 0.26
+
+
+def test_views_do_not_depend_on_the_number_of_processes():
+    whole = data.view_parameters(12, seed=1, step=7)
+    assert torch.equal(whole["angle"].chunk(4)[2], data.view_parameters(12, seed=1, step=7)["angle"][6:9])
+    assert not torch.equal(whole["angle"], data.view_parameters(12, seed=1, step=8)["angle"])
+
+
+def test_plain_view():
+    assert torch.equal(data.plain_view(PATCHES, 32), PATCHES.float() / 255)
+    torch.testing.assert_close(data.plain_view(PATCHES, 16).mean(), PATCHES.float().mean() / 255, atol=2e-3, rtol=0)
+
+
+# --------------------------------------------------------------------------------------------------------- demo tissue
+
+
+def test_demo_tissue_shows_its_factors():
+    """Dark haematoxylin covers more where there are more or larger nuclei, less where tissue is dead."""
+    def dark(**factors):
+        rng = np.random.default_rng(0)
+        values = [factors.get(name, 0.3) for name in data.FACTORS]
+        return np.mean([(data.render(values, rng)[..., 0] < 130).mean() for _ in range(30)])
+
+    assert dark(cellularity=0.9) > 1.3 * dark()
+    assert dark(nuclear_size=0.9) > 1.3 * dark()
+    assert dark(necrosis=0.9) < 0.8 * dark()
+
+
+def test_the_demo_cohort_is_an_ordinary_cohort(cohort_folder):
+    cohort = data.read_manifest(cohort_folder)
+    assert str(cohort) == "20 patients, 40 slides, 120 patches"
+    assert cohort.classes == sorted(data.DEMO_CLASSES)
+    assert str(cohort.restrict("val")) == "8 patients, 16 slides, 48 patches"
+    with open(os.path.join(cohort_folder, "factors.csv")) as file:
+        truth = list(csv.DictReader(file))
+    assert sorted(row["path"] for row in truth) == sorted(name.decode() for name in cohort.names)
+    assert all(0 <= float(row[f]) <= 1 for row in truth for f in data.FACTORS)
+
+
+def test_real_tiles():
+    folder = os.path.join(os.path.dirname(__file__), "../../shared/data/osteo60")
+    if not os.path.exists(folder):
+        pytest.skip("the 60 osteosarcoma tiles are not beside the project")
+    cohort = data.read_manifest(folder)
+    assert str(cohort) == "4 patients, 26 slides, 60 patches"
+    assert 0 < len(cohort.restrict("val").present) < 4
+    rows, images = next(iter(data.load_batches(cohort, [np.arange(8)], 128)))
+    assert images.shape == (8, 3, 128, 128)

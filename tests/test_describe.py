@@ -1,0 +1,129 @@
+"""The bank's check, the tokenizer, and the bank as vectors."""
+
+import copy
+import json
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+
+from describe import Tokenizer, caption, check_bank, encode_bank, read_bank, save_bank
+from losses import LEVELS
+from model import load_state, text_tower
+
+DEMO = os.path.join(ROOT, "attributes/demo.json")
+
+
+def test_the_demo_bank_passes_and_its_truth_is_known():
+    from data import FACTORS
+
+    bank = read_bank(DEMO)
+    found, problems = check_bank(bank, attributes=14, tokenizer=Tokenizer())
+    assert problems == []
+    assert found[0].endswith("168 sentences")
+    assert {t[1:] for t in bank["truth"].values()} == set(FACTORS)
+    assert set(bank["truth"]) == {name for level in LEVELS for name in bank["levels"][level]}
+
+
+def replace_first(sentence):
+    return lambda patch, slide: patch["crowded nuclei"].__setitem__(0, sentence)
+
+
+FAULTS = {  # what the check must say <- what is done to the demo bank
+    "14 attributes, not 15": lambda patch, slide: None,
+    "patch / crowded nuclei: 3 sentences": lambda patch, slide: patch["crowded nuclei"].pop(),
+    "names alike (1.00): patch / crowded nuclei ~ slide / nuclei, crowded":
+        lambda patch, slide: slide.update({"nuclei, crowded": slide.popitem()[1]}),
+    "sentences alike (1.00)": lambda patch, slide: patch["sparse nuclei"].__setitem__(
+        0, patch["crowded nuclei"][0].upper()),
+    "restates its name": replace_first("There are very crowded nuclei here."),
+    "under 6 words": replace_first("Cells huddle wall to wall."),
+    "no image shows 'IDH'": replace_first("Densely set tumour cells with an IDH defect throughout."),
+    "tokens, at most 77": replace_first("Closely assembled neighbouring elements overlap, press together, "
+                                        "and obliterate the intervening background entirely."),
+    "not ASCII": replace_first("Cells crowd na\u00efvely against one another here today."),
+    "'the slide has' stands in": lambda patch, slide: [
+        sentences.__setitem__(0, f"The slide has {sentences[0]}") for sentences in [*patch.values(), *slide.values()]],
+}
+
+
+@pytest.mark.parametrize("message", FAULTS)
+def test_the_check_finds(message):
+    bank = copy.deepcopy(read_bank(DEMO))
+    FAULTS[message](bank["levels"]["patch"], bank["levels"]["slide"])
+    _, problems = check_bank(bank, attributes=15 if "not 15" in message else None, tokenizer=Tokenizer())
+    assert any(message in problem for problem in problems), problems
+
+
+def test_unstained_tissue_has_no_stain_words():
+    bank = read_bank(DEMO) | {"tissue": "stimulated Raman histology of nothing"}
+    bank["levels"]["patch"]["crowded nuclei"][0] = "Purple dots are piled up until no gap is left."
+    assert any("has no 'Purple'" in problem for problem in check_bank(bank)[1])
+
+
+def test_a_bank_of_another_form_is_refused_by_name(tmp_path):
+    for content, message in (("{", "is not JSON"), ("[]", '"levels"'), ('{"levels": {"patch": {}}}', '"levels"'),
+                             (json.dumps({"levels": {level: {} for level in LEVELS}}), "patch must be"),
+                             (json.dumps({"levels": {level: {"a": "b"} for level in LEVELS}}), "patch / a")):
+        path = tmp_path / "bank.json"
+        path.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_bank(str(path))
+
+
+# ----------------------------------------------------------------------------------------------------------- tokenizer
+
+
+def test_without_merges_every_letter_is_a_token():
+    tokenizer = Tokenizer()
+    assert len(tokenizer.vocabulary) == 514
+    ids = tokenizer.encode("ab a")
+    assert ids == [tokenizer.vocabulary[s] for s in ("a", "b</w>", "a</w>")]
+
+
+def test_merges_apply_in_their_order():
+    tokenizer = Tokenizer([("l", "o"), ("lo", "w</w>"), ("e", "r</w>")])
+    symbols = {i: s for s, i in tokenizer.vocabulary.items()}
+    ids = tokenizer.encode("Low  lower\nLO'S")
+    assert [symbols[i] for i in ids] == ["low</w>", "lo", "w", "er</w>", "l", "o</w>", "'", "s</w>"]
+
+
+def test_long_text_is_cut_and_keeps_its_end():
+    tokenizer = Tokenizer()
+    tokens = tokenizer(["a" * 100, "b"], context=10)
+    start, end = tokenizer.vocabulary["<start_of_text>"], tokenizer.vocabulary["<end_of_text>"]
+    assert tokens[0].tolist() == [start, *[tokenizer.vocabulary["a"]] * 8, end]
+    assert tokens[1].tolist() == [start, tokenizer.vocabulary["b</w>"], end, 0, 0, 0, 0, 0, 0, 0]
+
+
+def test_other_than_ascii_is_refused():
+    with pytest.raises(ValueError, match="only ASCII"):
+        Tokenizer().encode("5 \u00b5m")
+
+
+# ------------------------------------------------------------------------------------------------------------- vectors
+
+
+def test_a_bank_vector_is_the_equation(clip_file, tmp_path):
+    bank, tower = read_bank(DEMO), text_tower(load_state(clip_file))
+    vectors = encode_bank(bank, tower, Tokenizer(), batch=50)
+    for level in LEVELS:
+        assert vectors[level].shape == (14, 64)
+        for row, sentences in zip(vectors[level], bank["levels"][level].values()):
+            each = [F.normalize(tower(Tokenizer()([s], tower.context))[0], dim=0) for s in sentences]
+            torch.testing.assert_close(row, F.normalize(sum(each) / 4, dim=0), atol=1e-5, rtol=0)
+    save_bank(str(tmp_path / "bank.pt"), bank, vectors)
+    saved = torch.load(tmp_path / "bank.pt", weights_only=True)
+    assert saved["attributes"]["patch"][:2] == ["sparse nuclei", "crowded nuclei"]
+    assert torch.equal(saved["vectors"]["slide"], vectors["slide"])
+
+
+def test_captions_name_only_what_is_clear():
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    said = {caption([0.9, 0.5, 0.9, 0.9, 0.5, 0.5, 0.9], rng) for _ in range(50)}
+    assert all(any(p in s for p in ("crowded nuclei", "many cells", "high cellularity")) for s in said)
+    assert caption([0.5] * 7, rng) == "tissue"

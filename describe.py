@@ -12,6 +12,7 @@ A bank file is JSON: {"name", "tissue", "levels": {"patch": {attribute: [sentenc
 import argparse
 import gzip
 import html
+import itertools
 import json
 import os
 import re
@@ -156,7 +157,7 @@ class Tokenizer:
         """One word -> its symbols: the pair that was merged first in training is merged first, until none is left."""
         symbols = [*word[:-1], word[-1] + "</w>"]
         while len(symbols) > 1:
-            pairs = list(zip(symbols, symbols[1:]))
+            pairs = list(itertools.pairwise(symbols))
             best = min(pairs, key=lambda pair: self.rank.get(pair, float("inf")))
             if best not in self.rank:
                 break

@@ -1,9 +1,10 @@
-"""The language: a bank of sentences, its check, CLIP's tokenizer, the bank as vectors, and a small CLIP for the demo.
+"""The language: a bank of sentences, its check, the model that writes one, CLIP's tokenizer, and the bank as vectors.
 
-    python describe.py check attributes/demo.json              measure what a program can about a bank, fail with the
-    offending lines python describe.py encode attributes/demo.json --clip runs/demo/clip.pt --out bank.pt
-    python describe.py demo runs/demo/clip.pt                  train the demo's CLIP on captioned demo tissue (about a
-    minute)
+    python describe.py check attributes/demo.json        measure what a program can, fail with the offending lines
+    python describe.py generate --tissue "H&E of colorectal cancer" --endpoint http://localhost:11434/v1 --model NAME
+                                                         have a language model write bank.json; again to go on
+    python describe.py encode attributes/demo.json --clip runs/demo/clip.pt --out bank.pt
+    python describe.py demo runs/demo/clip.pt            train the demo's CLIP on captioned demo tissue (a minute)
 
 A bank file is JSON: {"name", "tissue", "levels": {"patch": {attribute: [sentences]}, "slide": {...}, "patient":
 {...}}}, and optionally "truth": {attribute: "+factor" or "-factor"} where the factors behind the images are known.
@@ -12,10 +13,14 @@ A bank file is JSON: {"name", "tissue", "levels": {"patch": {attribute: [sentenc
 import argparse
 import gzip
 import html
+import http.client
 import itertools
 import json
 import os
 import re
+import time
+import urllib.error
+import urllib.request
 from collections import Counter
 
 import numpy as np
@@ -33,22 +38,28 @@ START, END = "<start_of_text>", "<end_of_text>"
 # ------------------------------------------------------------------------------------------------------------ the bank
 
 
-def read_bank(path):
+def read_bank(path, partial=False):
     """A bank file -> its dict. Raises ValueError naming the file and what is wrong with its form; `check` measures its
-    content."""
+    content. partial: while it is being written, a level or an attribute may be empty."""
+    def unique(pairs):  # JSON would silently keep the last of two attributes of one name
+        if repeated := [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]:
+            raise ValueError(f"{path}: {repeated[0]!r} stands twice in one level")
+        return dict(pairs)
+
     try:
         with open(path, encoding="utf-8") as file:
-            bank = json.load(file)
+            bank = json.load(file, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     levels = bank.get("levels") if isinstance(bank, dict) else None
     if not isinstance(levels, dict) or set(levels) != set(LEVELS):
         raise ValueError(f"{path}: \"levels\" must hold {', '.join(LEVELS)} and nothing else")
     for level, attributes in levels.items():
-        if not isinstance(attributes, dict) or not attributes:
+        if not isinstance(attributes, dict) or not (attributes or partial):
             raise ValueError(f"{path}: the level {level} must be {{attribute: [sentences]}} and not empty")
         for name, sentences in attributes.items():
-            if not isinstance(sentences, list) or not sentences or not all(isinstance(s, str) for s in sentences):
+            if not isinstance(sentences, list) or not all(isinstance(s, str) for s in sentences) or (
+                    not sentences and not partial):
                 raise ValueError(f"{path}: {level} / {name}: must be a list of sentences")
     return bank
 
@@ -69,6 +80,15 @@ def _words(text):
     return re.findall(r"[a-z0-9]+", text.lower())
 
 
+def _frames(text):
+    return {" ".join(_words(text)[i:i + 3]) for i in range(len(_words(text)) - 2)}
+
+
+def _plain(text):
+    """Printable ASCII without HTML entities: what every tokenizer reads alike."""
+    return text.isascii() and text.isprintable() and all(html.unescape(t) == t for t in (text, text.lower()))
+
+
 def _content(text):
     return frozenset(_words(text)) - STOP_WORDS
 
@@ -85,52 +105,56 @@ def _alike(texts, threshold):
     return [(i, j, overlap[i, j]) for i, j in zip(*np.nonzero(np.triu(overlap >= threshold, 1)))]
 
 
-def check_bank(bank, attributes=None, tokenizer=None, context=77):
-    """Everything about a bank that a program can measure. Returns (lines of findings, lines of problems); no problems:
-    it passes.
+def check_bank(bank, attributes=None, tokenizer=None, context=77, sentences=None):
+    """Everything about a bank that a program can measure. Returns (lines of findings, {line of a problem: the (level,
+    attribute)s it is about}); no problems: it passes.
 
-    attributes: how many each level must have. tokenizer: to count tokens; a sentence must fit the context with its
-    start and end.
+    attributes, sentences: how many each level and each attribute must have. tokenizer: to count tokens; a sentence
+    must fit the context with its start and end.
     """
     named = [(level, name) for level in LEVELS for name in bank["levels"][level]]
     said = [(level, name, s) for level, name in named for s in bank["levels"][level][name]]
-    number = Counter(len(bank["levels"][level][name]) for level, name in named).most_common(1)[0][0]
-    problems = []
-    for level in LEVELS:
-        if attributes and len(bank["levels"][level]) != attributes:
-            problems.append(f"{level}: {len(bank['levels'][level])} attributes, not {attributes}")
+    if sentences is None:
+        sentences = Counter(len(bank["levels"][level][name]) for level, name in named).most_common(1)[0][0]
+    problems = {f"{level}: {len(bank['levels'][level])} attributes, not {attributes}": [] for level in LEVELS
+                if attributes and len(bank["levels"][level]) != attributes}
     for level, name in named:
-        if len(bank["levels"][level][name]) != number:
-            problems.append(f"{level} / {name}: {len(bank['levels'][level][name])} sentences, most have {number}")
+        number = len(bank["levels"][level][name])
+        if number != sentences:
+            problems[f"{level} / {name}: {number} sentences, not {sentences}"] = [(level, name)]
     for i, j, overlap in _alike([name for _, name in named], 0.75):
-        problems.append(f"names alike ({overlap:.2f}): {' / '.join(named[i])} ~ {' / '.join(named[j])}")
+        line = f"names alike ({overlap:.2f}): {' / '.join(named[i])} ~ {' / '.join(named[j])}"
+        problems[line] = [named[i], named[j]]
     for i, j, overlap in _alike([s for *_, s in said], 0.6):
-        problems.append(f"sentences alike ({overlap:.2f}): {' / '.join(said[i])} ~ {' / '.join(said[j])}")
-    longest = 0
-    for level, name, sentence in said:
-        where = f"{level} / {name}: {sentence}"
-        if not sentence.isascii():
-            problems.append(f"not ASCII: {where}")
+        line = f"sentences alike ({overlap:.2f}): {' / '.join(said[i])} ~ {' / '.join(said[j])}"
+        problems[line] = [said[i][:2], said[j][:2]]
+    longest, raman = 0, "raman" in bank.get("tissue", "").lower()
+    for level, name, text in [*((*place, place[1]) for place in named), *said]:  # names are looked at as sentences are
+        wrong, length = [], len(_words(text))
+        if not _plain(text):
+            wrong.append("not ASCII")
         elif tokenizer:
-            length = len(tokenizer.encode(sentence)) + 2
-            longest = max(longest, length)
-            if length > context:
-                problems.append(f"{length} tokens, at most {context}: {where}")
-        if len(_words(sentence)) < 6:
-            problems.append(f"under 6 words: {where}")
-        if len(_content(sentence) - _content(name)) < 4:
-            problems.append(f"restates its name: {where}")
-        if unseen := INVISIBLE.search(f"{name}. {sentence}"):
-            problems.append(f"no image shows {unseen.group()!r}: {where}")
-        if "raman" in bank.get("tissue", "").lower() and (stain := STAIN_WORDS.search(f"{name}. {sentence}")):
-            problems.append(f"unstained tissue has no {stain.group()!r}: {where}")
-    frames = Counter(f for *_, s in said for f in {" ".join(_words(s)[i:i + 3]) for i in range(len(_words(s)) - 2)})
-    problems += [f"{f!r} stands in {count / len(said):.0%} of the sentences" for f, count in frames.items()
-                 if count > 0.1 * len(said)]
+            tokens = len(tokenizer.encode(text)) + 2
+            longest = max(longest, tokens)
+            wrong += [f"{tokens} tokens, at most {context}"] if tokens > context else []
+        if text == name:
+            wrong += ["a name has 1 to 8 words"] if not 1 <= length <= 8 else []
+        else:
+            wrong += ["under 6 words"] if length < 6 else []
+            wrong += ["over 40 words"] if length > 40 else []  # some 60 tokens, for when they are not counted
+            wrong += ["restates its name"] if len(_content(text) - _content(name)) < 4 else []
+        wrong += [f"no image shows {unseen.group()!r}"] if (unseen := INVISIBLE.search(text)) else []
+        wrong += [f"unstained tissue has no {s.group()!r}"] if raman and (s := STAIN_WORDS.search(text)) else []
+        problems |= {f"{what}: {level} / {name}: {text}": [(level, name)] for what in wrong}
+    frames = Counter(frame for *_, s in said for frame in _frames(s))
+    for frame, count in frames.items():
+        if count > max(16, 0.1 * len(said)):  # a few sentences have no boilerplate yet
+            line = f"{frame!r} stands in {count / len(said):.0%} of the sentences"
+            problems[line] = [(level, name) for level, name, s in said if frame in _frames(s)]
     frame, count = frames.most_common(1)[0] if frames else ("none", 0)
     found = [f"{bank.get('name', '?')} ({bank.get('tissue', '?')}): {len(said)} sentences",
-             *(f"  {level}: {len(bank['levels'][level])} attributes x {number} sentences" for level in LEVELS),
-             f"  commonest three words: {frame!r} in {count / len(said):.1%} of the sentences",
+             *(f"  {level}: {len(bank['levels'][level])} attributes x {sentences} sentences" for level in LEVELS),
+             f"  commonest three words: {frame!r} in {count / max(1, len(said)):.1%} of the sentences",
              f"  longest sentence: {longest} tokens of {context}" if tokenizer else "  tokens not counted"]
     return found, problems
 
@@ -194,20 +218,22 @@ def read_merges(path):
 
 
 @torch.no_grad()
-def encode_bank(bank, tower, tokenizer, batch=256):
+def encode_bank(bank, tower, tokenizer, batch=64):
     """Sentences -> one unit vector an attribute: t = norm(mean_j norm(TextEncoder(sentence_j))).
 
-    bank: as `read_bank`. tower: frozen text tower. Returns {level: [K_l, D]} in the order of the file.
+    bank: as `read_bank`. tower: frozen text tower. Returns {level: [K_l, D]} in the order of the file. Memory is that
+    of one batch of sentences.
     """
-    vectors = {}
-    for level in LEVELS:
-        attributes = bank["levels"][level]
-        sentences = [s for name in attributes for s in attributes[name]]
-        tokens = tokenizer(sentences, tower.context)
-        encoded = torch.cat([F.normalize(tower(part), dim=1) for part in tokens.split(batch)])
-        means = [part.mean(dim=0) for part in encoded.split([len(attributes[name]) for name in attributes])]
-        vectors[level] = F.normalize(torch.stack(means), dim=1)
-    return vectors
+    attributes = [sentences for level in LEVELS for sentences in bank["levels"][level].values()]
+    texts = [s for sentences in attributes for s in sentences]
+    encoded = []
+    for start in tqdm(range(0, len(texts), batch), desc=f"{len(texts)} sentences", unit="batch"):
+        tokens = tokenizer(texts[start:start + batch], tower.context)
+        tokens = tokens[:, :int(tokens.argmax(dim=1).max()) + 1]  # to the last end token: more padding only costs time
+        encoded.append(F.normalize(tower(tokens), dim=1))
+    means = [part.mean(dim=0) for part in torch.cat(encoded).split([len(sentences) for sentences in attributes])]
+    vectors = F.normalize(torch.stack(means), dim=1).split([len(bank["levels"][level]) for level in LEVELS])
+    return dict(zip(LEVELS, vectors))
 
 
 def save_bank(path, bank, vectors):
@@ -282,13 +308,205 @@ def train_demo_clip(path, steps=300, patches=3072, batch=128, seed=0, size=64, w
     os.replace(path + ".part", path)
 
 
+# --------------------------------------------------------------------------------------- the bank, by a language model
+
+SHOWS = {
+    "patch": "one high-power field: cells, nuclei, cytoplasm, matrix and the walls of single vessels",
+    "slide": "one whole slide at low power: architecture, density, vessels, necrosis, borders, infiltration",
+    "patient": "all slides of a patient side by side: how they differ, overall grade, growth and extent, what recurs",
+}
+PROMPT = """You are a pathologist who describes what {tissue} looks like, so that an image model can learn from it.
+{task}
+
+Rules:
+- Only what an eye sees in these images at that magnification: no molecules, genes, laboratory values, clinical facts,
+  treatment or outcome; colours only where there is a stain. Plain ASCII.
+{refused}
+Reply with {form} and nothing else."""
+NAMES = """Name {count} attributes that can be seen in {shows}.
+Each is 2 to 6 words in lower case. Cover normal and abnormal, common and rare, in contrasts where there is one (sparse
+nuclei, crowded nuclei). No two mean the same, and none repeats or rephrases one of these, which are taken:
+{listed}"""
+SENTENCES = """For each attribute below write {count} sentences on how it looks in {shows}.
+They state the same finding in different ways, in this order: its form; a comparison with a related or opposite
+finding; its arrangement in space; a plain summary for a lay reader. Each has 8 to 25 words and does not lean on those
+of the attribute's name. No two begin alike or share a frame such as "the image shows". The attributes:
+{listed}"""
+PLAIN = str.maketrans("\u2018\u2019\u201c\u201d\u2010\u2011\u2013\u2014", "''''----")  # what models type for ' and -
+
+
+def next_prompt(bank, levels=LEVELS, attributes=128, sentences=4, batch=8):
+    """What to ask next: (level, attributes to write sentences for or None to ask for attributes, prompt); None when
+    all is written. It depends on the bank alone, so that an interrupted run goes on where it stopped."""
+    for level in levels:
+        here = bank["levels"][level]
+        names = [name for name in here if not here[name]][:batch]
+        if len(here) < attributes:
+            names, count = None, min(batch, attributes - len(here))
+            listed = "\n".join(f"{at}: {', '.join(taken) or 'none'}" for at, taken in bank["levels"].items())
+            task = NAMES.format(count=count, shows=SHOWS[level], listed=listed)
+            form = f"a JSON array of {count} strings"
+        elif names:
+            task = SENTENCES.format(count=sentences, shows=SHOWS[level], listed="\n".join(names))
+            form = f"a JSON object {{attribute as spelled above: [{sentences} strings]}}"
+        else:
+            continue
+        refused = "".join(f"- Refused in your last reply: {line}\n" for line in bank.get("refused", [])[:30])
+        return level, names, PROMPT.format(tissue=bank["tissue"], task=task, refused=refused, form=form)
+    return None
+
+
+def take_reply(bank, level, names, reply, attributes=128, sentences=4, tokenizer=None):
+    """Move what passes `check_bank` from a reply into the bank, one attribute after the other, and note in
+    bank["refused"] what does not. level, names: as asked by `next_prompt`. Returns how many attributes were taken."""
+    here, taken, refused = bank["levels"][level], 0, []
+    reply = reply.rpartition("</think>")[2]
+    first, last = "{}" if names else "[]"
+    try:  # code fences and talk stand outside the outermost brackets
+        answer = json.loads(reply[reply.find(first):reply.rfind(last) + 1])
+    except (ValueError, RecursionError):
+        answer, refused = [], [f"not the JSON asked for: {reply[:80]!r}"]
+    if names:
+        answer = {name.strip().lower(): texts for name, texts in dict(answer).items()}
+        answer = {name: answer.get(name.lower()) for name in names if not refused}
+    else:
+        answer = {" ".join(name.translate(PLAIN).lower().split()): [] for name in answer if isinstance(name, str)}
+        refused += [f"{level} / {name}: is taken" for name in answer if name in here]
+        answer = dict([item for item in answer.items() if item[0] not in here][:attributes - len(here)])
+    for name, texts in answer.items():
+        texts = texts if isinstance(texts, list) else []
+        here[name] = [" ".join(s.translate(PLAIN).split()) for s in texts if isinstance(s, str)][:sentences]
+        _, problems = check_bank(bank, tokenizer=tokenizer, sentences=sentences if names else 0)
+        found = [line for line, places in problems.items() if (level, name) in places]
+        if found and names:
+            here[name] = []
+        elif found:
+            del here[name]
+        refused += found
+        taken += not found
+    bank["refused"] = refused
+    return taken
+
+
+def ask(endpoint, model, prompt, key="", timeout=600, tries=8, wait=2):
+    """A prompt -> the reply of a model behind an OpenAI-compatible chat endpoint.
+
+    What may pass (429, 5xx, time-outs, lost connections, half an answer) is asked again after wait, 2 wait, 4 wait ...
+    seconds, or what Retry-After says. Raises ConnectionError when that has not helped or cannot help.
+    """
+    key = "".join(key.split())  # urllib's complaint about a line break in a header would show the key
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": prompt}]}).encode()
+    headers = {"Content-Type": "application/json", "User-Agent": "hlss"}
+    request = urllib.request.Request(endpoint.rstrip("/") + "/chat/completions", body, headers)
+    if key:
+        request.add_unredirected_header("Authorization", f"Bearer {key}")  # a redirect must not carry it elsewhere
+    for attempt in itertools.count():
+        pause, status = min(wait * 2**attempt, 60), 0
+        try:
+            try:
+                response = urllib.request.urlopen(request, timeout=timeout)
+            except urllib.error.HTTPError as error:
+                response = error  # a response all the same
+            with response:
+                status, text = response.status, response.read().decode()
+            if status == 200:
+                content = json.loads(text)["choices"][0]["message"]["content"]
+                return content if isinstance(content, str) else ""
+            reason, after = f"HTTP {status} {text[:300]}", response.headers.get("Retry-After", "")
+            pause = min(int(after), 600) if after.isdecimal() else pause
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+            reason = f"{type(error).__name__} {error}"
+        reason = f"{endpoint}: {reason.replace(key, '***') if key else reason}"
+        if attempt + 1 == tries or (200 < status < 500 and status not in (408, 429)):
+            raise ConnectionError(f"{reason} (request {attempt + 1} of at most {tries})")
+        tqdm.write(f"{reason}: again in {pause} s")
+        time.sleep(pause)
+
+
+def generate(path, answer, tissue=None, levels=LEVELS, attributes=128, sentences=4, batch=8, tokenizer=None):
+    """Have a bank file written, or go on with it; it is saved after every reply. Returns whether it is whole.
+
+    answer: prompt -> reply, or None to stop there. Raises ValueError for a file about another tissue, RuntimeError
+    when four replies in a row bring nothing.
+    """
+    name = os.path.basename(path).removesuffix(".json")
+    bank = {"name": name, "tissue": tissue, "levels": {at: {} for at in LEVELS}}
+    bank = read_bank(path, partial=True) if os.path.exists(path) else bank
+    if not bank.get("tissue"):
+        raise ValueError(f"{path} says no tissue: name one with --tissue, or in the file")
+    if tissue not in (None, bank["tissue"]):
+        raise ValueError(f"{path} is about {bank['tissue']!r}, not {tissue!r}: name another --out")
+    counts, idle = (attributes, sentences), 0
+    done = sum(1 + bool(texts) for level in levels for texts in bank["levels"][level].values())
+    with tqdm(total=2 * attributes * len(levels), initial=done, leave=False) as bar:
+        while step := next_prompt(bank, levels, *counts, batch):
+            level, names, prompt = step
+            bar.set_description(f"{level} {'sentences' if names else 'names'}")
+            if (reply := answer(prompt)) is None:
+                break
+            taken = take_reply(bank, level, names, reply, *counts, tokenizer)
+            if next_prompt(bank, levels, *counts, batch) is None:
+                del bank["refused"]
+            with open(path + ".part", "w", encoding="utf-8") as file:
+                file.write(json.dumps(bank, indent=1) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(path + ".part", path)
+            bar.update(taken)
+            idle = 0 if taken else idle + 1
+            if idle == 4:
+                raise RuntimeError(f"{path}: four replies in a row brought nothing. Take a better model or a smaller "
+                                   "--batch, or edit the file. Refused:\n" + "\n".join(bank["refused"]))
+    return next_prompt(bank, LEVELS, *counts) is None
+
+
+def run_generate(args, tokenizer, error):
+    """`generate` as its flags say: by an endpoint, or one step by hand. Returns whether the bank is whole."""
+    if args.from_reply:
+        with open(args.from_reply, encoding="utf-8") as file:
+            replies = [file.read()]
+    elif not args.print_prompts and not (args.endpoint.startswith(("http://", "https://")) and args.model):
+        error("needs --endpoint http://... and --model, or --print-prompts, or --from-reply")
+
+    def answer(prompt):
+        if args.print_prompts:
+            print(prompt)
+            return None
+        if args.from_reply:
+            return replies.pop() if replies else None
+        return ask(args.endpoint, args.model, prompt, os.environ.get("OPENAI_API_KEY", ""))
+
+    try:
+        whole = generate(args.bank, answer, args.tissue, args.levels, args.attributes, args.sentences, args.batch,
+                         tokenizer)
+    except (ConnectionError, RuntimeError, ValueError) as reason:
+        raise SystemExit(f"{reason}\nThe same command goes on from what is in {args.bank}") from reason
+    if not whole and not args.print_prompts:
+        print(f"{args.bank} is not whole yet: --print-prompts shows what is asked next and what was refused")
+    return whole
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="measure a bank file, fail with the offending lines")
     check.add_argument("bank", help="a bank file (JSON)")
     check.add_argument("--attributes", type=int, help="how many attributes each level must have (the paper: 128)")
+    check.add_argument("--sentences", type=int, help="how many each attribute must have (the paper: 4)")
     check.add_argument("--vocab", help="count tokens: CLIP's bpe_simple_vocab_16e6.txt.gz, or 'bytes' (the demo's)")
+    write = commands.add_parser("generate", help="have a language model write a bank file; run again to go on with it")
+    write.add_argument("--out", dest="bank", default="bank.json", help="the bank file, made or gone on with")
+    write.add_argument("--tissue", help="what the images show, for instance \"H&E of colorectal cancer\"")
+    write.add_argument("--endpoint", default="", help="an OpenAI-compatible API, as http://localhost:11434/v1; the "
+                       "environment variable OPENAI_API_KEY holds its key, if it needs one")
+    write.add_argument("--model", help="the model's name there")
+    write.add_argument("--levels", nargs="+", choices=LEVELS, default=LEVELS)
+    write.add_argument("--attributes", type=int, default=128, help="a level")
+    write.add_argument("--sentences", type=int, default=4, help="an attribute")
+    write.add_argument("--batch", type=int, default=8, help="attributes a request; fewer if replies are cut off")
+    write.add_argument("--vocab", help="as for check")
+    write.add_argument("--print-prompts", action="store_true", help="print what is asked next, for use by hand")
+    write.add_argument("--from-reply", metavar="FILE", help="read the reply to what --print-prompts printed")
     encode = commands.add_parser("encode", help="a bank file and a CLIP -> bank.pt")
     encode.add_argument("bank", help="a bank file (JSON)")
     encode.add_argument("--clip", required=True, help="a CLIP state dict; its text tower is used")
@@ -299,9 +517,11 @@ def main():
     demo.add_argument("--steps", type=int, default=300, help="more steps know more of the captioned factors")
     demo.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if args.command == "check":
+    if args.command in ("check", "generate"):
         tokenizer = Tokenizer(() if args.vocab == "bytes" else read_merges(args.vocab)) if args.vocab else None
-        found, problems = check_bank(read_bank(args.bank), args.attributes, tokenizer)
+        if args.command == "generate" and not run_generate(args, tokenizer, write.error):
+            return
+        found, problems = check_bank(read_bank(args.bank), args.attributes, tokenizer, sentences=args.sentences)
         print("\n".join([*found, *problems]))
         raise SystemExit(f"{args.bank}: {len(problems)} problems" if problems else 0)
     if args.command == "encode":

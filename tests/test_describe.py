@@ -3,13 +3,15 @@
 import copy
 import json
 import os
+import re
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
-from describe import Tokenizer, caption, check_bank, encode_bank, read_bank, save_bank
+from describe import Tokenizer, caption, check_bank, encode_bank, main, read_bank, read_merges, save_bank
 from losses import LEVELS
 from model import load_state, text_tower
 
@@ -21,7 +23,7 @@ def test_the_demo_bank_passes_and_its_truth_is_known():
 
     bank = read_bank(DEMO)
     found, problems = check_bank(bank, attributes=14, tokenizer=Tokenizer())
-    assert problems == []
+    assert problems == {}
     assert found[0].endswith("168 sentences")
     assert {t[1:] for t in bank["truth"].values()} == set(FACTORS)
     assert set(bank["truth"]) == {name for level in LEVELS for name in bank["levels"][level]}
@@ -55,6 +57,45 @@ def test_the_check_finds(message):
     FAULTS[message](bank["levels"]["patch"], bank["levels"]["slide"])
     _, problems = check_bank(bank, attributes=15 if "not 15" in message else None, tokenizer=Tokenizer())
     assert any(message in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize("name", ["opensrh", "tcga"])
+def test_the_shipped_banks_pass_with_the_tokens_of_clip(name):
+    """Counts, duplicates, frames, invisible things, and at most 77 tokens by CLIP's own vocabulary."""
+    open_clip = pytest.importorskip("open_clip")
+    vocabulary = os.path.join(os.path.dirname(open_clip.__file__), "bpe_simple_vocab_16e6.txt.gz")
+    bank = read_bank(os.path.join(ROOT, f"attributes/{name}.json"))
+    found, problems = check_bank(bank, 128, Tokenizer(read_merges(vocabulary)), sentences=4)
+    assert problems == {}
+    assert found[0].endswith("1536 sentences") and re.search(r"longest sentence: (2|3)\d tokens of 77", found[-1])
+
+
+def test_near_duplicates_within_and_across_levels_are_told_with_both_places_and_end_in_an_error(
+        tmp_path, monkeypatch, capsys):
+    bank, path = read_bank(DEMO), tmp_path / "bank.json"
+    original = bank["levels"]["patch"]["crowded nuclei"][0]
+    for level, name in (("patch", "sparse nuclei"), ("slide", next(iter(bank["levels"]["slide"])))):
+        bank["levels"][level][name][1] = f"Certainly, {original}"
+    path.write_text(json.dumps(bank))
+    monkeypatch.setattr(sys, "argv", ["describe.py", "check", str(path), "--vocab", "bytes"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert "problems" in ended.value.code  # a message: the exit status is 1
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sentences alike")]
+    for level, name in (("patch", "sparse nuclei"), ("slide", next(iter(bank["levels"]["slide"])))):
+        assert any(f"{level} / {name} / Certainly, {original}" in line
+                   and f"patch / crowded nuclei / {original}" in line for line in said), said
+    monkeypatch.setattr(sys, "argv", ["describe.py", "check", DEMO, "--vocab", "bytes", "--sentences", "4"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+
+
+def test_an_attribute_that_stands_twice_in_a_file_is_refused(tmp_path):
+    path = tmp_path / "bank.json"
+    path.write_text(open(DEMO).read().replace('"crowded nuclei":', '"sparse nuclei":', 1))
+    with pytest.raises(ValueError, match="'sparse nuclei' stands twice"):  # JSON would drop the first without a word
+        read_bank(str(path))
 
 
 def test_unstained_tissue_has_no_stain_words():
@@ -118,6 +159,23 @@ def test_a_bank_vector_is_the_equation(clip_file, tmp_path):
     saved = torch.load(tmp_path / "bank.pt", weights_only=True)
     assert saved["attributes"]["patch"][:2] == ["sparse nuclei", "crowded nuclei"]
     assert torch.equal(saved["vectors"]["slide"], vectors["slide"])
+
+
+def test_a_bank_is_encoded_in_batches_no_longer_than_their_longest_sentence():
+    """Which is what bounds the memory, and most of the time: sentences have some 20 tokens of the context's 77."""
+    shapes = []
+
+    class Tower:
+        context = 77
+
+        def __call__(self, tokens):
+            shapes.append(tuple(tokens.shape))
+            assert (tokens == len(Tokenizer().vocabulary) - 1).any(dim=1).all(), "an end token was cut off"
+            return torch.nn.functional.one_hot(tokens[:, 1], 514).float()
+
+    bank = {"levels": {level: {"a": ["b" * 10, "c" * 20], "d": ["e", "f" + "!" * 29]} for level in LEVELS}}
+    encode_bank(bank, Tower(), Tokenizer(), batch=4)
+    assert shapes == [(4, 32)] * 3
 
 
 def test_captions_name_only_what_is_clear():

@@ -14,6 +14,7 @@ import argparse
 import gzip
 import html
 import http.client
+import importlib.util
 import itertools
 import json
 import os
@@ -30,7 +31,7 @@ from tqdm import tqdm
 
 from data import FACTORS, render
 from losses import LEVELS
-from model import CLIP_MEAN, CLIP_STD, ModifiedResNet, TextTower, load_state, text_tower
+from model import ACTIVATIONS, CLIP_MEAN, CLIP_STD, CLIPS, ModifiedResNet, TextTower, load_state, published, text_tower
 
 START, END = "<start_of_text>", "<end_of_text>"
 
@@ -194,11 +195,14 @@ class Tokenizer:
         return symbols
 
     def encode(self, text):
-        """Text -> token ids, without start and end. Raises ValueError for text that is not ASCII."""
-        text = " ".join(html.unescape(html.unescape(text)).split()).lower()
-        if not text.isascii():
-            foreign = next(c for c in text if not c.isascii())
-            raise ValueError(f"only ASCII can be tokenized, not the {foreign!r} in {text!r}")
+        """Text -> token ids, without start and end. Raises ValueError for what may be read otherwise elsewhere: other
+        characters than printable ASCII, and HTML entities."""
+        plain = html.unescape(html.unescape(text))
+        for found in re.findall(r"[^\t\n\f\r -~]|&#?\w+;", f"{text}\n{plain}"):
+            entity = found.lower() if found.isupper() else found
+            if found[0] != "&" or html.unescape(entity) != entity:
+                raise ValueError(f"only ASCII can be tokenized, and no HTML entity: not the {found!r} in {text!r}")
+        text = " ".join(plain.split()).lower()
         words = re.findall(rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+", text)
         return [self.vocabulary[s] for word in words for s in ([word] if word in (START, END) else self.split(word))]
 
@@ -211,9 +215,17 @@ class Tokenizer:
         return tokens
 
 
-def read_merges(path):
-    """The merges in CLIP's bpe_simple_vocab_16e6.txt.gz: all that its 49,408 ids leave room for."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
+VOCABULARY = ("https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
+              "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a")
+
+
+def read_merges(path=""):
+    """The merges in CLIP's bpe_simple_vocab_16e6.txt.gz: all that its 49,408 ids leave room for. Without a path, the
+    copy of an installed open_clip, or a download. Raises ValueError for another file."""
+    if not path and (installed := importlib.util.find_spec("open_clip")):
+        copy = os.path.join(os.path.dirname(installed.origin), os.path.basename(VOCABULARY[0]))
+        path = copy if os.path.exists(copy) else ""
+    with gzip.open(published(*VOCABULARY, path), "rt", encoding="utf-8") as file:
         return [tuple(line.split()) for line in file.read().split("\n")[1:49408 - 512 - 2 + 1]]
 
 
@@ -227,13 +239,26 @@ def encode_bank(bank, tower, tokenizer, batch=64):
     attributes = [sentences for level in LEVELS for sentences in bank["levels"][level].values()]
     texts = [s for sentences in attributes for s in sentences]
     encoded = []
-    for start in tqdm(range(0, len(texts), batch), desc=f"{len(texts)} sentences", unit="batch"):
+    for start in tqdm(range(0, len(texts), batch), desc="bank", unit="batch", leave=False):
         tokens = tokenizer(texts[start:start + batch], tower.context)
         tokens = tokens[:, :int(tokens.argmax(dim=1).max()) + 1]  # to the last end token: more padding only costs time
         encoded.append(F.normalize(tower(tokens), dim=1))
     means = [part.mean(dim=0) for part in torch.cat(encoded).split([len(sentences) for sentences in attributes])]
     vectors = F.normalize(torch.stack(means), dim=1).split([len(bank["levels"][level]) for level in LEVELS])
     return dict(zip(LEVELS, vectors))
+
+
+def open_bank(path, state, vocab=""):
+    """A bank file, encoded with the text tower of a CLIP's state dict, or a bank.pt, as it is -> {level: [names]},
+    {level: [K_l, D]}. vocab: a path for `read_merges`; a CLIP of bytes, as the demo's, needs none."""
+    if path.endswith(".pt"):
+        saved = torch.load(path, weights_only=True)
+        return saved["attributes"], saved["vectors"]
+    bank, tower = read_bank(path), text_tower(state)
+    tokenizer = Tokenizer(read_merges(vocab) if tower.vocabulary > 514 else ())
+    if len(tokenizer.vocabulary) != tower.vocabulary:
+        raise ValueError(f"this text tower has {tower.vocabulary} tokens, CLIP's {len(tokenizer.vocabulary)}")
+    return {level: list(bank["levels"][level]) for level in LEVELS}, encode_bank(bank, tower, tokenizer)
 
 
 def save_bank(path, bank, vectors):
@@ -304,7 +329,7 @@ def train_demo_clip(path, steps=300, patches=3072, batch=128, seed=0, size=64, w
         bar.set_postfix(loss=f"{loss.item():.2f}")
     state = {f"visual.{name}": value for name, value in image.state_dict().items()}
     state |= text.state_dict() | {"logit_scale": scale.detach()}
-    torch.save(state, path + ".part")
+    torch.save({"state_dict": state, "activation": "quickgelu"}, path + ".part")
     os.replace(path + ".part", path)
 
 
@@ -509,8 +534,9 @@ def main():
     write.add_argument("--from-reply", metavar="FILE", help="read the reply to what --print-prompts printed")
     encode = commands.add_parser("encode", help="a bank file and a CLIP -> bank.pt")
     encode.add_argument("bank", help="a bank file (JSON)")
-    encode.add_argument("--clip", required=True, help="a CLIP state dict; its text tower is used")
-    encode.add_argument("--vocab", help="CLIP's bpe_simple_vocab_16e6.txt.gz; without it every letter is a token")
+    encode.add_argument("--clip", required=True, help="a CLIP with a text tower: a file, or " + ", ".join(CLIPS))
+    encode.add_argument("--activation", choices=ACTIVATIONS, help="of the CLIP, where its file does not say it")
+    encode.add_argument("--vocab", help="CLIP's bpe_simple_vocab_16e6.txt.gz (default: open_clip's, or a download)")
     encode.add_argument("--out", default="bank.pt", help="file to write")
     demo = commands.add_parser("demo", help="train the demo's CLIP on captioned demo tissue")
     demo.add_argument("out", help="file to write")
@@ -525,11 +551,11 @@ def main():
         print("\n".join([*found, *problems]))
         raise SystemExit(f"{args.bank}: {len(problems)} problems" if problems else 0)
     if args.command == "encode":
-        bank = read_bank(args.bank)
-        tokenizer = Tokenizer(read_merges(args.vocab) if args.vocab else ())
-        vectors = encode_bank(bank, text_tower(load_state(args.clip)), tokenizer)
-        save_bank(args.out, bank, vectors)
-        print(f"{args.out}: " + ", ".join(f"{level} {tuple(v.shape)}" for level, v in vectors.items()))
+        state = load_state(args.clip, args.activation)
+        _, vectors = open_bank(args.bank, state, args.vocab)
+        save_bank(args.out, read_bank(args.bank), vectors)
+        print(f"{args.out}, {args.clip}, {state['activation']}: "
+              + ", ".join(f"{level} {tuple(v.shape)}" for level, v in vectors.items()))
     if args.command == "demo":
         os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
         train_demo_clip(args.out, steps=args.steps, seed=args.seed)

@@ -4,21 +4,45 @@ the bank.
 The towers carry the parameter names of OpenAI's CLIP (Radford et al. 2021), and their sizes are read off a state dict,
 so that the demo's small CLIP and the real RN50 are built by the same lines:
 
-    >>> state = load_state("clip.pt")
+    >>> state = load_state("RN50")  # a name of CLIPS, or a file: OpenAI's, open_clip's, .safetensors, our own
     >>> tower, text = image_tower(state), text_tower(state)
 """
 
 import glob
+import hashlib
+import json
 import os
+import pickle
+import re
+import warnings
+import zipfile
+from collections import OrderedDict
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
 
 from losses import LEVELS
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, RGB in [0, 1]
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+OPENAI = "https://openaipublic.azureedge.net/clip/models"
+CLIPS = {  # what --clip knows by name: an address that holds the file's SHA-256, or its first eight digits
+    "RN50": f"{OPENAI}/afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762/RN50.pt",
+    "RN101": f"{OPENAI}/8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599/RN101.pt",
+    "RN50x4": f"{OPENAI}/7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd/RN50x4.pt",
+    "ViT-B/32": f"{OPENAI}/40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
+    "ViT-B/16": f"{OPENAI}/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
+    "ViT-L/14": f"{OPENAI}/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
+    "RN50-cc12m": "https://github.com/mlfoundations/open_clip/releases/download/v0.2-weights/rn50-quickgelu-cc12m-"
+                  "f000538c.pt",  # the paper's start
+}
+# What TorchScript archives call types and functions, and .safetensors types.
+DTYPES = {"HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "FloatStorage": torch.float32,
+          "LongStorage": torch.int64, "IntStorage": torch.int32,
+          "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64, "I32": torch.int32}
+TORCHSCRIPT = {("torch._utils", "_rebuild_tensor_v2"), ("collections", "OrderedDict")}
 # Which levels an objective contrasts. hlss has a projection a level, the other two share one.
 OBJECTIVES = {"hlss": LEVELS, "hidisc": LEVELS, "simclr": LEVELS[:1]}
 
@@ -35,10 +59,9 @@ class Bottleneck(nn.Module):
         self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.downsample = None
         if stride > 1 or channels != 4 * planes:
-            self.downsample = nn.Sequential()
-            self.downsample.add_module("-1", nn.AvgPool2d(stride) if stride > 1 else nn.Identity())
-            self.downsample.add_module("0", nn.Conv2d(channels, 4 * planes, 1, bias=False))
-            self.downsample.add_module("1", nn.BatchNorm2d(4 * planes))
+            self.downsample = nn.Sequential(OrderedDict({
+                "-1": nn.AvgPool2d(stride) if stride > 1 else nn.Identity(),
+                "0": nn.Conv2d(channels, 4 * planes, 1, bias=False), "1": nn.BatchNorm2d(4 * planes)}))
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)))
@@ -115,34 +138,47 @@ ACTIVATIONS = {"quickgelu": QuickGELU, "gelu": nn.GELU}
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. [N, L, width] -> the same."""
+    """Pre-norm transformer block. [N, L, width] -> the same. causal: no token sees a later one."""
 
-    def __init__(self, width, heads, activation):
+    def __init__(self, width, activation, causal):
         super().__init__()
+        self.causal = causal
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.mlp = nn.Sequential()
-        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
-        self.mlp.add_module("gelu", ACTIVATIONS[activation]())
-        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
+        self.attn = nn.MultiheadAttention(width, max(1, width // 64), batch_first=True)
+        self.mlp = nn.Sequential(OrderedDict(
+            c_fc=nn.Linear(width, 4 * width), gelu=ACTIVATIONS[activation](), c_proj=nn.Linear(4 * width, width)))
 
-    def forward(self, x, mask=None):
-        y = self.ln_1(x)
+    def forward(self, x):
+        L, y = x.shape[1], self.ln_1(x)
+        mask = torch.full((L, L), float("-inf"), dtype=y.dtype, device=y.device).triu(1) if self.causal else None
         x = x + self.attn(y, y, y, attn_mask=mask, need_weights=False)[0]
         return x + self.mlp(self.ln_2(x))
 
 
-class Transformer(nn.Module):
-    """A stack of blocks. mask: [L, L] added to the attention logits, or None."""
+def transformer(width, layers, activation, causal=False):
+    """A stack of blocks, named as in CLIP: `transformer.resblocks.0`, ..."""
+    return nn.Sequential(OrderedDict(resblocks=nn.Sequential(*(Block(width, activation, causal)
+                                                               for _ in range(layers)))))
 
-    def __init__(self, width, layers, heads, activation):
+
+class VisionTransformer(nn.Module):
+    """CLIP's ViT, read out at the class token. [N, 3, S, S] -> [N, dim], S a multiple of the patch."""
+
+    def __init__(self, patch, width, layers, dim, image_size, activation):
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, heads, activation) for _ in range(layers))
+        self.image_size, self.dim = image_size, dim
+        self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
+        self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.positional_embedding = nn.Parameter(torch.randn((image_size // patch) ** 2 + 1, width) * width**-0.5)
+        self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.transformer = transformer(width, layers, activation)
+        self.proj = nn.Parameter(torch.randn(width, dim) * width**-0.5)
 
-    def forward(self, x, mask=None):
-        for block in self.resblocks:
-            x = block(x, mask)
-        return x
+    def forward(self, x):
+        N = len(x)
+        x = self.conv1(x).flatten(2).transpose(1, 2)  # [N, L - 1, width]
+        x = torch.cat([self.class_embedding.expand(N, 1, -1), x], dim=1) + self.positional_embedding  # [N, L, width]
+        return self.ln_post(self.transformer(self.ln_pre(x))[:, 0]) @ self.proj
 
 
 class TextTower(nn.Module):
@@ -157,24 +193,134 @@ class TextTower(nn.Module):
         self.context, self.dim, self.vocabulary = context, dim, vocabulary
         self.token_embedding = nn.Embedding(vocabulary, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(context, width))
-        self.transformer = Transformer(width, layers, max(1, width // 64), activation)
+        self.transformer = transformer(width, layers, activation, causal=True)
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.randn(width, dim) * width**-0.5)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def forward(self, tokens):
         N, L = tokens.shape
-        mask = torch.full((L, L), float("-inf"), device=tokens.device).triu(1)
         x = self.token_embedding(tokens) + self.positional_embedding[:L]  # [N, L, width]
-        x = self.ln_final(self.transformer(x, mask))
+        x = self.ln_final(self.transformer(x))
         return x[torch.arange(N, device=tokens.device), tokens.argmax(dim=1)] @ self.text_projection
 
 
-def load_state(path):
-    """The state dict in a file: float32 on the CPU. Nothing in the file is executed (weights_only)."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    state = state.get("state_dict", state)
-    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+# ------------------------------------------------------------------------------------------------- weights from files
+
+
+def published(url, sha256, path=""):
+    """The path of a published file: `path`, or torch.hub's cache, where it is downloaded on first use.
+
+    sha256: how its checksum begins. Raises ConnectionError when it cannot be had, ValueError when it is another file.
+    """
+    cached = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+    if not path and not os.path.exists(path := cached):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, path, sha256)
+        except (OSError, RuntimeError) as error:  # no network; another checksum
+            raise ConnectionError(f"no {url} ({error}): download it where you can and put it at {path}") from error
+    with open(path, "rb") as file:
+        found = hashlib.sha256(file.read()).hexdigest()
+    if not found.startswith(sha256):
+        raise ValueError(f"{path} is not {url} (SHA-256 {found}, not {sha256}): delete it and try again")
+    return path
+
+
+def find_clip(source):
+    """What --clip says, a name in CLIPS or a file -> path."""
+    if source in CLIPS:
+        return published(CLIPS[source], re.search(r"[0-9a-f]{64}|[0-9a-f]{8}(?=.pt)", CLIPS[source])[0])
+    if not os.path.isfile(source):
+        raise FileNotFoundError(f"--clip {source}: neither a file nor one of {', '.join(CLIPS)}")
+    return source
+
+
+def read_torchscript(path):
+    """The tensors of a TorchScript archive: (dotted name, tensor) one by one.
+
+    torch.jit.load would compile the archive's code and run parts of it. This reads the data alone: every name in its
+    pickle becomes inert here, or is refused.
+    """
+    class Data:  # a module, with attributes, or a tensor, with arguments
+        arguments = ()
+
+        def __init__(self, *arguments):
+            self.arguments = arguments
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            if module == "torch" and name in DTYPES:
+                return DTYPES[name]
+            if not (module.startswith("__torch__") or (module, name) in TORCHSCRIPT):
+                raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+            return Data
+
+        def persistent_load(self, storage):
+            return storage
+
+    def walk(module, prefix):
+        for name, value in vars(module).items():
+            if isinstance(value, Data) and not value.arguments:
+                yield from walk(value, f"{prefix}{name}.")
+            elif isinstance(value, Data):
+                (_, dtype, key, *_), offset, size, stride, *_ = value.arguments
+                data = bytearray(archive.read(f"{root}/data/{key}"))
+                yield prefix + name, torch.frombuffer(data, dtype=dtype).as_strided(size, stride, offset)
+
+    with zipfile.ZipFile(path) as archive:
+        root = archive.namelist()[0].split("/")[0]
+        with archive.open(f"{root}/data.pkl") as file:
+            yield from walk(Unpickler(file).load(), "")
+
+
+def read_safetensors(path):
+    """The tensors of a .safetensors file, (name, tensor) one by one: its header's length, the header (JSON), data."""
+    with open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(start - 8))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            file.seek(start + begin)
+            data = torch.frombuffer(bytearray(file.read(end - begin)), dtype=DTYPES[entry["dtype"]])
+            yield name, data.view(entry["shape"])
+
+
+def load_state(source, activation=""):
+    """The state dict of a CLIP: float32 on the CPU, and under "activation" that of its transformers.
+
+    source: a name in CLIPS or a file: OpenAI's TorchScript archive, a checkpoint or state dict of open_clip,
+    .safetensors, or our own checkpoint (which has no text tower). activation: a key of ACTIVATIONS; warns if it
+    contradicts the file, or if neither says it. Raises ValueError for other files; nothing in a file is executed.
+    """
+    path = find_clip(source)
+    known = "quickgelu" if os.path.basename(path) in map(os.path.basename, CLIPS.values()) else ""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    try:
+        if head[8:] == b"{":
+            tensors = read_safetensors(path)
+        elif head[:2] == b"PK" and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+            tensors = read_torchscript(path)
+        else:  # mmap leaves the optimizer of a training checkpoint on the disk
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=head[:2] == b"PK")
+            known = checkpoint.get("config", checkpoint).get("activation") or known
+            tensors = checkpoint.get("state_dict", checkpoint.get("model", checkpoint)).items()
+        state = {name.removeprefix("module."): value.float() if value.is_floating_point() else value
+                 for name, value in tensors if isinstance(value, torch.Tensor)}
+    except Exception as error:  # whatever a damaged or foreign file does to its reader
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"asks for {asked[1]}, which was not run" if asked else f"damaged? {type(error).__name__}"
+        raise ValueError(f"{path} is not a checkpoint of tensors alone ({reason})") from None
+    if not any(name.startswith(("visual.", "tower.")) for name in state):
+        raise ValueError(f"{path} is not a CLIP: its tensors are {', '.join([*state][:3])}, ... and not visual.*")
+    if not (activation or known):
+        warnings.warn(f"{path} does not say its activation, quickgelu is taken. The wrong one fails silently: "
+                      "open_clip's models without quickgelu in their name are gelu", stacklevel=2)
+    if activation and known and activation != known:
+        warnings.warn(f"{path} was trained with {known}, not with --activation {activation}", stacklevel=2)
+    return state | {"activation": activation or known or "quickgelu"}
 
 
 def _part(state, prefix):
@@ -186,26 +332,72 @@ def _count(state, prefix):
     return len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
 
 
+def resize_positions(positions, grid):
+    """Positional embedding of one token and a square grid, [1 + g^2, C] -> [1 + grid^2, C], bicubic."""
+    first, rest = positions[:1], positions[1:]
+    g = round(len(rest) ** 0.5)
+    rest = rest.T.reshape(1, -1, g, g)
+    rest = F.interpolate(rest, size=(grid, grid), mode="bicubic", antialias=True) if g != grid else rest
+    return torch.cat([first, rest[0].flatten(1).T])
+
+
 def image_tower(state, image_size=None):
-    """The image tower of a CLIP state dict (keys `visual.*`), sizes read off the tensors."""
-    state = _part(state, "visual.") or state
-    layers = [_count(state, f"layer{stage}.") for stage in (1, 2, 3, 4)]
-    grid = round((len(state["attnpool.positional_embedding"]) - 1) ** 0.5)
-    width, dim = len(state["conv3.weight"]), len(state["attnpool.c_proj.weight"])
-    tower = ModifiedResNet(layers, width, dim, image_size or 32 * grid)
-    tower.load_state_dict(state)
+    """The image tower of a CLIP state dict (`visual.*`) or of our own (`tower.*`), ResNet or ViT, sizes read off it.
+
+    image_size: pixels, if not the tower's own: interpolates the positional embedding. Raises ValueError if it does not
+    fit, or the tower is another.
+    """
+    part = _part(state, "visual.") or _part(state, "tower.")
+    resnet = "attnpool.positional_embedding" in part
+    if not resnet and ("class_embedding" not in part or len(part["class_embedding"]) > 1024):
+        raise ValueError("the image tower is neither CLIP's ResNet nor its ViT (B or L: heads of 64 channels)")
+    positions = "attnpool.positional_embedding" if resnet else "positional_embedding"
+    stride = 32 if resnet else part["conv1.weight"].shape[-1]
+    image_size = image_size or stride * round((len(part[positions]) - 1) ** 0.5)
+    if image_size % stride:
+        raise ValueError(f"--image-size {image_size}: this tower needs a multiple of {stride}")
+    part[positions] = resize_positions(part[positions], image_size // stride)
+    with torch.device("meta"):  # shapes alone: the weights come next
+        if resnet:
+            layers = [_count(part, f"layer{stage}.") for stage in (1, 2, 3, 4)]
+            tower = ModifiedResNet(layers, len(part["conv3.weight"]), len(part["attnpool.c_proj.weight"]), image_size)
+        else:
+            width, dim = part["proj"].shape
+            layers = _count(part, "transformer.resblocks.")
+            tower = VisionTransformer(stride, width, layers, dim, image_size, state.get("activation", "quickgelu"))
+    tower.load_state_dict({k: v.clone(memory_format=torch.contiguous_format) for k, v in part.items()}, assign=True)
     return tower
 
 
-def text_tower(state, activation="quickgelu"):
-    """The text tower of a CLIP state dict, sizes read off the tensors, frozen and in eval mode."""
+def text_tower(state):
+    """The text tower of a CLIP state dict, sizes read off the tensors, which it shares; frozen and in eval mode."""
     parts = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")
-    state = {name: value for name, value in state.items() if name.startswith(parts)}
-    vocabulary, width = state["token_embedding.weight"].shape
-    tower = TextTower(vocabulary, len(state["positional_embedding"]), width, _count(state, "transformer.resblocks."),
-                      state["text_projection"].shape[1], activation)
-    tower.load_state_dict(state)
+    part = {name: value for name, value in state.items() if name.startswith(parts)}
+    if "token_embedding.weight" not in part:
+        raise ValueError("no text tower here (our own checkpoints have none): encode the bank with the CLIP that they "
+                         "started from (describe.py encode) and give --bank bank.pt")
+    vocabulary, width = part["token_embedding.weight"].shape
+    with torch.device("meta"):
+        tower = TextTower(vocabulary, len(part["positional_embedding"]), width, _count(part, "transformer.resblocks."),
+                          part["text_projection"].shape[1], state.get("activation", "quickgelu"))
+    tower.load_state_dict(part, assign=True)
     return tower.eval().requires_grad_(False)
+
+
+def backbone_tower(name, dim):
+    """A classifier of torchvision with new weights, a linear layer to `dim` in place of its last. [N, 3, S, S] -> [N,
+    dim]."""
+    if name not in torchvision.models.list_models(module=torchvision.models):
+        raise ValueError(f"--backbone {name}: no classifier of torchvision, as resnet18 or convnext_tiny are")
+    tower = torchvision.models.get_model(name, weights=None)
+    *_, linear = (name for name, module in tower.named_modules() if isinstance(module, nn.Linear))
+    parent, _, last = linear.rpartition(".")
+    setattr(tower.get_submodule(parent), last, nn.Linear(tower.get_submodule(linear).in_features, dim))
+    tower.image_size, tower.dim = 224, dim
+    return tower
+
+
+# ----------------------------------------------------------------------------------------------------------- the model
 
 
 class HLSS(nn.Module):
@@ -219,6 +411,9 @@ class HLSS(nn.Module):
     def __init__(self, tower, bank, objective="hlss", init="text", mean=CLIP_MEAN, std=CLIP_STD):
         super().__init__()
         self.tower, self.objective = tower, objective
+        if bank["patch"].shape[1] != tower.dim:
+            raise ValueError(f"the bank's vectors have {bank['patch'].shape[1]} dimensions and the image tower's "
+                             f"{tower.dim}: encode the bank with the text tower of the same CLIP")
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
         for level in LEVELS:
@@ -250,10 +445,12 @@ class HLSS(nn.Module):
         return z, {level: p for level in OBJECTIVES[self.objective]}
 
 
-def hlss_from_state(state, objective):
+def hlss_from_state(state, objective, activation="quickgelu", backbone=""):
     """HLSS rebuilt from its own state dict: no CLIP file, no text tower, no bank file is needed."""
     bank = {level: state[f"bank_{level}"] for level in LEVELS}
-    model = HLSS(image_tower(_part(state, "tower.")), bank, objective)
+    dim = bank["patch"].shape[1]
+    tower = backbone_tower(backbone, dim) if backbone else image_tower(state | {"activation": activation})
+    model = HLSS(tower, bank, objective)
     model.load_state_dict(state)
     return model
 
@@ -272,4 +469,6 @@ def load_run(path):
             raise FileNotFoundError(f"{path} holds no checkpoint (step-*.pt): train first, or name a checkpoint file")
         path = found[-1]
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    return hlss_from_state(checkpoint["model"], checkpoint["config"]["objective"]).eval(), checkpoint
+    config = checkpoint["config"]
+    options = {name: config[name] for name in ("objective", "activation", "backbone") if name in config}
+    return hlss_from_state(checkpoint["model"], **options).eval(), checkpoint

@@ -22,10 +22,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
-from describe import Tokenizer, encode_bank, read_bank, train_demo_clip
+from describe import open_bank, train_demo_clip
 from evaluate import embed, probe, table
-from losses import LEVELS, ha, hvc, nearest_attribute
-from model import HLSS, OBJECTIVES, checkpoints, image_tower, load_state, text_tower
+from losses import ha, hvc, nearest_attribute
+from model import ACTIVATIONS, CLIPS, HLSS, OBJECTIVES, backbone_tower, checkpoints, find_clip, image_tower, load_state
 
 STOPPED = 75  # exit code after SIGTERM or SIGINT: saved, start again to go on
 
@@ -41,8 +41,13 @@ class Config:
     data: str = flag("", "folder with manifest.csv; empty: demo tissue, written on first use")
     out: str = flag("runs/demo", "folder of the run: checkpoints, log.jsonl, config.json")
     cache: str = flag("runs/cache", "where the demo's tissue and CLIP are kept")
-    clip: str = flag("", "CLIP state dict to start from; empty: the demo's small CLIP, trained on first use")
-    bank: str = flag("attributes/demo.json", "the attribute-text bank")
+    clip: str = flag("", f"CLIP to start from, a file or one of {', '.join(CLIPS)}; empty: the demo's small CLIP, "
+                     "trained on first use")
+    activation: str = flag("", "of the CLIP's transformers, where its file does not say it")
+    vocab: str = flag("", "CLIP's bpe_simple_vocab_16e6.txt.gz; empty: an installed open_clip's copy, or a download")
+    bank: str = flag("attributes/demo.json", "the attribute-text bank: a bank file, or the bank.pt that describe.py "
+                     "encode made of it")
+    backbone: str = flag("", "a torchvision classifier (resnet18) with new weights in place of the CLIP's image tower")
     objective: str = flag("hlss", "hlss: three text-tied projections and alignment; hidisc: one projection, three "
                           "levels; simclr: one projection, patch level only")
     init: str = flag("text", "how hlss's projections start. text: as the bank, the paper's; random: an ablation")
@@ -81,8 +86,9 @@ PRESETS = {  # over the defaults above, which are the demo's
     "opensrh": dict(bank="attributes/opensrh.json", out="runs/opensrh", **_LONG),
     "tcga": dict(bank="attributes/tcga.json", out="runs/tcga", **_LONG),
 }
-CHOICES = {"objective": list(OBJECTIVES), "init": ["text", "random"]}
-MAY_CHANGE = {"data", "out", "cache", "clip", "bank", "workers", "log_every", "probe_every", "save_every", "compile"}
+CHOICES = {"objective": list(OBJECTIVES), "init": ["text", "random"], "activation": list(ACTIVATIONS)}
+MAY_CHANGE = {"data", "out", "cache", "clip", "vocab", "bank", "workers", "log_every", "probe_every", "save_every",
+              "compile"}
 
 
 def parse_config(argv=None):
@@ -147,6 +153,8 @@ def prepare_demo(config, rank):
         torch.set_num_threads(threads)
     config.data = config.data or os.path.join(config.cache, "demo-tissue")
     config.clip = config.clip or os.path.join(config.cache, "demo-clip.pt")
+    if rank == 0:
+        find_clip(config.clip)  # a download, once
     if dist.is_initialized():
         dist.barrier()
 
@@ -270,10 +278,13 @@ def train(config):
         raise ValueError(f"--patients {config.patients} cannot be shared by {world} processes: use "
                          f"{' or '.join(map(str, near))}")
 
-    state, bank = load_state(config.clip), read_bank(config.bank)
-    vectors = encode_bank(bank, text_tower(state), Tokenizer())
-    torch.manual_seed(config.seed)  # of the projections that start at random
-    model = HLSS(image_tower(state), vectors, config.objective, config.init)
+    state = load_state(config.clip, config.activation)
+    config.activation = state["activation"]
+    attributes, vectors = open_bank(config.bank, state, config.vocab)
+    torch.manual_seed(config.seed)  # of the projections and backbones that start at random
+    dim = vectors["patch"].shape[1]
+    tower = backbone_tower(config.backbone, dim) if config.backbone else image_tower(state, config.image_size)
+    model = HLSS(tower, vectors, config.objective, config.init)
     model = model.to(device, memory_format=torch.channels_last)
     del state  # and with it the text tower: from here on the bank is all that is left of the language
     image_size = config.image_size or model.tower.image_size
@@ -344,7 +355,7 @@ def train(config):
         if rank == 0 and (last or step % config.save_every == 0):
             save_checkpoint(config.out, {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "config": vars(config),
-                "attributes": {level: list(bank["levels"][level]) for level in LEVELS}, "classes": cohort.classes,
+                "attributes": attributes, "classes": cohort.classes,
                 "image_size": image_size, "read_size": read_size})
         if stopping and step < config.steps:
             bar.close()

@@ -106,12 +106,13 @@ def _alike(texts, threshold):
     return [(i, j, overlap[i, j]) for i, j in zip(*np.nonzero(np.triu(overlap >= threshold, 1)))]
 
 
-def check_bank(bank, attributes=None, tokenizer=None, context=77, sentences=None):
+def check_bank(bank, attributes=None, tokenizer=None, context=77, sentences=None, only=None):
     """Everything about a bank that a program can measure. Returns (lines of findings, {line of a problem: the (level,
     attribute)s it is about}); no problems: it passes.
 
     attributes, sentences: how many each level and each attribute must have. tokenizer: to count tokens; a sentence
-    must fit the context with its start and end.
+    must fit the context with its start and end. only: the (level, attribute) whose texts are read one by one, if the
+    others were before.
     """
     named = [(level, name) for level in LEVELS for name in bank["levels"][level]]
     said = [(level, name, s) for level, name in named for s in bank["levels"][level][name]]
@@ -131,6 +132,8 @@ def check_bank(bank, attributes=None, tokenizer=None, context=77, sentences=None
         problems[line] = [said[i][:2], said[j][:2]]
     longest, raman = 0, "raman" in bank.get("tissue", "").lower()
     for level, name, text in [*((*place, place[1]) for place in named), *said]:  # names are looked at as sentences are
+        if only not in (None, (level, name)):
+            continue
         wrong, length = [], len(_words(text))
         if not _plain(text):
             wrong.append("not ASCII")
@@ -401,7 +404,8 @@ def take_reply(bank, level, names, reply, attributes=128, sentences=4, tokenizer
     for name, texts in answer.items():
         texts = texts if isinstance(texts, list) else []
         here[name] = [" ".join(s.translate(PLAIN).split()) for s in texts if isinstance(s, str)][:sentences]
-        _, problems = check_bank(bank, tokenizer=tokenizer, sentences=sentences if names else 0)
+        number = sentences if names else 0
+        _, problems = check_bank(bank, tokenizer=tokenizer, sentences=number, only=(level, name))
         found = [line for line, places in problems.items() if (level, name) in places]
         if found and names:
             here[name] = []

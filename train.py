@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=4 train.py                     the same on four processes
     python train.py --data FOLDER --out runs/mine            your own cohort (a folder with manifest.csv)
 
-A run that was stopped goes on from its newest checkpoint when it is started again with the same flags.
+A run that was stopped, by whatever, goes on from its newest checkpoint when it is started again with the same flags.
 """
 
 import argparse
@@ -12,9 +12,17 @@ import dataclasses
 import json
 import math
 import os
+import resource
+import shlex
 import signal
+import subprocess
+import sys
+import threading
 import time
+import zipfile
 from dataclasses import dataclass, field
+from datetime import timedelta
+from importlib.metadata import version
 
 import numpy as np
 import torch
@@ -24,7 +32,7 @@ from tqdm import tqdm
 import data
 from describe import open_bank, train_demo_clip
 from evaluate import embed, probe, table
-from losses import ha, hvc, nearest_attribute
+from losses import gather, ha, hvc, nearest_attribute
 from model import ACTIVATIONS, CLIPS, HLSS, OBJECTIVES, backbone_tower, checkpoints, find_clip, image_tower, load_state
 
 STOPPED = 75  # exit code after SIGTERM or SIGINT: saved, start again to go on
@@ -78,6 +86,8 @@ class Config:
     log_every: int = flag(10, "steps between the lines of log.jsonl")
     probe_every: int = flag(200, "steps between kNN probes on the held-out patients; 0: at the start and the end")
     save_every: int = flag(100, "steps between checkpoints; the newest two are kept")
+    timeout: int = flag(600, "seconds without progress after which a job of several processes ends and says which "
+                        "rank is missing. A probe of a large cohort takes longer: more")
 
 
 _LONG = dict(image_size=224, patients=64, steps=60000, workers=8, log_every=50, probe_every=5000, save_every=1000)
@@ -88,7 +98,7 @@ PRESETS = {  # over the defaults above, which are the demo's
 }
 CHOICES = {"objective": list(OBJECTIVES), "init": ["text", "random"], "activation": list(ACTIVATIONS)}
 MAY_CHANGE = {"data", "out", "cache", "clip", "vocab", "bank", "workers", "log_every", "probe_every", "save_every",
-              "compile"}
+              "compile", "timeout"}
 
 
 def parse_config(argv=None):
@@ -119,15 +129,71 @@ def learning_rate(step, config):
 # ------------------------------------------------------------------------------------------------------- the processes
 
 
-def start_processes():
-    """Join the processes of torchrun, if there are any. Returns (rank, world size, device)."""
+def start_processes(timeout):
+    """Join the processes of torchrun, if there are any. Returns (rank, world size, device, watchdog)."""
     rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return rank, max(1, world), device
+    if world <= 1:
+        return 0, 1, device, Watchdog(dist.HashStore(), 0, 1, timeout)
+    store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    watchdog = Watchdog(store, rank, world, timeout)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
+                            timeout=timedelta(seconds=timeout + 60))  # later than the watchdog, which says more
+    return rank, world, device, watchdog
+
+
+class Watchdog:
+    """Ends a job of several processes that makes no progress for `timeout` seconds, and says which rank is missing.
+
+    A process that waits for another cannot tell for whom. So each notes where it is in the store that all share, and
+    that it gives up when it does. Who has not given up 5 seconds later is dead, stopped or far behind. If all have,
+    whoever got least far is holding up the others.
+    """
+
+    def __init__(self, store, rank, world, timeout):
+        self.store, self.rank, self.world, self.timeout, self.grace = store, rank, world, timeout, min(5, timeout)
+        self.moves = 0
+        self.at(0, "starting")
+
+    def __enter__(self):
+        if self.world > 1:
+            threading.Thread(target=self.watch, daemon=True).start()
+
+    def __exit__(self, kind, error, trace):
+        self.timeout = math.inf
+        if error and ("gloo" in str(error) or isinstance(error, dist.DistError)):  # a peer is gone
+            raise RuntimeError(self.missing()) from error
+
+    def at(self, step, doing):
+        """Every rank alike calls this when `step` was its last and it begins to do something else."""
+        self.moves += 1
+        self.store.set(f"rank {self.rank} is at", json.dumps([self.moves, step, doing]))
+
+    def watch(self):
+        waited = moves = 0
+        while waited < self.timeout:  # counts seconds awake: a job that was suspended as a whole is not late
+            time.sleep(1)
+            waited, moves = waited + 1 if moves == self.moves else 0, self.moves
+        print(f"rank {self.rank}: no progress in {self.timeout} s. {self.missing()}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def missing(self):
+        self.store.set(f"rank {self.rank} gave up", "")
+        time.sleep(self.grace)
+        places = [json.loads(self.store.get(f"rank {rank} is at")) for rank in range(self.world)]
+        gone = [rank for rank in range(self.world) if not self.store.check([f"rank {rank} gave up"])]
+        least = [rank for rank in range(self.world) if places[rank][0] == min(places)[0]]
+        return "; ".join(f"rank {rank} is missing: step {places[rank][1]} was its last, then {places[rank][2]}"
+                         for rank in gone or least)
+
+
+def memory(device):
+    """The most that this process has held so far, in MiB: on the GPU, or in all when it trains on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def average(*values, device="cpu"):
@@ -203,16 +269,43 @@ def perplexity(z, t):
 # --------------------------------------------------------------------------------------------- checkpoints and the log
 
 
-def save_checkpoint(folder, checkpoint):
-    """Write step-N.pt so that a crash at any moment leaves the one before whole; keep the newest two."""
-    path = os.path.join(folder, f"step-{checkpoint['step']:07d}.pt")
-    with open(path + ".part", "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
+def write_whole(path, write):
+    """Write a file by write(file). A crash at any moment, or a full disk, leaves whole what stood there before."""
+    try:
+        with open(path + ".part", "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch.save may turn the one into the other
+        if os.path.exists(path + ".part"):
+            os.remove(path + ".part")
+        raise OSError(f"{path} cannot be written ({error}): make room and start again") from error
     os.replace(path + ".part", path)
+
+
+def save_checkpoint(folder, checkpoint):
+    """Write step-N.pt; keep the newest two."""
+    write_whole(os.path.join(folder, f"step-{checkpoint['step']:07d}.pt"), lambda file: torch.save(checkpoint, file))
     for old in checkpoints(folder)[:-2]:
         os.remove(old)
+
+
+def newest_checkpoint(folder):
+    """The newest checkpoint that is whole, reporting those that are not; {"step": 0} in a new run.
+
+    Raises ValueError if there are some and none is whole: to start anew would cost the log.
+    """
+    found = checkpoints(folder)
+    for path in reversed(found):
+        try:
+            if part := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+                raise ValueError(f"wrong checksum of {part}")
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever zip, pickle and torch make of a damaged file
+            print(f"{path} is damaged ({error}): going on from the one before")
+    if found:
+        raise ValueError(f"no checkpoint in {folder} is whole: restore one, or give another --out")
+    return {"step": 0}
 
 
 def resume(config, model, optimizer):
@@ -220,10 +313,12 @@ def resume(config, model, optimizer):
 
     Raises ValueError when a flag contradicts the checkpoint's: that would be neither the old run nor a new one.
     """
-    found = checkpoints(config.out) if os.path.isdir(config.out) else []
-    if not found:
+    checkpoint = newest_checkpoint(config.out)
+    step = checkpoint["step"]
+    if average(step, device=next(model.parameters()).device)[0] != step:
+        raise ValueError(f"{config.out} ends at step {step} here, but not for other ranks: put it on a shared disk")
+    if step == 0:
         return 0
-    checkpoint = torch.load(found[-1], map_location="cpu", weights_only=True)
     then = checkpoint["config"]
     changed = [f"--{name.replace('_', '-')} {value} (there: {then[name]})" for name, value in vars(config).items()
                if name not in MAY_CHANGE and then[name] != value]
@@ -232,7 +327,26 @@ def resume(config, model, optimizer):
                          "go on with it, or another --out to start anew")
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    return checkpoint["step"]
+    return step
+
+
+def describe_run(typed, config, world, device):
+    """Write config.json: the settings, and what else it takes to repeat the run.
+
+    The command means the same on any machine, since it spells out the defaults that depend on the machine.
+    """
+    command = ["torchrun", f"--nproc_per_node={world}", "train.py"] if world > 1 else ["python", "train.py"]
+    for f in dataclasses.fields(typed):
+        value, name = getattr(typed, f.name), f.name.replace("_", "-")
+        if value != f.default or f.name in ("amp", "compile"):
+            command += [f"--{name}" if value else f"--no-{name}"] if f.type is bool else [f"--{name}", str(value)]
+    git = "git describe --always --dirty --abbrev=40 --exclude=*"
+    here = os.path.dirname(os.path.abspath(__file__))
+    commit = subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True).stdout.strip()
+    about = {"command": shlex.join(command), "commit": commit, "processes": world, "device": device.type,
+             "python": sys.version.split()[0], **{name: version(name) for name in ("torch", "numpy", "pillow")}}
+    write_whole(os.path.join(config.out, "config.json"),
+                lambda file: file.write(json.dumps(vars(config) | about, indent=1).encode()))
 
 
 class Log:
@@ -245,9 +359,7 @@ class Log:
             with open(self.path) as file:
                 self.lines = [line for line in map(json.loads, filter(lambda s: s.endswith("\n"), file))
                               if line["step"] <= until]
-        with open(self.path + ".part", "w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in self.lines)
-        os.replace(self.path + ".part", self.path)
+        write_whole(self.path, lambda file: file.writelines(json.dumps(line).encode() + b"\n" for line in self.lines))
 
     def write(self, **line):
         self.lines.append(line)
@@ -263,108 +375,146 @@ class Log:
 # --------------------------------------------------------------------------------------------------------------- train
 
 
-def train(config):
-    """Train to the end, or to a SIGTERM or SIGINT. Returns whether it reached the end."""
-    rank, world, device = start_processes()
-    prepare_demo(config, rank)
-    cohort = data.read_manifest(config.data, config.val_fraction)
-    train_cohort = cohort.restrict("train")
-    if config.patients > len(train_cohort.present):
-        config.patients = len(train_cohort.present)
+def share_patients(config, cohort, world):
+    """Lowers --patients to what there are. Raises ValueError unless the processes can share them evenly."""
+    if config.patients > len(cohort.present):
+        config.patients = len(cohort.present)
         print(f"all {config.patients} training patients are in every batch: there are no more")
-    data.check_patients(train_cohort, config.patients)
+    data.check_patients(cohort, config.patients)
     if config.patients % world:
-        near = sorted({max(1, config.patients // world) * world, -(-config.patients // world) * world})
+        sizes = [str(size) for size in range(1, config.patients + 1) if config.patients % size == 0]
+        below = sum(int(size) < world for size in sizes)
         raise ValueError(f"--patients {config.patients} cannot be shared by {world} processes: use "
-                         f"{' or '.join(map(str, near))}")
+                         f"{' or '.join(sizes[below - 1:below + 1])}, or a multiple of {world} patients")
 
+
+def build_model(config, device):
+    """The model, and the names of its attributes at each level. Fills in config.activation."""
     state = load_state(config.clip, config.activation)
     config.activation = state["activation"]
-    attributes, vectors = open_bank(config.bank, state, config.vocab)
+    attributes, vectors = open_bank(config.bank, state, config.vocab)  # all that is left of the language from here on
     torch.manual_seed(config.seed)  # of the projections and backbones that start at random
     dim = vectors["patch"].shape[1]
     tower = backbone_tower(config.backbone, dim) if config.backbone else image_tower(state, config.image_size)
     model = HLSS(tower, vectors, config.objective, config.init)
-    model = model.to(device, memory_format=torch.channels_last)
-    del state  # and with it the text tower: from here on the bank is all that is left of the language
-    image_size = config.image_size or model.tower.image_size
-    read_size = config.read_size or min(data.patch_size(cohort), 2 * image_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    first = resume(config, model, optimizer)
+    return model.to(device, memory_format=torch.channels_last), attributes
+
+
+def wrap(model, config, world, device):
+    """Compile the tower and share the gradients, all in place: names in the checkpoint stay what they are."""
     if config.compile:
-        model.tower.compile()  # in place, so that the names in the checkpoint stay what they are
-    wrapped = model
-    if world > 1:
-        if config.sync_bn and device.type == "cuda":
-            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        model.tower.compile()
+    if world == 1:
+        return model
+    if config.sync_bn and device.type == "cuda":
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return torch.nn.parallel.DistributedDataParallel(model)
 
-    n = config.patients * config.slides * config.patches * config.views
+
+def check_finite(numbers, step, ids, cohort, config, rank):
+    """Raises FloatingPointError, and lists the batch in a file, unless loss, terms and gradient norm are finite."""
+    bad = [f"{name} is {value}" for name, value in numbers.items() if not math.isfinite(value)]
+    if not bad:
+        return
+    path, rows = os.path.join(config.out, f"fault-{step:07d}.json"), gather(ids[::config.views, 0]).tolist()
+    fault = {"step": step, "fault": bad, "rows": rows, "paths": [cohort.path(row) for row in rows]}
     if rank == 0:
+        write_whole(path, lambda file: file.write(json.dumps(fault, indent=1).encode()))
+    raise FloatingPointError(f"step {step}: {', '.join(bad)}. The step was not taken, the last checkpoint is kept and "
+                             f"{path} lists the batch. If its images are sound, start anew with a lower --lr")
+
+
+def backward(model, optimizer, images, ids, bank, config, signals):
+    """The loss and its gradients. Returns ({"loss", every term, "gradient_norm"}, z [n, D], signals).
+
+    Numbers are averaged over the ranks, so that all decide alike: whether to go on, and when to stop.
+    """
+    loss, terms, z = losses_of(model, images, ids, bank, config)
+    optimizer.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    names = ("loss", *terms, "gradient_norm")
+    *means, signals = average(loss, *terms.values(), norm, signals, device=images.device)
+    return dict(zip(names, means)), z.detach(), signals
+
+
+def train(config):
+    """Train to the end, or to a SIGTERM or SIGINT. Returns whether it reached the end."""
+    typed = dataclasses.replace(config)  # before the paths of the demo are filled in
+    rank, world, device, watchdog = start_processes(config.timeout)
+    with watchdog:
+        prepare_demo(config, rank)
+        cohort = data.read_manifest(config.data, config.val_fraction)
+        train_cohort = cohort.restrict("train")
+        share_patients(config, train_cohort, world)
+        model, attributes = build_model(config, device)
+        image_size = config.image_size or model.tower.image_size
+        read_size = config.read_size or min(data.patch_size(cohort), 2 * image_size)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         os.makedirs(config.out, exist_ok=True)
-        log = Log(config.out, until=first)
-        with open(os.path.join(config.out, "config.json"), "w") as file:
-            versions = {"torch": torch.__version__, "processes": world, "device": str(device)}
-            json.dump(vars(config) | versions, file, indent=1)
-        print(f"{config.objective} from step {first} on {world} x {device}: {train_cohort} to train on, of {cohort}\n"
-              f"batches of {n} images; a contrast that learns nothing stays at log({n} - 1) = {math.log(n - 1):.2f}")
-
-    def probe_now(step):
-        if world > 1:  # batch norm's averages differ from process to process, and the checkpoint holds those of rank 0
-            for buffer in model.buffers():
-                dist.broadcast(buffer, 0)
-        z = embed(model, cohort, read_size, image_size, workers=config.workers)
+        first = resume(config, model, optimizer)
+        wrapped = wrap(model, config, world, device)
+        n = config.patients * config.slides * config.patches * config.views
         if rank == 0:
-            log.write(step=step, probe=probe(z, cohort))
+            log = Log(config.out, until=first)
+            describe_run(typed, config, world, device)
+            print(f"{config.objective} from step {first} on {world} x {device}: {train_cohort} to train on, of "
+                  f"{cohort}\nbatches of {n} images; a contrast that learns nothing stays at log({n} - 1) = "
+                  f"{math.log(n - 1):.2f}")
 
-    stop = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda signum, frame: stop.append(signum))
-    if first == 0:
-        probe_now(0)
-    model.train()
-    since, since_step = time.perf_counter(), first
-    views = load_views(train_cohort, config, first, read_size, image_size, device, rank, world)
-    bar = tqdm(views, initial=first, total=config.steps, desc=config.objective, unit="step", disable=rank > 0)
-    for step, (images, ids) in enumerate(bar, first + 1):
-        loss, terms, z = losses_of(wrapped, images, ids, model.bank, config)
-        mean_loss, stopping = average(loss, len(stop), device=device)  # the same on all: they stop at the same step
-        if not math.isfinite(mean_loss):
-            raise FloatingPointError(f"step {step}: the loss is {mean_loss} "
-                                     f"({', '.join(f'{k} {v.item():.3g}' for k, v in terms.items())}): lower --lr")
-        optimizer.zero_grad()
-        loss.backward()
-        gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step - 1, config)
-        optimizer.step()
-
-        last = step == config.steps or stopping > 0
-        if step % config.log_every == 0 or last:
-            means = dict(zip(terms, average(*terms.values(), device=device)))
+        def probe_now(step):
+            watchdog.at(step, "probing")
+            if world > 1:  # batch norm's averages differ from rank to rank, and the checkpoint holds those of rank 0
+                for buffer in model.buffers():
+                    dist.broadcast(buffer, 0)
+            z = embed(model, cohort, read_size, image_size, workers=config.workers)
             if rank == 0:
-                speed = (step - since_step) * n / (time.perf_counter() - since)
-                used = {f"attributes_used_{level}": perplexity(z, t) for level, t in model.bank.items()}
-                log.write(step=step, loss=mean_loss, **means, lr=learning_rate(step - 1, config),
-                          gradient_norm=gradient_norm.item(), **used, images_per_s=round(speed, 1))
-                bar.set_postfix(loss=f"{mean_loss:.3f}")
-            since, since_step = time.perf_counter(), step
-        if step == config.steps or (config.probe_every and step % config.probe_every == 0):
-            probe_now(step)
-            since, since_step = time.perf_counter(), step
-        if rank == 0 and (last or step % config.save_every == 0):
-            save_checkpoint(config.out, {
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "config": vars(config),
-                "attributes": attributes, "classes": cohort.classes,
-                "image_size": image_size, "read_size": read_size})
-        if stopping and step < config.steps:
-            bar.close()
-            return False
+                log.write(step=step, probe=probe(z, cohort))
 
-    if rank == 0:
-        print("\n".join(table(log.probes())))
-        print(f"the run is in {config.out}; python evaluate.py {config.out} probes its newest checkpoint")
-    return True
+        stop = []
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda signum, frame: stop.append(signum))
+        if first == 0:
+            probe_now(0)
+        model.train()
+        since, since_step = time.perf_counter(), first
+        views = load_views(train_cohort, config, first, read_size, image_size, device, rank, world)
+        bar = tqdm(views, initial=first, total=config.steps, desc=config.objective, unit="step", disable=rank > 0)
+        watchdog.at(first, "reading")
+        for step, (images, ids) in enumerate(bar, first + 1):
+            watchdog.at(step - 1, "computing")
+            numbers, z, signals = backward(wrapped, optimizer, images, ids, model.bank, config, len(stop))
+            check_finite(numbers, step, ids, train_cohort, config, rank)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step - 1, config)
+            optimizer.step()
+            last = step == config.steps or signals > 0
+            if step % config.log_every == 0 or last:
+                pace = (time.perf_counter() - since) / (step - since_step)  # seconds a step
+                used = {f"attributes_used_{level}": perplexity(gather(z), t) for level, t in model.bank.items()}
+                if rank == 0:
+                    log.write(step=step, **numbers, lr=learning_rate(step - 1, config), **used,
+                              images_per_s=round(n / pace, 1), memory_mib=round(memory(device)),
+                              seconds_left=round(pace * (config.steps - step)))
+                    bar.set_postfix(loss=f"{numbers['loss']:.3f}")
+                since, since_step = time.perf_counter(), step
+            if step == config.steps or (config.probe_every and step % config.probe_every == 0):
+                probe_now(step)
+                since, since_step = time.perf_counter(), step
+            if rank == 0 and (last or step % config.save_every == 0):
+                save_checkpoint(config.out, {
+                    "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+                    "config": vars(config), "attributes": attributes, "classes": cohort.classes,
+                    "image_size": image_size, "read_size": read_size})
+            watchdog.at(step, "reading")
+            if signals and step < config.steps:
+                bar.close()
+                return False
+
+        if rank == 0:
+            print("\n".join(table(log.probes())))
+            print(f"the run is in {config.out}; python evaluate.py {config.out} probes its newest checkpoint")
+        return True
 
 
 def main():

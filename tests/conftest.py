@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 torch.set_num_threads(2)
+mp.set_forkserver_preload(["train"])  # new processes start as copies of one that has imported it: it takes seconds
 
 
 @pytest.fixture(scope="session")
@@ -53,5 +54,5 @@ def _process(rank, world, folder, function, arguments):
 def on_processes(world, function, *arguments):
     """function(rank, world, *arguments) on `world` gloo processes; returns their results by rank."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_process, (world, folder, function, arguments), nprocs=world)
+        mp.start_processes(_process, (world, folder, function, arguments), nprocs=world, start_method="forkserver")
         return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world)]

@@ -1,0 +1,334 @@
+"""What goes wrong in a long run: it is killed, the disk is full, a number is not finite, a rank hangs."""
+
+import contextlib
+import glob
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from conftest import ROOT
+from test_distributed import free_port
+from test_train import log_of, weights_of
+
+import train
+
+
+def out_of(flags):
+    return flags[len(flags) - flags[::-1].index("--out")]
+
+
+def _main(flags, rank, world, port, hang_at, timeout):
+    """train.py on one rank, its words in OUT-RANK.txt. hang_at: the step whose batch rank 1 never gets. timeout: the
+    watchdog's once 3 steps are done, since how long a start takes depends on what else the machine does."""
+    sys.path.insert(0, ROOT)
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with open(f"{out_of(flags)}-{rank}.txt", "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    views, at = train.load_views, train.Watchdog.at
+
+    def timed(watchdog, step, doing):
+        at(watchdog, step, doing)
+        watchdog.timeout = timeout if step >= 3 else watchdog.timeout
+
+    def hanging(*arguments):
+        for step, batch in enumerate(views(*arguments), 1):
+            if rank == 1 and step == hang_at:
+                time.sleep(1000)
+            yield batch
+
+    sys.argv, train.load_views, train.Watchdog.at = ["train.py", *flags], hanging, timed
+    try:
+        train.main()
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def start(flags, world=1, hang_at=None, timeout=600):
+    """The ranks of a run, each in a process that has imported everything already."""
+    port, context = free_port(), mp.get_context("forkserver")
+    ranks = [context.Process(target=_main, args=(flags, rank, world, port, hang_at, timeout)) for rank in range(world)]
+    for rank in ranks:
+        rank.start()
+    return ranks
+
+
+def end(ranks, timeout=120):
+    """Exit codes."""
+    for rank in ranks:
+        rank.join(timeout)
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+    return codes
+
+
+def words(flags, rank=0):
+    with open(f"{out_of(flags)}-{rank}.txt") as file:
+        return file.read()
+
+
+def steps_in(out):
+    """How many steps the log holds."""
+    try:
+        with open(os.path.join(out, "log.jsonl")) as file:
+            return sum(line.startswith('{"step"') and '"loss"' in line for line in file)
+    except FileNotFoundError:
+        return 0
+
+
+def wait_for(condition, ranks, timeout=60):
+    """Whether the condition came true while all ranks lived."""
+    until = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > until or not all(rank.is_alive() for rank in ranks):
+            return False
+        time.sleep(0.0005)
+    return True
+
+
+# -------------------------------------------------------------------------------------------------------------- killed
+
+
+def half_written(out):
+    found = set()
+    for path in glob.glob(f"{out}/step-*.pt.part"):
+        with contextlib.suppress(FileNotFoundError):  # finished meanwhile
+            found.add((path, os.path.getmtime(path)))
+    return found
+
+
+def kill_and_go_on(flags, tmp_path, world, moments, seed):
+    """kill -9 at each of the moments, then run to the end. Returns (flags of the run, flags of an undisturbed one,
+    kills that left a half-written checkpoint)."""
+    whole, broken = ([*flags, "--out", str(tmp_path / name)] for name in ("whole", "broken"))
+    reference = start(whole, world)
+    rng, out, halves = random.Random(seed), out_of(broken), set()
+    for moment in moments:
+        ranks, before = start(broken, world), steps_in(out)
+        if moment == "starting":
+            time.sleep(rng.uniform(0, 1.5))
+        elif moment == "training":
+            wait_for(lambda: steps_in(out) > before, ranks)  # noqa: B023
+            time.sleep(rng.uniform(0, 0.3))
+        elif moment == "checkpointing":
+            wait_for(lambda known=halves: half_written(out) - known, ranks)
+            time.sleep(rng.uniform(0, 0.03))
+        for rank in rng.sample(ranks, world):
+            rank.kill()
+        end(ranks)
+        halves |= half_written(out)
+    assert end(start(broken, world)) == [0] * world, words(broken)
+    assert end(reference) == [0] * world, words(whole)
+    return broken, whole, len(halves)
+
+
+def assert_same(a, b):
+    assert len(log_of(out_of(a))) > 2
+    assert log_of(out_of(a)) == log_of(out_of(b))  # losses, gradient norms and the kNN probes
+    a, b = (torch.load(train.checkpoints(out_of(flags))[-1], weights_only=True) for flags in (a, b))
+    assert a["model"].keys() == b["model"].keys()
+    assert all(torch.equal(value, b["model"][name]) for name, value in a["model"].items())
+    for i, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(value, b["optimizer"]["state"][i][name]) for name, value in state.items())
+
+
+LIGHT = ["--slides", "1", "--patches", "1", "--save-every", "1", "--probe-every", "0"]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_kill_9_loses_nothing_and_changes_nothing(flags, tmp_path, world):
+    moments = ["training", "checkpointing", "training"]
+    broken, whole, _ = kill_and_go_on([*flags, *LIGHT, "--steps", "12"], tmp_path, world, moments, seed=world)
+    assert_same(broken, whole)
+    assert words(broken).count("hlss from step") > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_kill_9_at_20_moments(flags, tmp_path, world):
+    moments = ["starting"] * 3 + ["training"] * 7 + ["checkpointing"] * 10
+    random.Random(world).shuffle(moments)
+    flags = [*flags, *LIGHT, "--steps", "60", "--probe-every", "20"]
+    broken, whole, halves = kill_and_go_on(flags, tmp_path, world, moments, seed=world)
+    print(f"{world} processes: {halves} of 20 kills left a half-written checkpoint")
+    assert halves >= 3
+    assert_same(broken, whole)
+
+
+def test_another_number_of_processes_goes_on(flags):
+    """The batches stay those of the run (test_distributed.py); here: that it goes on at all, from 1 to 2 processes."""
+    assert end(start([*flags, *LIGHT, "--steps", "6"])) == [0]
+    os.remove(train.checkpoints(out_of(flags))[-1])  # back to step 5
+    assert end(start([*flags, *LIGHT, "--steps", "6"], world=2)) == [0, 0], words(flags)
+    assert "hlss from step 5 on 2" in words(flags)
+    assert [line["step"] for line in log_of(out_of(flags))] == [0, 1, 2, 3, 4, 5, 6, 6]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_saves(flags, number):
+    """On two processes of which one is told."""
+    flags = [*flags, *LIGHT, "--steps", "100000", "--save-every", "100000"]
+    ranks = start(flags, world=2)
+    assert wait_for(lambda: steps_in(out_of(flags)) > 2, ranks), words(flags)
+    os.kill(ranks[1].pid, number)
+    assert end(ranks) == [train.STOPPED] * 2, words(flags)
+    saved, = train.checkpoints(out_of(flags))
+    assert torch.load(saved, weights_only=True)["step"] == log_of(out_of(flags))[-1]["step"]
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+
+class Malice:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["MALICE"],)
+
+
+def damage(path, how):
+    with open(path, "rb") as file:
+        content = bytearray(file.read())
+    if how == "truncated":
+        content = content[:len(content) // 2]
+    elif how == "empty":
+        content = b""
+    elif how == "one bit":
+        content[len(content) // 2] ^= 1  # in a tensor: torch.load alone would take it
+    with open(path, "wb") as file:
+        file.write(content)
+    if how == "malicious":
+        torch.save({"step": 4, "model": Malice()}, path)
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "one bit", "malicious"])
+def test_a_damaged_checkpoint_is_reported_and_not_used(tmp_path, how, capsys, monkeypatch):
+    monkeypatch.setenv("MALICE", str(tmp_path / "executed"))
+    for step in (2, 4):
+        train.save_checkpoint(tmp_path, {"step": step, "model": {"weight": torch.arange(1000.0)}})
+    damage(tmp_path / "step-0000004.pt", how)
+    assert train.newest_checkpoint(tmp_path)["step"] == 2
+    assert "step-0000004.pt is damaged" in capsys.readouterr().out
+    assert not (tmp_path / "executed").exists()
+    damage(tmp_path / "step-0000002.pt", how)
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole"):
+        train.newest_checkpoint(tmp_path)
+
+
+def test_a_run_goes_on_from_before_the_damage(flags, tmp_path, capsys):
+    train.train(train.parse_config(flags))
+    whole, lines = weights_of(out_of(flags)), log_of(out_of(flags))
+    damage(train.checkpoints(out_of(flags))[-1], "one bit")
+    train.train(train.parse_config(flags))
+    assert "hlss from step 2" in capsys.readouterr().out
+    assert all(torch.equal(value, whole[name]) for name, value in weights_of(out_of(flags)).items())
+    assert log_of(out_of(flags)) == lines
+
+
+def test_the_newest_two_checkpoints_are_kept(tmp_path):
+    for step in range(1, 5):
+        train.save_checkpoint(tmp_path, {"step": step})
+    assert sorted(os.listdir(tmp_path)) == ["step-0000003.pt", "step-0000004.pt"]
+
+
+def test_ranks_that_see_different_checkpoints_are_told(flags, monkeypatch):
+    monkeypatch.setattr(train, "average", lambda step, device: [step / 2])  # as if the other of two ranks found none
+    monkeypatch.setattr(train, "newest_checkpoint", lambda folder: {"step": 4})
+    with pytest.raises(ValueError, match="put it on a shared disk"):
+        train.resume(train.parse_config(flags), torch.nn.Linear(1, 1), None)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(flags, tmp_path):
+    """On a tmpfs with room for two and a half checkpoints, in a mount namespace of its own."""
+    out, kept = tmp_path / "small", tmp_path / "kept"
+    out.mkdir()
+    kept.mkdir()
+    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", out], capture_output=True).returncode:
+        pytest.skip("this machine lets no one mount a tmpfs")
+    state = torch.load(flags[flags.index("--clip") + 1], weights_only=True)
+    weights = sum(value.nbytes for name, value in state.items() if name.startswith("visual."))
+    run = [sys.executable, "train.py", *flags, *LIGHT, "--out", str(out), "--steps", "8"]
+    script = ('mount -t tmpfs -o size="$1" tmpfs "$2"; out="$2" kept="$3"; shift 3; "$@"; code=$?; '
+              'cp "$out"/* "$kept"; exit $code')
+    size = int(2.5 * 3 * weights)  # weights and AdamW's two moments
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script, "sh", str(size), out, kept, *run], cwd=ROOT,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "step-0000003.pt cannot be written" in done.stderr
+    assert "No space left on device" in done.stderr
+    assert sorted(path.name for path in kept.glob("step*")) == ["step-0000001.pt", "step-0000002.pt"]
+    shutil.copytree(kept, out_of(flags))  # with room, it goes on
+    train.train(train.parse_config([*flags, *LIGHT, "--steps", "8"]))
+    assert log_of(out_of(flags))[-1]["step"] == 8
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(flags):
+    with pytest.raises(FloatingPointError, match="step 2: loss is nan, hvc_patch is nan"):
+        train.train(train.parse_config([*flags, "--lr", "1e30", "--warmup", "0"]))
+    assert train.checkpoints(out_of(flags)) == []
+
+
+def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(flags, monkeypatch):
+    """The loss is finite, its gradient is 0 / 0: found before the step, with the batch that did it."""
+    losses_of, calls = train.losses_of, []
+
+    def poisoned(*arguments):
+        loss, terms, z = losses_of(*arguments)
+        calls.append(loss)
+        return (loss + (0 * z).sum().sqrt() if len(calls) == 4 else loss), terms, z
+
+    monkeypatch.setattr(train, "losses_of", poisoned)
+    config = train.parse_config([*flags, "--steps", "6", "--save-every", "3", "--probe-every", "0"])
+    with pytest.raises(FloatingPointError, match="step 4: gradient_norm is nan"):
+        train.train(config)
+    assert [os.path.basename(path) for path in train.checkpoints(config.out)] == ["step-0000003.pt"]
+    assert all(torch.isfinite(value).all() for value in weights_of(config.out).values())
+    with open(os.path.join(config.out, "fault-0000004.json")) as file:
+        fault = json.load(file)
+    cohort = train.data.read_manifest(config.data).restrict("train")
+    rows = train.data.hierarchical_batch(cohort, 3, config.seed, 4)
+    assert fault["rows"] == rows.ravel().tolist()
+    assert fault["paths"] == [cohort.path(row) for row in rows.ravel()]
+    assert fault["fault"] == ["gradient_norm is nan"]
+
+
+# --------------------------------------------------------------------------------------------------------------- hangs
+
+
+def test_a_rank_that_dies_stops_or_hangs_is_named(flags, tmp_path):
+    """Three jobs of two processes at a time; in each the other rank ends within the time-out and its grace."""
+    jobs = {}
+    for what in ("dies", "stops", "hangs"):
+        mine = [*flags, *LIGHT, "--out", str(tmp_path / what), "--steps", "100000"]
+        jobs[what] = mine, start(mine, world=2, hang_at=4 if what == "hangs" else None, timeout=6)
+    for what, (mine, ranks) in jobs.items():
+        alive = ranks if what != "hangs" else []
+        assert wait_for(lambda: steps_in(out_of(mine)) >= 3, alive), words(mine)  # noqa: B023
+        if what != "hangs":
+            os.kill(ranks[1].pid, signal.SIGKILL if what == "dies" else signal.SIGSTOP)
+    since = time.monotonic()
+    for what, (mine, ranks) in jobs.items():
+        code, = end(ranks[:1], timeout=40)
+        assert time.monotonic() - since < 6 + 5 + 10  # the last: for a machine that is busy
+        last = max(line["step"] for line in log_of(out_of(mine)))
+        end(ranks[1:], timeout=0)
+        assert code == 1, what
+        assert f"rank 1 is missing: step {last} was its last" in words(mine) or \
+            f"rank 1 is missing: step {last - 1} was its last" in words(mine), words(mine)
+        assert "rank 0 is missing" not in words(mine), words(mine)
+        assert ("no progress in 6 s" in words(mine)) == (what != "dies")
+    assert "step 3 was its last, then reading" in words(jobs["hangs"][0])

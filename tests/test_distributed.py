@@ -164,6 +164,7 @@ def workers_of(agent):
         return [int(pid) for pid in file.read().split()]
 
 
+@pytest.mark.slow
 def test_torchrun_starts_again_by_itself(flags):
     """A worker dies by kill -9; torchrun --max-restarts starts all anew, and they go on from the checkpoint."""
     agent = torchrun("--nproc_per_node=2", "--standalone", "--max-restarts=1", "train.py", *flags, "--steps", "30",

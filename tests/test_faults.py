@@ -256,7 +256,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(flags, tmp_path):
     kept.mkdir()
     if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", out], capture_output=True).returncode:
         pytest.skip("this machine lets no one mount a tmpfs")
-    state = torch.load(flags[flags.index("--clip") + 1], weights_only=True)
+    state = torch.load(flags[flags.index("--clip") + 1], weights_only=True)["state_dict"]
     weights = sum(value.nbytes for name, value in state.items() if name.startswith("visual."))
     run = [sys.executable, "train.py", *flags, *LIGHT, "--out", str(out), "--steps", "8"]
     script = ('mount -t tmpfs -o size="$1" tmpfs "$2"; out="$2" kept="$3"; shift 3; "$@"; code=$?; '

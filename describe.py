@@ -232,6 +232,14 @@ def read_merges(path=""):
         return [tuple(line.split()) for line in file.read().split("\n")[1:49408 - 512 - 2 + 1]]
 
 
+def tokenizer_of(tower, vocab=""):
+    """The Tokenizer that a text tower was trained with: CLIP's, or the demo's of bytes. ValueError for neither."""
+    tokenizer = Tokenizer(read_merges(vocab) if tower.vocabulary > 514 else ())
+    if len(tokenizer.vocabulary) != tower.vocabulary:
+        raise ValueError(f"this text tower has {tower.vocabulary} tokens, CLIP's {len(tokenizer.vocabulary)}")
+    return tokenizer
+
+
 @torch.no_grad()
 def encode_bank(bank, tower, tokenizer, batch=64):
     """Sentences -> one unit vector an attribute: t = norm(mean_j norm(TextEncoder(sentence_j))).
@@ -258,10 +266,8 @@ def open_bank(path, state, vocab=""):
         saved = torch.load(path, weights_only=True)
         return saved["attributes"], saved["vectors"]
     bank, tower = read_bank(path), text_tower(state)
-    tokenizer = Tokenizer(read_merges(vocab) if tower.vocabulary > 514 else ())
-    if len(tokenizer.vocabulary) != tower.vocabulary:
-        raise ValueError(f"this text tower has {tower.vocabulary} tokens, CLIP's {len(tokenizer.vocabulary)}")
-    return {level: list(bank["levels"][level]) for level in LEVELS}, encode_bank(bank, tower, tokenizer)
+    vectors = encode_bank(bank, tower, tokenizer_of(tower, vocab))
+    return {level: list(bank["levels"][level]) for level in LEVELS}, vectors
 
 
 def save_bank(path, bank, vectors):

@@ -107,6 +107,15 @@ def nearest_attribute(z, t):
         return (z.float() @ t.float().T).argmax(dim=1)
 
 
+def attributes_used(z, t):
+    """The perplexity of the nearest attributes, from 1 (collapse) to K. z: [n, D] and t: [K, D], L2-normalised.
+
+        exp(-sum_k share_k log share_k),    share_k = how many of z have t_k as nearest / n
+    """
+    share = torch.bincount(nearest_attribute(z, t), minlength=len(t)) / len(z)
+    return torch.special.entr(share).sum().exp().item()
+
+
 def symmetric_kl(z, t, temperature=1.0):
     """Mean over rows of the symmetric KL divergence between z and t, each read as a distribution over its D
     dimensions.

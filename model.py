@@ -455,20 +455,56 @@ def hlss_from_state(state, objective, activation="quickgelu", backbone=""):
     return model
 
 
+def write_whole(path, write):
+    """Write a file by write(file). A crash at any moment, or a full disk, leaves whole what stood there before."""
+    try:
+        with open(path + ".part", "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch.save may turn the one into the other
+        if os.path.exists(path + ".part"):
+            os.remove(path + ".part")
+        raise OSError(f"{path} cannot be written ({error}): make room and start again") from error
+    os.replace(path + ".part", path)
+
+
 def checkpoints(run):
     """The checkpoint files of a run folder, oldest first."""
     return sorted(glob.glob(os.path.join(glob.escape(run), "step-*.pt")))
 
 
+def save_checkpoint(folder, checkpoint):
+    """Write step-N.pt; keep the newest two."""
+    write_whole(os.path.join(folder, f"step-{checkpoint['step']:07d}.pt"), lambda file: torch.save(checkpoint, file))
+    for old in checkpoints(folder)[:-2]:
+        os.remove(old)
+
+
+def newest_checkpoint(folder):
+    """The newest checkpoint that is whole, reporting those that are not; {"step": 0} in a new run.
+
+    Raises ValueError if there are some and none is whole: to start anew would cost the log.
+    """
+    found = checkpoints(folder)
+    for path in reversed(found):
+        try:
+            if part := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+                raise ValueError(f"wrong checksum of {part}")
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever zip, pickle and torch make of a damaged file
+            print(f"{path} is damaged ({error}): taking the one before")
+    if found:
+        raise ValueError(f"no checkpoint in {folder} is whole: restore one, or give another --out")
+    return {"step": 0}
+
+
 def load_run(path):
-    """A run folder or checkpoint file -> (HLSS on the CPU in eval mode, the checkpoint's dict). Needs nothing but that
-    file."""
-    if os.path.isdir(path):
-        found = checkpoints(path)
-        if not found:
-            raise FileNotFoundError(f"{path} holds no checkpoint (step-*.pt): train first, or name a checkpoint file")
-        path = found[-1]
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    """A run folder (its newest whole checkpoint) or a checkpoint file -> (HLSS on the CPU in eval mode, the
+    checkpoint's dict). Needs nothing but that file."""
+    checkpoint = newest_checkpoint(path) if os.path.isdir(path) else torch.load(path, "cpu", weights_only=True)
+    if "config" not in checkpoint:
+        raise ValueError(f"{path} holds no checkpoint of train.py (step-*.pt): train first, or name another")
     config = checkpoint["config"]
     options = {name: config[name] for name in ("objective", "activation", "backbone") if name in config}
     return hlss_from_state(checkpoint["model"], **options).eval(), checkpoint

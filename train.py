@@ -19,7 +19,6 @@ import subprocess
 import sys
 import threading
 import time
-import zipfile
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.metadata import version
@@ -32,8 +31,20 @@ from tqdm import tqdm
 import data
 from describe import open_bank, train_demo_clip
 from evaluate import embed, probe, table
-from losses import gather, ha, hvc, nearest_attribute
-from model import ACTIVATIONS, CLIPS, HLSS, OBJECTIVES, backbone_tower, checkpoints, find_clip, image_tower, load_state
+from losses import attributes_used, gather, ha, hvc
+from model import (
+    ACTIVATIONS,
+    CLIPS,
+    HLSS,
+    OBJECTIVES,
+    backbone_tower,
+    find_clip,
+    image_tower,
+    load_state,
+    newest_checkpoint,
+    save_checkpoint,
+    write_whole,
+)
 
 STOPPED = 75  # exit code after SIGTERM or SIGINT: saved, start again to go on
 
@@ -260,52 +271,7 @@ def losses_of(model, images, ids, bank, config):
     return loss, terms, z
 
 
-def perplexity(z, t):
-    """How many attributes are in use: exp of the entropy of the nearest ones, from 1 (collapse) to K."""
-    share = torch.bincount(nearest_attribute(z, t), minlength=len(t)) / len(z)
-    return torch.special.entr(share).sum().exp().item()
-
-
 # --------------------------------------------------------------------------------------------- checkpoints and the log
-
-
-def write_whole(path, write):
-    """Write a file by write(file). A crash at any moment, or a full disk, leaves whole what stood there before."""
-    try:
-        with open(path + ".part", "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch.save may turn the one into the other
-        if os.path.exists(path + ".part"):
-            os.remove(path + ".part")
-        raise OSError(f"{path} cannot be written ({error}): make room and start again") from error
-    os.replace(path + ".part", path)
-
-
-def save_checkpoint(folder, checkpoint):
-    """Write step-N.pt; keep the newest two."""
-    write_whole(os.path.join(folder, f"step-{checkpoint['step']:07d}.pt"), lambda file: torch.save(checkpoint, file))
-    for old in checkpoints(folder)[:-2]:
-        os.remove(old)
-
-
-def newest_checkpoint(folder):
-    """The newest checkpoint that is whole, reporting those that are not; {"step": 0} in a new run.
-
-    Raises ValueError if there are some and none is whole: to start anew would cost the log.
-    """
-    found = checkpoints(folder)
-    for path in reversed(found):
-        try:
-            if part := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
-                raise ValueError(f"wrong checksum of {part}")
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever zip, pickle and torch make of a damaged file
-            print(f"{path} is damaged ({error}): going on from the one before")
-    if found:
-        raise ValueError(f"no checkpoint in {folder} is whole: restore one, or give another --out")
-    return {"step": 0}
 
 
 def resume(config, model, optimizer):
@@ -491,7 +457,7 @@ def train(config):
             last = step == config.steps or signals > 0
             if step % config.log_every == 0 or last:
                 pace = (time.perf_counter() - since) / (step - since_step)  # seconds a step
-                used = {f"attributes_used_{level}": perplexity(gather(z), t) for level, t in model.bank.items()}
+                used = {f"attributes_used_{level}": attributes_used(gather(z), t) for level, t in model.bank.items()}
                 if rank == 0:
                     log.write(step=step, **numbers, lr=learning_rate(step - 1, config), **used,
                               images_per_s=round(n / pace, 1), memory_mib=round(memory(device)),

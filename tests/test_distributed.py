@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from data import read_manifest
 from losses import supcon
+from model import checkpoints
 
 OBJECTIVES = ("simclr", "hidisc", "hlss")
 
@@ -170,7 +171,7 @@ def test_torchrun_starts_again_by_itself(flags):
     agent = torchrun("--nproc_per_node=2", "--standalone", "--max-restarts=1", "train.py", *flags, "--steps", "30",
                      "--probe-every", "0", "--save-every", "1")
     out = flags[flags.index("--out") + 1]
-    while agent.poll() is None and len(train.checkpoints(out)) < 2:
+    while agent.poll() is None and len(checkpoints(out)) < 2:
         time.sleep(0.02)
     os.kill(workers_of(agent)[1], signal.SIGKILL)
     code, output, errors = finish(agent)

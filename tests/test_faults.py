@@ -20,6 +20,7 @@ from test_distributed import free_port
 from test_train import log_of, weights_of
 
 import train
+from model import checkpoints
 
 
 def out_of(flags):
@@ -138,7 +139,7 @@ def kill_and_go_on(flags, tmp_path, world, moments, seed):
 def assert_same(a, b):
     assert len(log_of(out_of(a))) > 2
     assert log_of(out_of(a)) == log_of(out_of(b))  # losses, gradient norms and the kNN probes
-    a, b = (torch.load(train.checkpoints(out_of(flags))[-1], weights_only=True) for flags in (a, b))
+    a, b = (torch.load(checkpoints(out_of(flags))[-1], weights_only=True) for flags in (a, b))
     assert a["model"].keys() == b["model"].keys()
     assert all(torch.equal(value, b["model"][name]) for name, value in a["model"].items())
     for i, state in a["optimizer"]["state"].items():
@@ -171,7 +172,7 @@ def test_kill_9_at_20_moments(flags, tmp_path, world):
 def test_another_number_of_processes_goes_on(flags):
     """The batches stay those of the run (test_distributed.py); here: that it goes on at all, from 1 to 2 processes."""
     assert end(start([*flags, *LIGHT, "--steps", "6"])) == [0]
-    os.remove(train.checkpoints(out_of(flags))[-1])  # back to step 5
+    os.remove(checkpoints(out_of(flags))[-1])  # back to step 5
     assert end(start([*flags, *LIGHT, "--steps", "6"], world=2)) == [0, 0], words(flags)
     assert "hlss from step 5 on 2" in words(flags)
     assert [line["step"] for line in log_of(out_of(flags))] == [0, 1, 2, 3, 4, 5, 6, 6]
@@ -185,7 +186,7 @@ def test_a_signal_finishes_the_step_and_saves(flags, number):
     assert wait_for(lambda: steps_in(out_of(flags)) > 2, ranks), words(flags)
     os.kill(ranks[1].pid, number)
     assert end(ranks) == [train.STOPPED] * 2, words(flags)
-    saved, = train.checkpoints(out_of(flags))
+    saved, = checkpoints(out_of(flags))
     assert torch.load(saved, weights_only=True)["step"] == log_of(out_of(flags))[-1]["step"]
 
 
@@ -229,7 +230,7 @@ def test_a_damaged_checkpoint_is_reported_and_not_used(tmp_path, how, capsys, mo
 def test_a_run_goes_on_from_before_the_damage(flags, tmp_path, capsys):
     train.train(train.parse_config(flags))
     whole, lines = weights_of(out_of(flags)), log_of(out_of(flags))
-    damage(train.checkpoints(out_of(flags))[-1], "one bit")
+    damage(checkpoints(out_of(flags))[-1], "one bit")
     train.train(train.parse_config(flags))
     assert "hlss from step 2" in capsys.readouterr().out
     assert all(torch.equal(value, whole[name]) for name, value in weights_of(out_of(flags)).items())
@@ -279,7 +280,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(flags, tmp_path):
 def test_a_loss_that_is_not_finite_ends_the_run(flags):
     with pytest.raises(FloatingPointError, match="step 2: loss is nan, hvc_patch is nan"):
         train.train(train.parse_config([*flags, "--lr", "1e30", "--warmup", "0"]))
-    assert train.checkpoints(out_of(flags)) == []
+    assert checkpoints(out_of(flags)) == []
 
 
 def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(flags, monkeypatch):
@@ -295,7 +296,7 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(flags, monkeyp
     config = train.parse_config([*flags, "--steps", "6", "--save-every", "3", "--probe-every", "0"])
     with pytest.raises(FloatingPointError, match="step 4: gradient_norm is nan"):
         train.train(config)
-    assert [os.path.basename(path) for path in train.checkpoints(config.out)] == ["step-0000003.pt"]
+    assert [os.path.basename(path) for path in checkpoints(config.out)] == ["step-0000003.pt"]
     assert all(torch.isfinite(value).all() for value in weights_of(config.out).values())
     with open(os.path.join(config.out, "fault-0000004.json")) as file:
         fault = json.load(file)

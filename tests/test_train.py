@@ -13,6 +13,8 @@ from conftest import ROOT
 
 import evaluate
 import train
+from losses import attributes_used
+from model import checkpoints
 
 
 def log_of(out, drop=("images_per_s", "memory_mib", "seconds_left")):
@@ -22,7 +24,7 @@ def log_of(out, drop=("images_per_s", "memory_mib", "seconds_left")):
 
 
 def weights_of(out):
-    return torch.load(train.checkpoints(out)[-1], weights_only=True)["model"]
+    return torch.load(checkpoints(out)[-1], weights_only=True)["model"]
 
 
 def test_flags_become_the_config():
@@ -55,9 +57,9 @@ def test_the_learning_rate_climbs_and_falls():
 
 def test_perplexity_counts_the_attributes_in_use():
     t = torch.eye(8)
-    assert train.perplexity(t, t) == pytest.approx(8)
-    assert train.perplexity(t[[0, 0, 1, 1]], t) == pytest.approx(2)
-    assert train.perplexity(t[[3, 3, 3]], t) == pytest.approx(1)
+    assert attributes_used(t, t) == pytest.approx(8)
+    assert attributes_used(t[[0, 0, 1, 1]], t) == pytest.approx(2)
+    assert attributes_used(t[[3, 3, 3]], t) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("objective", ["hlss", "hidisc", "simclr"])
@@ -70,7 +72,7 @@ def test_the_whole_road(flags, objective, capsys, monkeypatch):
     terms = {name for name in lines[1] if name.startswith(("hvc", "ha"))}
     assert len(terms) == {"hlss": 6, "hidisc": 3, "simclr": 1}[objective]
     assert lines[1]["loss"] == pytest.approx(sum(lines[1][name] for name in terms), rel=1e-5)
-    assert [os.path.basename(p) for p in train.checkpoints(config.out)] == ["step-0000002.pt", "step-0000004.pt"]
+    assert [os.path.basename(p) for p in checkpoints(config.out)] == ["step-0000002.pt", "step-0000004.pt"]
     assert "step 4 knn200" in capsys.readouterr().out
 
     monkeypatch.setattr(sys, "argv", ["evaluate.py", config.out])

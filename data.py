@@ -1,23 +1,31 @@
 """The data: a cohort (patient > slide > patch), hierarchical batches, augmentation on the device, and demo tissue.
 
-    python data.py demo OUT          write a small cohort of procedural H&E-like tissue
+    python data.py index ROOT --pattern '{label}/{patient}/{slide}/*.png'      write ROOT/manifest.csv
+    python data.py check ROOT                                                  find the patches that cannot be used
+    python data.py show ROOT                                                   a picture of patches and their views
+    python data.py demo OUT                                                    procedural H&E-like tissue, known truth
 
 A cohort is a folder with a manifest.csv: columns path, patient, slide, and optionally label (of the patch) and split
-(of the patient: train, val or test). Paths are relative to the manifest. Pretraining needs no labels.
+(of the patient: train, val or test). Paths are relative to the manifest. Pretraining needs no labels. OpenSRH is read
+as it was released, by its meta/opensrh.json.
 """
 
 import argparse
 import csv
 import hashlib
+import json
 import os
-from collections import deque
+import re
+import sys
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 SPLITS = ("train", "val", "test")
@@ -57,8 +65,11 @@ class Cohort:
         return f"{len(self.present)} patients, {(np.diff(self.slide_rows) > 0).sum()} slides, {len(self)} patches"
 
     def path(self, row):
-        """Where a patch is on disk."""
-        return os.path.join(self.root, self.names[row].decode())
+        """Where a patch is on disk. Raises ValueError if a link leads out of the cohort's folder."""
+        path = os.path.join(self.root, self.names[row].decode())
+        if not os.path.realpath(path).startswith(os.path.join(os.path.realpath(self.root), "")):
+            raise ValueError(f"{path} is a link that leaves {self.root}: put the patches there, or the manifest here")
+        return path
 
     @property
     def patient(self):
@@ -97,13 +108,15 @@ def hash_split(patients, val_fraction=0.2):
     return split
 
 
-def read_manifest(root, val_fraction=0.2):
-    """The folder of a manifest.csv, or that file -> Cohort.
+def read_cohort(root, val_fraction=0.2):
+    """The folder of a manifest.csv, that file, or the folder of OpenSRH -> Cohort.
 
     Raises ValueError, with file and line, for a missing column, an empty field, a path that leaves the folder, a path
     twice, a slide under two patients, and a patient in two splits.
     """
     manifest = str(root) if str(root).endswith(".csv") else os.path.join(root, "manifest.csv")
+    if not os.path.exists(manifest) and os.path.exists(os.path.join(root, "meta", "opensrh.json")):
+        return build_cohort(str(root), opensrh_entries(root), val_fraction)
     if not os.path.exists(manifest):
         raise FileNotFoundError(f"{manifest} does not exist: a cohort needs one, with columns path, patient, slide")
     with open(manifest, newline="", encoding="utf-8-sig") as file:
@@ -121,6 +134,23 @@ def read_manifest(root, val_fraction=0.2):
                 yield where, *(row[i].strip() if i >= 0 else "" for i in places)
 
         return build_cohort(os.path.dirname(os.path.abspath(manifest)), entries(), val_fraction)
+
+
+def opensrh_entries(root):
+    """The patches of OpenSRH (Jiang et al. 2022) for `build_cohort`: tumour patches of tumour patients, normal ones of
+    normal patients. Raises ValueError for other content than was released."""
+    meta, split_file = (os.path.join(root, "meta", name) for name in ("opensrh.json", "train_val_split.json"))
+    try:
+        with open(meta) as file, open(split_file) as other:
+            patients, splits = json.load(file), json.load(other)
+        split_of = {patient: split for split, names in splits.items() for patient in names}
+        for patient, entry in patients.items():
+            kind = "normal_patches" if entry["class"] == "normal" else "tumor_patches"
+            for slide, patches in entry["slides"].items():
+                for path in patches[kind]:
+                    yield f"{meta}, {patient}", path, patient, f"{patient}/{slide}", entry["class"], split_of[patient]
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{meta} and {split_file} are not OpenSRH's ({type(error).__name__} {error})") from error
 
 
 def build_cohort(root, entries, val_fraction):
@@ -172,6 +202,34 @@ def build_cohort(root, entries, val_fraction):
 # ----------------------------------------------------------------------------------------------- batches and decoding
 
 
+def class_patients(cohort):
+    """The patients here by class, a list of arrays. Raises ValueError for a patient without or with several labels."""
+    groups = {}
+    for patient in cohort.present:
+        first, last = cohort.slide_rows[cohort.patient_slides[patient:patient + 2]]
+        labels = np.unique(cohort.label[first:last])
+        if len(labels) > 1 or labels[0] < 0:
+            raise ValueError(f"--balance-classes needs one class a patient; {cohort.patients[patient]!r} has "
+                             + (" and ".join(cohort.classes[c] for c in labels if c >= 0) or "none"))
+        groups.setdefault(labels[0], []).append(patient)
+    return [np.array(group) for _, group in sorted(groups.items())]
+
+
+def balanced_patients(groups, step, seed, patients):
+    """As `batch_patients`, but the classes take turns, each through its own epochs. groups: as `class_patients`.
+
+    A class of few patients comes round sooner, at worst twice in a batch; the losses know repeats by their id.
+    """
+    batch, orders = [], {}
+    for place in range(step * patients, (step + 1) * patients):
+        turn, c = divmod(place, len(groups))
+        epoch, at = divmod(turn, len(groups[c]))
+        if (c, epoch) not in orders:
+            orders[c, epoch] = np.random.default_rng((seed, epoch, c)).permutation(groups[c])
+        batch.append(orders[c, epoch][at])
+    return np.array(batch)
+
+
 def check_patients(cohort, patients):
     """Raises ValueError unless batches of this many distinct patients can show every patient once an epoch."""
     n = len(cohort.present)
@@ -211,15 +269,16 @@ def _draw(rng, low, high, count):
     return low + np.resize(rng.permutation(high - low), count)
 
 
-def hierarchical_batch(cohort, step, seed, patients, slides=2, patches=2):
+def hierarchical_batch(cohort, step, seed, patients, slides=2, patches=2, groups=None):
     """The patches of one global batch, rows [patients, slides, patches]. A pure function of (seed, step).
 
     A patient with too few slides gives one twice (with different patches if it has enough), a slide with too few
-    patches gives one twice. The losses know repeats by their id.
+    patches gives one twice. The losses know repeats by their id. groups: `class_patients`, to balance the classes.
     """
     rng = np.random.default_rng((seed, step, 1))
     rows = np.empty((patients, slides, patches), np.int64)
-    for i, patient in enumerate(batch_patients(cohort, step, seed, patients)):
+    who = balanced_patients(groups, step, seed, patients) if groups else batch_patients(cohort, step, seed, patients)
+    for i, patient in enumerate(who):
         drawn = _draw(rng, cohort.patient_slides[patient], cohort.patient_slides[patient + 1], slides)
         for slide in np.unique(drawn):
             places = drawn == slide
@@ -228,42 +287,124 @@ def hierarchical_batch(cohort, step, seed, patients, slides=2, patches=2):
     return rows
 
 
-def decode(path, size):
-    """An image file -> uint8 [3, size, size]: the short side is brought to `size` and the middle kept. ValueError."""
+def _fit(image, size):
+    """A Pillow image -> array: the short side is brought to `size` and the middle kept; without a size, as it is."""
+    deep = image.mode.startswith("I;16")
+    if not size or image.size == (size, size):
+        return np.asarray(image).astype(np.uint16 if deep else np.uint8, copy=False)
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    image = Image.fromarray(np.asarray(image).astype(np.float32)) if deep else image
+    pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)))
+    return pixels.clip(0, 65535).round().astype(np.uint16) if deep else pixels
+
+
+def decode(path, size=None):
+    """An image file -> uint8 [3, size, size]; a TIFF of two 16-bit frames, as OpenSRH has -> uint16 [2, size, size].
+
+    The short side is brought to `size` and the middle kept; without a size it is [C, H, W] as stored. ValueError.
+    """
     try:
         with Image.open(path) as image:
-            image.draft("RGB", (size, size))  # a JPEG decodes at a half or a quarter, never below `size`
-            image = image.convert("RGB")
+            if image.mode[0] not in "IF" and (image.format != "TIFF" or image.n_frames == 1):
+                if size:
+                    image.draft("RGB", (size, size))  # a JPEG decodes at a half or a quarter, never below `size`
+                return _fit(image.convert("RGB"), size).transpose(2, 0, 1)
+            planes, layout = [], set()
+            with suppress(EOFError):  # to ask for n_frames first would read all the headers twice
+                for frame in range(3):
+                    image.seek(frame)
+                    layout.add(f"{image.width} x {image.height}, {image.mode}")
+                    planes.append(_fit(image, size))
+            if len(planes) != 2 or len(layout) != 1 or "I;16" not in min(layout):
+                raise ValueError(f"{getattr(image, 'n_frames', 1)} frames of {' and '.join(sorted(layout))}; beside "
+                                 "8-bit images, only two 16-bit frames (I;16) of one size are understood")
+            return np.stack(planes)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read ({error}): restore it or take it out of the manifest") from error
-    if image.size != (size, size):
-        side = min(image.size)
-        left, top = (image.width - side) / 2, (image.height - side) / 2
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-    return np.asarray(image).transpose(2, 0, 1)
 
 
 def patch_size(cohort):
-    """The short side of the cohort's first patch, in pixels."""
-    with Image.open(cohort.path(0)) as image:
-        return min(image.size)
+    """The short side of the cohort's first patch that can be opened, in pixels. Raises ValueError if 100 cannot."""
+    for row in range(min(100, len(cohort))):
+        try:
+            with Image.open(cohort.path(row)) as image:
+                return min(image.size)
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            reason = error
+    raise ValueError(f"{cohort.path(0)} cannot be read, nor the patches after it ({reason})")
 
 
-def load_batches(cohort, batches, size, workers=2, ahead=3):
-    """Decode in the background. batches: an iterable of arrays of rows. Yields (rows, uint8 [n, 3, size, size]) in
-    order.
+def substitutes(cohort, row):
+    """Patches to show in place of one: those of its slide, then those of the patient's other slides."""
+    slide = cohort.slide[row]
+    low, high = cohort.slide_rows[slide:slide + 2]
+    patient = cohort.slide_patient[slide]
+    first, last = cohort.slide_rows[cohort.patient_slides[patient:patient + 2]]
+    return [*range(row + 1, high), *range(low, row), *range(high, last), *range(first, low)]
 
-    Threads, not processes: Pillow decodes outside the interpreter lock, and threads share the cohort, not copy it.
+
+def load_batches(cohort, batches, size, workers=2, ahead=3, skip=False):
+    """Decode in the background. batches: arrays of rows. Yields (rows, images [n, ...] as of `decode`) in order.
+
+    Raises ValueError for a patch that cannot be read, naming it. skip: show another patch of the same slide or patient
+    instead, always the same one, and stop only when more than 1% of the cohort is bad. Threads, not processes: Pillow
+    decodes outside the interpreter lock, and threads share the cohort, not copy it.
     """
+    bad = set()
+
+    def read(row):
+        for candidate in [row, *substitutes(cohort, row)] if skip else [row]:
+            try:
+                return candidate, decode(cohort.path(candidate), size)
+            except ValueError as error:
+                if skip and candidate not in bad:
+                    bad.add(candidate)
+                    print(f"{error}. Another patch of its slide or patient stands in for it", file=sys.stderr)
+                if not skip or len(bad) > max(1, len(cohort) / 100):
+                    raise
+        raise ValueError(f"no patch of patient {cohort.patients[cohort.patient[row]]!r} can be read")
+
+    def collect(futures):
+        rows, images = zip(*(future.result() for future in futures))
+        if len({image.dtype for image in images}) > 1:
+            odd = next(row for row, image in zip(rows, images) if image.dtype != images[0].dtype)
+            raise ValueError(f"{cohort.path(rows[0])} and {cohort.path(odd)}: one has 8 bits, one 16: split them")
+        return np.array(rows), torch.from_numpy(np.stack(images))
+
     with ThreadPoolExecutor(workers) as pool:
         queue = deque()
         for rows in batches:
-            queue.append((rows, [pool.submit(decode, cohort.path(row), size) for row in rows]))
+            queue.append([pool.submit(read, row) for row in rows])
             if len(queue) > ahead:
-                rows, images = queue.popleft()
-                yield rows, torch.from_numpy(np.stack([image.result() for image in images]))
-        for rows, images in queue:
-            yield rows, torch.from_numpy(np.stack([image.result() for image in images]))
+                yield collect(queue.popleft())
+        while queue:
+            yield collect(queue.popleft())
+
+
+def intensities(images):
+    """uint8 [n, 3, H, W] -> float32 in [0, 1]; the two planes of SRH, uint16 [n, 2, H, W] -> three channels in [0, 1].
+
+    SRH measures CH2 (lipid) and CH3 (protein, DNA); the channels are CH3 - CH2 + 5000 / 65536, CH2, CH3.
+    """
+    if images.dtype == torch.uint8:
+        return images.float().div(255)
+    n, _, H, W = images.shape
+    x = torch.empty(n, 3, H, W, device=images.device)
+    x[:, 1:] = images
+    x[:, 1:] /= 65536
+    x[:, 0] = (x[:, 2] - x[:, 1]).add_(5000 / 65536).clamp_(0, 1)
+    return x
+
+
+def channel_statistics(cohort, size, patches=256, workers=2, skip=False):
+    """Mean and standard deviation of each channel over some patches, always the same: two lists of three numbers."""
+    rows = np.sort(np.random.default_rng(0).permutation(len(cohort))[:patches])
+    sums = torch.zeros(2, 3, dtype=torch.float64)
+    for _, images in load_batches(cohort, np.array_split(rows, -(-len(rows) // 16)), size, workers, skip=skip):
+        x = intensities(images).double()
+        sums += torch.stack([x.mean(dim=(2, 3)).sum(dim=0), x.square().mean(dim=(2, 3)).sum(dim=0)]) / len(rows)
+    return sums[0].tolist(), (sums[1] - sums[0] ** 2).clamp(min=1e-6).sqrt().tolist()
 
 
 # ------------------------------------------------------------------------------------------------------- augmentation
@@ -271,7 +412,7 @@ def load_batches(cohort, batches, size, workers=2, ahead=3):
 # Optical density of haematoxylin, eosin and the rest in red, green, blue (Ruifrok and Johnston 2001).
 STAINS = torch.tensor([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]])
 
-AUGMENTATION = {  # transform: (probability, lowest, highest)
+_DEMO = {  # transform: (probability, lowest, highest)
     "crop": (1.0, 0.6, 1.0),  # share of the area that is kept, at an aspect between 3/4 and 4/3
     "flip": (0.5, 0, 0),  # along each axis, independently
     "rotate": (0.5, -180, 180),  # degrees
@@ -284,32 +425,57 @@ AUGMENTATION = {  # transform: (probability, lowest, highest)
     "noise": (0.1, 0.0, 0.05),  # standard deviation
     "erase": (0.1, 0.02, 0.15),  # share of the area
 }
+_STRONG = {  # the paper's list, each with probability 1/2 as in its code
+    "crop": (0.5, 0.2, 1.0), "flip": (0.5, 0, 0), "rotate": (0.5, -10, 10), "translate": (0.5, -0.1, 0.1),
+    "brightness": (0.5, 0.8, 1.2), "contrast": (0.5, 0.8, 1.2),
+    "autocontrast": (0.5, 1, 1),  # each channel stretched to [0, 1]
+    "solarise": (0.5, 0.2, 0.2),  # what is above is inverted
+    "sharpness": (0.5, 1, 1),  # how much of what a blur takes away is added
+    "blur": (0.5, 1, 1), "noise": (0.5, 0.01, 0.1), "erase": (0.5, 0.02, 0.33),
+}
+AUGMENTATIONS = {
+    "demo": _DEMO,
+    "strong-srh": _STRONG,  # the channels of SRH are no colours: nothing mixes them
+    # H&E varies in its stains, not in hue as such; it stands on white: at 0.2 nearly all of it would be inverted.
+    "strong": _STRONG | {"stain": (0.5, 0.7, 1.3), "background": (0.5, -0.05, 0.05), "solarise": (0.5, 0.7, 0.7)},
+    "weak": {"flip": (0.5, 0, 0)},  # HiDisc's
+}
 
 
-def view_parameters(n, seed, step, augmentation=AUGMENTATION):
+def with_probability(augmentation, probability):
+    """An augmentation, each of its transforms applied with this probability."""
+    return {name: (probability, low, high) for name, (_, low, high) in augmentation.items()}
+
+
+def view_parameters(n, seed, step, augmentation=_DEMO):
     """The random numbers behind n views, {name: [n, ...]} on the CPU. A pure function of (seed, step).
 
     Where a transform is not drawn its value is the neutral one. Draw for the global batch and let each rank take its
     rows: then the views do not depend on the number of ranks.
     """
-    generator = torch.Generator().manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
+    number = int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
+    generator = torch.Generator().manual_seed(number)
 
     def random(*shape):
         return torch.rand(n, *shape, generator=generator)
 
     def draw(name, neutral, *shape):
-        probability, low, high = augmentation[name]
+        probability, low, high = augmentation.get(name, (0, neutral, neutral))
         drawn = (random() < probability).view(n, *[1] * len(shape))
         return torch.where(drawn, low + (high - low) * random(*shape), torch.tensor(float(neutral)))
 
     area = draw("crop", 1)
     aspect = (4 / 3) ** ((2 * random() - 1) * (area < 1))
     size = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], dim=1).clamp(max=1)  # width, height
-    return {"size": size, "centre": (2 * random(2) - 1) * (1 - size) + 2 * draw("translate", 0, 2),
-            "flip": 1 - 2 * (random(2) < augmentation["flip"][0]).float(), "angle": draw("rotate", 0),
-            "stain": draw("stain", 1, 3), "background": draw("background", 0, 3),
-            "brightness": draw("brightness", 1), "contrast": draw("contrast", 1), "blur": draw("blur", 0),
-            "noise": draw("noise", 0), "erase": draw("erase", 0), "hole": random(2)}
+    flip, _, _ = augmentation.get("flip", (0, 0, 0))
+    parameters = {"size": size, "centre": (2 * random(2) - 1) * (1 - size) + 2 * draw("translate", 0, 2),
+                  "flip": 1 - 2 * (random(2) < flip).float(), "angle": draw("rotate", 0),
+                  "stain": draw("stain", 1, 3), "background": draw("background", 0, 3), "hole": random(2),
+                  "corner": random(2), "field": torch.full((n,), number)}
+    for name, neutral in {"brightness": 1, "contrast": 1, "autocontrast": 0, "solarise": 0,
+                          "sharpness": 0, "blur": 0, "noise": 0, "erase": 0}.items():
+        parameters[name] = draw(name, neutral)
+    return parameters
 
 
 def resample(x, size, parameters):
@@ -317,9 +483,10 @@ def resample(x, size, parameters):
     angle = torch.deg2rad(parameters["angle"])
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(-1, 2, 2)
     affine = turn * (parameters["size"] * parameters["flip"])[:, None]  # output -> input coordinates, both in [-1, 1]
-    affine = torch.cat([affine, parameters["centre"][:, :, None]], dim=2)
-    grid = F.affine_grid(affine, [len(x), 3, size, size], align_corners=False)
-    return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+    at = (2 * torch.arange(size, device=x.device) + 1) / size - 1
+    across, down = affine[:, :, 0, None] * at, affine[:, :, 1, None] * at + parameters["centre"][:, :, None]
+    grid = across[:, :, None, :] + down[:, :, :, None]  # [n, 2, size, size]; F.affine_grid takes 30 times as long
+    return F.grid_sample(x, grid.permute(0, 2, 3, 1), padding_mode="reflection", align_corners=False)
 
 
 def stain_jitter(x, factor, shift):
@@ -333,45 +500,102 @@ def stain_jitter(x, factor, shift):
     return density.neg().exp().view_as(x)
 
 
+def autocontrast(x):
+    """Each channel stretched to [0, 1]; one that is constant stays. x: [n, C, H, W]."""
+    low, high = x.amin(dim=(2, 3), keepdim=True), x.amax(dim=(2, 3), keepdim=True)
+    constant = high <= low
+    return (x - low * ~constant).div_((high - low) + constant)
+
+
+def solarise(x, threshold):
+    """What is at the threshold [n] or above it is inverted. x: [n, C, H, W] in [0, 1]."""
+    above = x.clone().ge_(threshold[:, None, None, None])  # 0 or 1; torch.where takes several times as long
+    return above.mul_(torch.rsub(x, 1, alpha=2)).add_(x)  # x + above (1 - 2 x)
+
+
 def blur(x, sigma):
     """Gaussian blur, 5 x 5, reflected at the border. x: [n, C, H, W]; sigma: [n] in pixels, above 0."""
-    n, C, H, W = x.shape
-    kernel = torch.exp(-torch.arange(-2, 3, device=x.device) ** 2 / (2 * sigma[:, None] ** 2))
-    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(C, dim=0)  # [n C, 5]
-    x = F.pad(x, (2, 2, 2, 2), mode="reflect").view(1, n * C, H + 4, W + 4)
-    x = F.conv2d(F.conv2d(x, kernel[:, None, :, None], groups=n * C), kernel[:, None, None, :], groups=n * C)
-    return x.view(n, C, H, W)
+    weight = torch.exp(-torch.arange(3, device=x.device) ** 2 / (2 * sigma[:, None] ** 2))
+    weight = weight / (2 * weight.sum(dim=1, keepdim=True) - 1)  # of the middle, its neighbours and theirs
+    a, b, c = weight.T[:, :, None, None, None]
+    x = F.pad(x, (2, 2, 2, 2), mode="reflect")
+    for _ in range(2):  # along the rows, then along the columns; a grouped convolution takes several times as long
+        y = a * x[..., 2:-2]
+        y.addcmul_(b, x[..., 1:-3] + x[..., 3:-1]).addcmul_(c, x[..., :-4] + x[..., 4:])
+        x = y.mT
+    return x
 
 
-def make_views(images, parameters, size, generator=None):
-    """The views of a batch, on its device: uint8 [n, 3, H, W] -> float32 [n V, 3, size, size] in [0, 1].
+def sharpen(x, amount):
+    """Unsharp mask: adds `amount` [n] of what a 3 x 3 binomial blur takes away. x: [n, C, H, W]."""
+    smooth, amount = F.pad(x, (1, 1, 1, 1), mode="reflect"), amount[:, None, None, None]
+    for _ in range(2):  # 1, 2, 1 along the rows, then along the columns
+        smooth = (smooth[..., :-2] + smooth[..., 2:]).add_(smooth[..., 1:-1], alpha=2).mT
+    return (x * (1 + amount)).addcmul_(smooth, -amount / 16)
 
-    parameters: of n V views (`view_parameters`); the V views of a patch follow one another. generator: of pixel noise.
+
+def erase(x, area, hole):
+    """A square of `area` [n], a share of the image, about `hole` [n, 2] gets the image's mean. x: [n, C, H, W]."""
+    at = (torch.arange(x.shape[-1], device=x.device) + 0.5) / x.shape[-1]
+    inside = ((at - hole[:, :, None]).abs() < area.sqrt()[:, None, None] / 2).to(x)  # [n, 2, side]
+    inside = (inside[:, 0, :, None] * inside[:, 1, None, :])[:, None]
+    return torch.lerp(x, x.mean(dim=(1, 2, 3), keepdim=True), inside)
+
+
+def make_views(images, parameters, size):
+    """The views of a batch, on its device: images of `decode` [n, ...] -> float32 [n V, 3, size, size] in [0, 1].
+
+    parameters: of n V views (`view_parameters`); the V views of a patch follow one another.
     """
-    blurred = parameters["blur"].nonzero()[:, 0]  # found on the CPU: the device need not be waited for
-    parameters = {name: value.to(images.device, non_blocking=True) for name, value in parameters.items()}
+    views = len(parameters["angle"]) // len(images)
+    out = torch.empty(len(images) * views, 3, size, size, device=images.device)
+    # One field of white noise serves the batch, and each view takes a window of it: to draw every pixel is slow.
+    field = torch.randn(3, 2 * size, 2 * size, generator=torch.Generator().manual_seed(int(parameters["field"][0])))
+    field = field.to(images.device, non_blocking=True)
+    # A patch at a time stays in a CPU's cache, which is several times as fast; a GPU takes the batch at once.
+    step = len(images) if out.is_cuda else max(1, 2**18 // (views * 3 * size * size))
+    for first in range(0, len(images), step):
+        part = slice(first * views, (first + step) * views)
+        some = {name: value[part] for name, value in parameters.items()}
+        torch.clamp(_views(images[first:first + step], some, size, field), 0, 1, out=out[part])
+    return out
+
+
+def _views(images, parameters, size, field):
+    to = {name: value.to(images.device, non_blocking=True) for name, value in parameters.items()}
 
     def each(name):
-        return parameters[name][:, None, None, None]
+        return to[name][:, None, None, None]
 
-    views = len(parameters["angle"]) // len(images)
-    x = resample(images.float().div(255).repeat_interleave(views, dim=0), size, parameters)
-    x = stain_jitter(x, parameters["stain"], parameters["background"]) * each("brightness")
-    mean = x.mean(dim=(1, 2, 3), keepdim=True)
-    x = mean + (x - mean) * each("contrast")
-    if len(blurred):
-        blurred = blurred.to(x.device)
-        x[blurred] = blur(x[blurred], parameters["blur"][blurred])
-    x = x + each("noise") * torch.randn(x.shape, generator=generator, device=x.device)
-    at = (torch.arange(size, device=x.device) + 0.5) / size
-    erased = (at - parameters["hole"][:, :, None]).abs() < parameters["erase"].sqrt()[:, None, None] / 2
-    x = torch.where((erased[:, 0, :, None] & erased[:, 1, None, :])[:, None], mean, x)
-    return x.clamp(0, 1)
+    def where_drawn(name, transform, *others):
+        """Costly transforms take only the views that drew them; who did is found on the CPU: no waiting for a GPU."""
+        rows = parameters[name].nonzero()[:, 0]
+        if len(rows):
+            first, last = int(rows[0]), int(rows[-1]) + 1
+            neighbours = last - first == len(rows)  # as all of two views are: a slice need not be copied
+            rows = slice(first, last) if neighbours else rows.to(x.device, non_blocking=True)
+            x[rows] = transform(x[rows], *(to[other][rows] for other in (name, *others)))
+
+    x = intensities(images)[:, None].expand(-1, len(to["angle"]) // len(images), -1, -1, -1).flatten(0, 1)
+    x = resample(x, size, to)
+    if (parameters["stain"] != 1).any() or parameters["background"].any():
+        x = stain_jitter(x, to["stain"], to["background"])
+    x *= each("brightness") * each("contrast")
+    x += x.mean(dim=(1, 2, 3), keepdim=True) * (1 / each("contrast") - 1)
+    where_drawn("autocontrast", lambda x, _: autocontrast(x))
+    where_drawn("solarise", solarise)
+    where_drawn("sharpness", sharpen)
+    where_drawn("blur", blur)
+    for row in parameters["noise"].nonzero()[:, 0].tolist():
+        down, across = (parameters["corner"][row] * size).int().tolist()
+        x[row].add_(field[:, down:down + size, across:across + size], alpha=float(parameters["noise"][row]))
+    where_drawn("erase", erase, "hole")
+    return x
 
 
 def plain_view(images, size):
-    """The view to evaluate: the whole patch, resized. uint8 [n, 3, H, W] -> float32 [n, 3, size, size] in [0, 1]."""
-    x = images.float().div(255)
+    """The view to evaluate: the whole patch, resized. Images of `decode` -> float32 [n, 3, size, size] in [0, 1]."""
+    x = intensities(images)
     if x.shape[-1] != size:
         x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
     return x
@@ -463,16 +687,183 @@ def write_demo(out, patients=40, slides=3, patches=8, seed=0):
     return out
 
 
+# ------------------------------------------------------------------------------------------------------- your own data
+
+
+def summary(cohort):
+    """What a person wants to see of a cohort before training on it, as lines."""
+    def spread(counts, name):
+        return f"{name}: {counts.min()} to {counts.max()}, median {np.median(counts):.0f}"
+
+    patches, slides = np.diff(cohort.slide_rows), np.diff(cohort.patient_slides)
+    by_class = [f"{name} {(cohort.label == c).sum()}" for c, name in enumerate(cohort.classes)]
+    unlabelled = (cohort.label < 0).sum()
+    splits = [f"{name} {(cohort.patient_split[cohort.present] == i).sum()}" for i, name in enumerate(SPLITS)]
+    return [str(cohort), spread(slides[slides > 0], "slides a patient"),
+            spread(patches[patches > 0], "patches a slide"),
+            "patches by class: " + ", ".join(by_class + [f"without {unlabelled}"] * bool(unlabelled)),
+            "patients by split: " + ", ".join(splits)]
+
+
+def write_manifest(path, cohort, rows, split=True):
+    """Write the manifest of some rows of a cohort, whole or not at all."""
+    columns = ["path", "patient", "slide", *["label"] * bool(cohort.classes), *["split"] * split]
+    with open(f"{path}.part", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        for row in rows:
+            slide, label = cohort.slide[row], cohort.label[row]
+            patient = cohort.slide_patient[slide]
+            values = {"path": cohort.names[row].decode(), "patient": cohort.patients[patient],
+                      "slide": cohort.slides[slide], "label": cohort.classes[label] if label >= 0 else "",
+                      "split": SPLITS[cohort.patient_split[patient]]}
+            writer.writerow([values[name] for name in columns])
+    os.replace(f"{path}.part", path)
+
+
+def path_pattern(pattern):
+    """'{label}/{patient}/{slide}/*.png' -> a regular expression with these names; one that has names stays as it is.
+
+    {name} matches within a folder or file name, * too, and ** across folders. Raises ValueError without patient and
+    slide.
+    """
+    expression = pattern
+    if "(?P<" not in pattern:
+        meaning = {"**": ".*", "*": "[^/]*"}
+        parts = re.split(r"(\{\w+\}|\*\*|\*)", pattern)
+        expression = "".join(meaning.get(part) or re.sub(r"^\\\{(\w+)\\\}$", r"(?P<\1>[^/]+?)", re.escape(part))
+                             for part in parts)
+    compiled = re.compile(expression)
+    if not {"patient", "slide"} <= set(compiled.groupindex) <= {"patient", "slide", "label", "split"}:
+        raise ValueError(f"--pattern {pattern!r} must name patient and slide, and may name label and split; it names "
+                         + (", ".join(compiled.groupindex) or "nothing"))
+    return compiled
+
+
+def index(root, pattern, label_level="patch", nested=False, partial=False):
+    """The image files under a folder -> Cohort, patient, slide, label and split as read off their paths.
+
+    nested: slides of several patients share names (1, 2, ...) and are different slides. partial: leaves out the files
+    that the pattern does not match. Raises ValueError, with examples, for such files, for nothing at all, for a slide
+    under two patients, and for two labels within one slide or patient where label_level says that there is one.
+    """
+    expression, known = path_pattern(pattern), Image.registered_extensions()
+    found, others = [], []
+    for folder, folders, files in os.walk(root):
+        folders.sort()
+        for name in sorted(files):
+            path = os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
+            if os.path.splitext(name)[1].lower() in known:
+                match = expression.fullmatch(path)
+                found += [(path, match.groupdict(""))] if match else []
+                others += [] if match else [path]
+    if not found or (others and not partial):
+        raise ValueError(f"{root}: {pattern!r} matches {len(found)} image files and not {len(others)} others"
+                         + "".join(f"\n    {path}" for path in others[:3])
+                         + "\nMend the pattern, or leave those out with --partial")
+    cohort = build_cohort(root, ((path, path, at["patient"], f"{at['patient']}/" * nested + at["slide"],
+                                  at.get("label", ""), at.get("split", "")) for path, at in found), 0.2)
+    groups = {"patient": cohort.patient, "slide": cohort.slide, "patch": np.arange(len(cohort))}[label_level]
+    order = np.argsort(groups, kind="stable")
+    torn = np.flatnonzero((np.diff(groups[order]) == 0) & (np.diff(cohort.label[order]) != 0))
+    if len(torn):
+        examples = [" and ".join(cohort.names[row].decode() for row in order[i:i + 2]) for i in torn[:3]]
+        raise ValueError(f"{root}: one {label_level} has two labels: " + "; ".join(examples))
+    return cohort
+
+
+def check(cohort, workers=2):
+    """Decode every patch. Returns {problem: rows}: unreadable, truncated, constant (background), odd-sized."""
+    def look(row):
+        try:
+            pixels = decode(cohort.path(row))
+        except ValueError as error:
+            return "truncated" if "truncated" in str(error) else "unreadable"
+        # Glass and empty field: a standard deviation below 1% of the range.
+        return "constant" if pixels.std() < 0.01 * np.iinfo(pixels.dtype).max else pixels.shape
+
+    results = []
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(cohort), desc="check", unit="patch", leave=False) as bar:
+        for rows in np.array_split(np.arange(len(cohort)), -(-len(cohort) // 1024)):
+            results += pool.map(look, rows)
+            bar.update(len(rows))
+    shapes = Counter(result for result in results if isinstance(result, tuple))
+    usual = shapes.most_common(1)[0][0] if shapes else None
+    problems = {name: [] for name in ("unreadable", "truncated", "constant", "odd-sized")}
+    for row, result in enumerate(results):
+        if result != usual:
+            problems["odd-sized" if isinstance(result, tuple) else result].append(row)
+    return problems
+
+
+def contact_sheet(cohort, augmentation, views=4, seed=0, size=160):
+    """A Pillow image: a patient, two slides, two patches of each, and views of every patch beside it."""
+    rows = hierarchical_batch(cohort, 0, seed, patients=1).reshape(-1)
+    _, patches = next(load_batches(cohort, [rows], 2 * size))
+    parameters = view_parameters(len(rows) * views, seed, 0, AUGMENTATIONS[augmentation])
+    sheet = make_views(patches, parameters, size).unflatten(0, (len(rows), views))
+    sheet = torch.cat([plain_view(patches, size)[:, None], sheet], dim=1)  # [patches, 1 + views, 3, size, size]
+    sheet = F.pad(sheet, (2, 2, 18, 2), value=1).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+    image = Image.fromarray(sheet.mul(255).round().byte().numpy())
+    draw = ImageDraw.Draw(image)
+    for i, row in enumerate(rows):
+        slide, label = cohort.slide[row], cohort.label[row]
+        text = f"patient {cohort.patients[cohort.patient[row]]}, slide {cohort.slides[slide]}, " + (
+            f"{cohort.classes[label]}, " if label >= 0 else "") + cohort.names[row].decode()
+        draw.text((4, i * (size + 20) + 4), text, fill="black")
+    return image
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
+    index_ = commands.add_parser("index", help="write a manifest from a folder tree")
+    index_.add_argument("root", help="the folder; manifest.csv is written there")
+    index_.add_argument("--pattern", required=True, help="how paths below it are made, as '{label}/{patient}/{slide}/"
+                        "*.png', or a regular expression with groups patient, slide, and optionally label and split")
+    index_.add_argument("--label-level", choices=("patch", "slide", "patient"), default="patch",
+                        help="what a label belongs to; two in one are refused")
+    index_.add_argument("--nested", action="store_true", help="slides of different patients share names, as 1, 2, 3")
+    index_.add_argument("--partial", action="store_true", help="leave out the images that the pattern does not match")
+    index_.add_argument("--overwrite", action="store_true", help="replace a manifest.csv that is there")
+    check_ = commands.add_parser("check", help="decode every patch; exit with 1 if some cannot be used")
+    check_.add_argument("root", help="a cohort")
+    check_.add_argument("--clean", metavar="NAME.csv", help="write a manifest without them, in the cohort's folder")
+    check_.add_argument("--workers", type=int, default=os.cpu_count(), help="decoding threads")
+    show = commands.add_parser("show", help="draw a patient, two slides, their patches and views of them")
+    show.add_argument("root", help="a cohort")
+    show.add_argument("--out", default="views.png", help="the picture to write")
+    show.add_argument("--augmentation", choices=AUGMENTATIONS, default="demo", help="as in train.py")
+    show.add_argument("--seed", type=int, default=0, help="another seed is another patient and other views")
     demo = commands.add_parser("demo", help="write a cohort of procedural tissue with known truth")
     demo.add_argument("out", help="folder to write to")
     demo.add_argument("--patients", type=int, default=40, help="patients in each of the four classes")
     demo.add_argument("--seed", type=int, default=0, help="another seed is another cohort of the same kind")
     args = parser.parse_args()
+    if args.command == "index":
+        path = os.path.join(args.root, "manifest.csv")
+        if os.path.exists(path) and not args.overwrite:
+            raise SystemExit(f"{path} is there already: --overwrite replaces it")
+        cohort = index(args.root, args.pattern, args.label_level, args.nested, args.partial)
+        write_manifest(path, cohort, range(len(cohort)), split="split" in path_pattern(args.pattern).groupindex)
+        print("\n".join([*summary(cohort), f"{path} is written"]))
+    if args.command == "check":
+        cohort = read_cohort(args.root)
+        problems = check(cohort, args.workers)
+        print("\n".join(summary(cohort)))
+        for name, rows in problems.items():
+            print(f"{name}: {len(rows)}" + "".join(f"\n    {cohort.names[row].decode()}" for row in rows[:5]))
+        bad = set().union(*problems.values())
+        if args.clean:
+            path = os.path.join(cohort.root, args.clean)
+            write_manifest(path, cohort, [row for row in range(len(cohort)) if row not in bad])
+            print(f"{path} holds the other {len(cohort) - len(bad)}")
+        raise SystemExit(1 if bad else 0)
+    if args.command == "show":
+        contact_sheet(read_cohort(args.root), args.augmentation, seed=args.seed).save(args.out)
+        print(f"{args.out}: each row a patch, as it is and in four views")
     if args.command == "demo":
-        print(read_manifest(write_demo(args.out, patients=args.patients, seed=args.seed)))
+        print(read_cohort(write_demo(args.out, patients=args.patients, seed=args.seed)))
 
 
 if __name__ == "__main__":

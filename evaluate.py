@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import SPLITS, load_batches, plain_view, read_manifest
+from data import SPLITS, load_batches, plain_view, read_cohort
 from losses import LEVELS
 from model import load_run
 
@@ -22,7 +22,7 @@ NEIGHBOURS = (200, 20)
 
 
 @torch.no_grad()
-def embed(model, cohort, read_size, image_size, batch=128, workers=2):
+def embed(model, cohort, read_size, image_size, batch=128, workers=2, skip=False):
     """z of every patch, [n, D] float32 on the CPU, in the cohort's order. Processes share the work, all get the whole.
 
     The model is in eval mode meanwhile.
@@ -32,7 +32,7 @@ def embed(model, cohort, read_size, image_size, batch=128, workers=2):
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     batches = np.array_split(np.arange(len(cohort)), -(-len(cohort) // batch))
     mine = batches[rank::world]
-    bar = tqdm(load_batches(cohort, mine, read_size, workers), desc="embed", unit="batch", total=len(mine),
+    bar = tqdm(load_batches(cohort, mine, read_size, workers, skip=skip), desc="embed", unit="batch", total=len(mine),
                disable=rank > 0, leave=False)
     parts = [model.encode(plain_view(images.to(device), image_size)).cpu().numpy() for _, images in bar]
     if world > 1:
@@ -159,8 +159,9 @@ def main():
         dist.init_process_group("gloo")  # nothing but finished embeddings is exchanged
     model, checkpoint = load_run(args.run)
     config = checkpoint["config"]
-    cohort = read_manifest(args.data or config["data"], config["val_fraction"])
-    z = embed(model.to(device), cohort, checkpoint["read_size"], checkpoint["image_size"], workers=args.workers)
+    cohort = read_cohort(args.data or config["data"], config["val_fraction"])
+    z = embed(model.to(device), cohort, checkpoint["read_size"], checkpoint["image_size"], workers=args.workers,
+              skip=config.get("skip_unreadable", False))
     if not dist.is_initialized() or dist.get_rank() == 0:
         result = probe(z, cohort)
         print("\n".join(table({f"step {checkpoint['step']}": result} if result else {})))

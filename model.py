@@ -405,17 +405,16 @@ class HLSS(nn.Module):
 
     tower: [N, 3, S, S] normalised images -> [N, D]. bank: {level: [K_l, D]} unit vectors. objective: a key of
     OBJECTIVES. init: of hlss's projections, "text" (the paper) or "random" (to see what the text is worth there).
-    mean, std: of the channels, in [0, 1]; buffers, so that no one can embed with others than were trained with.
     """
 
-    def __init__(self, tower, bank, objective="hlss", init="text", mean=CLIP_MEAN, std=CLIP_STD):
+    def __init__(self, tower, bank, objective="hlss", init="text"):
         super().__init__()
         self.tower, self.objective = tower, objective
         if bank["patch"].shape[1] != tower.dim:
             raise ValueError(f"the bank's vectors have {bank['patch'].shape[1]} dimensions and the image tower's "
                              f"{tower.dim}: encode the bank with the text tower of the same CLIP")
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+        self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(CLIP_STD).view(3, 1, 1))
         for level in LEVELS:
             self.register_buffer(f"bank_{level}", bank[level].detach().clone())
         if objective != "hlss":
@@ -431,6 +430,12 @@ class HLSS(nn.Module):
     def bank(self):
         """{level: [K_l, D]}, the frozen attribute vectors."""
         return {level: getattr(self, f"bank_{level}") for level in LEVELS}
+
+    def normalise(self, mean, std):
+        """Set mean and standard deviation of the channels, of values in [0, 1], where they are not CLIP's. They are
+        buffers: no one can embed with others than were trained with."""
+        self.mean.copy_(torch.tensor(mean).view(3, 1, 1))
+        self.std.copy_(torch.tensor(std).view(3, 1, 1))
 
     def encode(self, images):
         """images [N, 3, S, S] in [0, 1] -> z [N, D], L2-normalised."""

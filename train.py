@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.metadata import version
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -34,6 +33,8 @@ from evaluate import embed, probe, table
 from losses import attributes_used, gather, ha, hvc
 from model import (
     ACTIVATIONS,
+    CLIP_MEAN,
+    CLIP_STD,
     CLIPS,
     HLSS,
     OBJECTIVES,
@@ -77,6 +78,13 @@ class Config:
     slides: int = flag(2, "slides a patient")
     patches: int = flag(2, "patches a slide")
     views: int = flag(2, "views a patch, at least 2")
+    balance_classes: bool = flag(False, "draw patients evenly by class, as the paper's code does. It uses labels")
+    augmentation: str = flag("demo", "of the views. strong: the paper's list, for H&E; strong-srh: for stimulated "
+                             "Raman; weak: flips alone. python data.py show FOLDER draws them")
+    augmentation_probability: float = flag(0.0, "of every transform, in place of its own; 0: its own")
+    normalise: str = flag("", "mean and standard deviation of the channels. clip: CLIP's; data: estimated from "
+                          "training patches; or six numbers in [0, 1], as 0.7,0.5,0.7,0.2,0.2,0.2; empty: clip with "
+                          "a CLIP's tower, data with --backbone")
     image_size: int = flag(0, "pixels of a view; 0: what the tower was made for")
     read_size: int = flag(0, "pixels that a patch is read at, before the views; 0: its own, at most twice a view")
     val_fraction: float = flag(0.2, "share of the patients held out where the manifest has no split column")
@@ -93,6 +101,8 @@ class Config:
     amp: bool = flag(torch.cuda.is_available(), "bf16 autocast of the encoder; the losses stay in float32")
     compile: bool = flag(torch.cuda.is_available(), "torch.compile the encoder: a slow first step, then faster ones")
     sync_bn: bool = flag(False, "batch norm over all processes (CUDA only): the statistics of one big batch")
+    skip_unreadable: bool = flag(False, "show another patch of the same slide or patient in place of one that cannot "
+                                 "be read, and stop only when more than 1% are bad")
     workers: int = flag(2, "decoding threads a process. The device waits for data: more")
     log_every: int = flag(10, "steps between the lines of log.jsonl")
     probe_every: int = flag(200, "steps between kNN probes on the held-out patients; 0: at the start and the end")
@@ -104,12 +114,13 @@ class Config:
 _LONG = dict(image_size=224, patients=64, steps=60000, workers=8, log_every=50, probe_every=5000, save_every=1000)
 PRESETS = {  # over the defaults above, which are the demo's
     "demo": {},
-    "opensrh": dict(bank="attributes/opensrh.json", out="runs/opensrh", **_LONG),
-    "tcga": dict(bank="attributes/tcga.json", out="runs/tcga", **_LONG),
+    "opensrh": dict(bank="attributes/opensrh.json", out="runs/opensrh", augmentation="strong-srh", **_LONG),
+    "tcga": dict(bank="attributes/tcga.json", out="runs/tcga", augmentation="strong", **_LONG),
 }
-CHOICES = {"objective": list(OBJECTIVES), "init": ["text", "random"], "activation": list(ACTIVATIONS)}
+CHOICES = {"objective": list(OBJECTIVES), "init": ["text", "random"], "activation": list(ACTIVATIONS),
+           "augmentation": list(data.AUGMENTATIONS)}
 MAY_CHANGE = {"data", "out", "cache", "clip", "vocab", "bank", "workers", "log_every", "probe_every", "save_every",
-              "compile", "timeout"}
+              "compile", "timeout", "skip_unreadable"}
 
 
 def parse_config(argv=None):
@@ -242,17 +253,21 @@ def prepare_demo(config, rank):
 def load_views(cohort, config, first, read_size, image_size, device, rank, world):
     """This rank's share of every global batch from step `first` on: yields (images [n, 3, S, S], ids [n, 3]).
 
-    Rows stand in the order of patient, slide, patch, view. All randomness is a function of (seed, step, rank).
+    Rows stand in the order of patient, slide, patch, view. All randomness is a function of (seed, step).
     """
     mine = slice(rank * config.patients // world, (rank + 1) * config.patients // world)
-    batches = (data.hierarchical_batch(cohort, step, config.seed, config.patients, config.slides, config.patches)[mine]
-               .reshape(-1) for step in range(first, config.steps))
-    noise = torch.Generator(device)
-    for step, (rows, patches) in enumerate(data.load_batches(cohort, batches, read_size, config.workers), first):
-        parameters = data.view_parameters(len(rows) * world * config.views, config.seed, step)
+    groups = data.class_patients(cohort) if config.balance_classes else None
+    sizes = config.patients, config.slides, config.patches
+    batches = (data.hierarchical_batch(cohort, step, config.seed, *sizes, groups)[mine].reshape(-1)
+               for step in range(first, config.steps))
+    augmentation = data.AUGMENTATIONS[config.augmentation]
+    if config.augmentation_probability:
+        augmentation = data.with_probability(augmentation, config.augmentation_probability)
+    loaded = data.load_batches(cohort, batches, read_size, config.workers, skip=config.skip_unreadable)
+    for step, (rows, patches) in enumerate(loaded, first):
+        parameters = data.view_parameters(len(rows) * world * config.views, config.seed, step, augmentation)
         parameters = {name: value.chunk(world)[rank] for name, value in parameters.items()}
-        noise.manual_seed(int(np.random.SeedSequence((config.seed, step, rank)).generate_state(1)[0]))
-        images = data.make_views(patches.to(device, non_blocking=True), parameters, image_size, noise)
+        images = data.make_views(patches.to(device, non_blocking=True), parameters, image_size)
         ids = torch.from_numpy(cohort.ids(rows)).to(device).repeat_interleave(config.views, dim=0)
         yield images.contiguous(memory_format=torch.channels_last), ids
 
@@ -346,12 +361,29 @@ def share_patients(config, cohort, world):
     if config.patients > len(cohort.present):
         config.patients = len(cohort.present)
         print(f"all {config.patients} training patients are in every batch: there are no more")
-    data.check_patients(cohort, config.patients)
+    if not config.balance_classes:
+        data.check_patients(cohort, config.patients)
     if config.patients % world:
         sizes = [str(size) for size in range(1, config.patients + 1) if config.patients % size == 0]
         below = sum(int(size) < world for size in sizes)
         raise ValueError(f"--patients {config.patients} cannot be shared by {world} processes: use "
                          f"{' or '.join(sizes[below - 1:below + 1])}, or a multiple of {world} patients")
+
+
+def normalisation(config, cohort, read_size):
+    """What --normalise says -> (mean, standard deviation), three numbers each. ValueError for something else."""
+    kind = config.normalise or ("data" if config.backbone else "clip")
+    if kind == "data":
+        return data.channel_statistics(cohort, read_size, workers=config.workers, skip=config.skip_unreadable)
+    if kind == "clip":
+        return CLIP_MEAN, CLIP_STD
+    try:
+        *mean, r, g, b = map(float, kind.split(","))
+        if len(mean) == 3 and min(r, g, b) > 0:
+            return mean, (r, g, b)
+    except ValueError:
+        pass
+    raise ValueError(f"--normalise {kind}: 'clip', 'data', or three means and three standard deviations above 0")
 
 
 def build_model(config, device):
@@ -410,12 +442,13 @@ def train(config):
     rank, world, device, watchdog = start_processes(config.timeout)
     with watchdog:
         prepare_demo(config, rank)
-        cohort = data.read_manifest(config.data, config.val_fraction)
+        cohort = data.read_cohort(config.data, config.val_fraction)
         train_cohort = cohort.restrict("train")
         share_patients(config, train_cohort, world)
         model, attributes = build_model(config, device)
         image_size = config.image_size or model.tower.image_size
         read_size = config.read_size or min(data.patch_size(cohort), 2 * image_size)
+        model.normalise(*normalisation(config, train_cohort, read_size))
         optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         os.makedirs(config.out, exist_ok=True)
         first = resume(config, model, optimizer)
@@ -433,7 +466,7 @@ def train(config):
             if world > 1:  # batch norm's averages differ from rank to rank, and the checkpoint holds those of rank 0
                 for buffer in model.buffers():
                     dist.broadcast(buffer, 0)
-            z = embed(model, cohort, read_size, image_size, workers=config.workers)
+            z = embed(model, cohort, read_size, image_size, workers=config.workers, skip=config.skip_unreadable)
             if rank == 0:
                 log.write(step=step, probe=probe(z, cohort))
 

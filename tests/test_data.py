@@ -7,6 +7,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+import torchvision.transforms.functional as TF
 from PIL import Image
 
 import data
@@ -20,7 +22,7 @@ def manifest(folder, lines, header="path,patient,slide,label"):
 
 def many(folder, patients, slides=3, patches=4):
     """A cohort whose files do not exist: nothing but decoding looks at them."""
-    return data.read_manifest(manifest(folder, [f"{p}/{s}/{b}.png,p{p:03d},p{p}s{s},c{p % 2}" for p in range(patients)
+    return data.read_cohort(manifest(folder, [f"{p}/{s}/{b}.png,p{p:03d},p{p}s{s},c{p % 2}" for p in range(patients)
                                                 for s in range(slides) for b in range(patches)]))
 
 
@@ -29,7 +31,7 @@ def many(folder, patients, slides=3, patches=4):
 
 def test_a_manifest_becomes_a_cohort(tmp_path):
     """Rows in any order; patches end up in the order of slides, slides in the order of patients."""
-    cohort = data.read_manifest(manifest(tmp_path, [
+    cohort = data.read_cohort(manifest(tmp_path, [
         "b/1.png,bob,b-2,tumour", "a/1.png,amy,a-1,normal", "b/0.png,bob,b-1,", "b/2.png,bob,b-2,tumour"]))
     assert cohort.patients == ["amy", "bob"]
     assert cohort.slides == ["a-1", "b-1", "b-2"]
@@ -53,28 +55,28 @@ def test_a_manifest_becomes_a_cohort(tmp_path):
 ])
 def test_a_bad_manifest_is_refused_by_line(tmp_path, lines, message):
     with pytest.raises(ValueError, match=message):
-        data.read_manifest(manifest(tmp_path, lines))
+        data.read_cohort(manifest(tmp_path, lines))
 
 
 def test_a_missing_column_or_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="no column patient, slide"):
-        data.read_manifest(manifest(tmp_path, ["x.png,s1"], header="path,case"))
+        data.read_cohort(manifest(tmp_path, ["x.png,s1"], header="path,case"))
     with pytest.raises(FileNotFoundError, match=r"manifest\.csv does not exist"):
-        data.read_manifest(str(tmp_path / "nowhere"))
+        data.read_cohort(str(tmp_path / "nowhere"))
 
 
 def test_splits(tmp_path):
     header = "path,patient,slide,label,split"
-    cohort = data.read_manifest(manifest(tmp_path, ["x.png,amy,s1,a,val", "y.png,bob,s2,a,train"], header))
+    cohort = data.read_cohort(manifest(tmp_path, ["x.png,amy,s1,a,val", "y.png,bob,s2,a,train"], header))
     assert len(cohort.restrict("train")) == 1
     assert cohort.restrict("val").path(0).endswith("x.png")
     assert cohort.restrict("train").ids(np.array([0])).tolist() == [[0, 1, 1]]  # bob and his slide keep their numbers
     with pytest.raises(ValueError, match="no patient is in the split 'test'"):
         cohort.restrict("test")
     with pytest.raises(ValueError, match="on one side"):
-        data.read_manifest(manifest(tmp_path, ["x.png,amy,s1,a,val", "y.png,amy,s2,a,train"], header))
+        data.read_cohort(manifest(tmp_path, ["x.png,amy,s1,a,val", "y.png,amy,s2,a,train"], header))
     with pytest.raises(ValueError, match="'bob' has none"):
-        data.read_manifest(manifest(tmp_path, ["x.png,amy,s1,a,val", "y.png,bob,s2,a,"], header))
+        data.read_cohort(manifest(tmp_path, ["x.png,amy,s1,a,val", "y.png,bob,s2,a,"], header))
 
 
 def test_the_hash_split_does_not_move():
@@ -145,7 +147,7 @@ def test_decode_brings_a_patch_to_size(tmp_path):
 
 def test_an_unreadable_file_is_named_and_ends_the_loader(tmp_path, cohort_folder):
     folder = shutil.copytree(cohort_folder, tmp_path / "cohort")
-    cohort = data.read_manifest(str(folder))
+    cohort = data.read_cohort(str(folder))
     whole = open(cohort.path(3), "rb").read()
     for content in (whole[:len(whole) // 2], b"not an image", b""):
         open(cohort.path(3), "wb").write(content)
@@ -154,7 +156,7 @@ def test_an_unreadable_file_is_named_and_ends_the_loader(tmp_path, cohort_folder
 
 
 def test_batches_come_in_order(cohort_folder):
-    cohort = data.read_manifest(cohort_folder)
+    cohort = data.read_cohort(cohort_folder)
     order = [np.array([i, (7 * i) % len(cohort)]) for i in range(20)]
     for expected, (rows, images) in zip(order, data.load_batches(cohort, order, 64), strict=True):
         assert (rows == expected).all()
@@ -163,60 +165,110 @@ def test_batches_come_in_order(cohort_folder):
 
 # -------------------------------------------------------------------------------------------------------- augmentation
 
-STILL = {name: (0.0, low, high) for name, (_, low, high) in data.AUGMENTATION.items()}
+STILL = data.with_probability(data.AUGMENTATIONS["demo"], 0)
 PATCHES = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def views(n=2, **transforms):
     """Views of PATCHES under the named transforms alone, each (lowest, highest) and always drawn."""
     parameters = data.view_parameters(3 * n, 0, 0, STILL | {name: (1.0, *r) for name, r in transforms.items()})
-    return data.make_views(PATCHES, parameters, 32, torch.Generator().manual_seed(0)), parameters
+    return data.make_views(PATCHES, parameters, 32), parameters
+
+
+SOURCE = PATCHES.float().div(255).repeat_interleave(2, dim=0)
 
 
 def test_without_a_transform_a_view_is_the_patch():
-    x, _ = views()
-    expected = PATCHES.float().div(255).clamp(min=1 / 255).repeat_interleave(2, dim=0)  # black has no finite density
-    torch.testing.assert_close(x, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(views()[0], SOURCE, atol=1e-5, rtol=0)
 
 
 def test_geometry_is_exact_where_it_falls_on_pixels():
-    source = PATCHES.float().div(255).clamp(min=1 / 255).repeat_interleave(2, dim=0)
     x, parameters = views(flip=(0, 0))
     assert (parameters["flip"] == -1).all()
-    torch.testing.assert_close(x, source.flip(-1, -2), atol=1e-4, rtol=0)
+    torch.testing.assert_close(x, SOURCE.flip(-1, -2), atol=1e-4, rtol=0)
     x, _ = views(rotate=(90, 90))
-    torch.testing.assert_close(x, source.rot90(1, (-2, -1)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(x, SOURCE.rot90(1, (-2, -1)), atol=1e-4, rtol=0)
     x, _ = views(translate=(0.25, 0.25))
-    torch.testing.assert_close(x[..., :24, :24], source[..., 8:, 8:], atol=1e-4, rtol=0)
+    torch.testing.assert_close(x[..., :24, :24], SOURCE[..., 8:, 8:], atol=1e-4, rtol=0)
     x, parameters = views(crop=(0.25, 0.25))
     assert torch.allclose(parameters["size"].prod(dim=1), torch.tensor(0.25))
     assert (parameters["centre"].abs() + parameters["size"] <= 1 + 1e-6).all()  # the crop lies inside the patch
 
 
+def test_the_affine_map_is_torchs():
+    parameters = data.view_parameters(6, 3, 0)
+    angle = torch.deg2rad(parameters["angle"])
+    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(-1, 2, 2)
+    affine = torch.cat([turn * (parameters["size"] * parameters["flip"])[:, None], parameters["centre"][..., None]], 2)
+    grid = F.affine_grid(affine, [6, 3, 20, 20], align_corners=False)
+    expected = F.grid_sample(SOURCE, grid, padding_mode="reflection", align_corners=False)
+    torch.testing.assert_close(data.resample(SOURCE, 20, parameters), expected, atol=1e-4, rtol=0)
+
+
+def test_many_views_are_made_a_few_at_a_time():
+    """On the CPU a batch goes through in parts that fit its cache; the parts make no difference."""
+    images = torch.randint(0, 256, (40, 3, 64, 64), dtype=torch.uint8)
+    parameters = data.view_parameters(80, 0, 0, data.AUGMENTATIONS["strong"])
+    whole = data.make_views(images, parameters, 64)
+    for i in (0, 17, 39):
+        alone = data.make_views(images[i:i + 1], {k: v[2 * i:2 * i + 2] for k, v in parameters.items()}, 64)
+        torch.testing.assert_close(whole[2 * i:2 * i + 2], alone, atol=1e-6, rtol=0)
+
+
 def test_each_view_has_its_own_numbers():
     for name in ("brightness", "contrast", "angle", "noise", "blur", "erase"):
         key = {"angle": "rotate"}.get(name, name)
-        _, parameters = views(4, **{key: data.AUGMENTATION[key][1:]})
+        _, parameters = views(4, **{key: data.AUGMENTATIONS["demo"][key][1:]})
         assert len(parameters[name].unique()) == 12
 
 
 def test_a_probability_is_respected():
     """The released code ignores one that its configuration names."""
-    for name, key in {"blur": "blur", "rotate": "angle", "erase": "erase", "noise": "noise"}.items():
+    for name, key in {"blur": "blur", "rotate": "angle", "erase": "erase", "noise": "noise", "solarise": "solarise",
+                      "autocontrast": "autocontrast", "sharpness": "sharpness", "brightness": "brightness"}.items():
         drawn = data.view_parameters(4000, 0, 0, STILL | {name: (0.3, 0.5, 0.9)})[key]
         assert ((drawn >= 0.5) & (drawn <= 0.9)).float().mean().item() == pytest.approx(0.3, abs=0.03)
 
 
+def test_a_probability_for_all():
+    half = data.with_probability(data.AUGMENTATIONS["strong"], 0.5)
+    assert {name: p for name, (p, _, _) in half.items()} == dict.fromkeys(data.AUGMENTATIONS["strong"], 0.5)
+    parameters = data.view_parameters(4000, 0, 0, half)
+    assert (parameters["size"] < 1).any(dim=1).float().mean().item() == pytest.approx(0.5, abs=0.03)
+
+
+def test_weak_views_are_flips():
+    x = data.make_views(PATCHES, data.view_parameters(24, 0, 0, data.AUGMENTATIONS["weak"]), 32).unflatten(0, (3, 8))
+    for patch, of_patch in zip(PATCHES.float() / 255, x):
+        flips = [patch, patch.flip(-1), patch.flip(-2), patch.flip(-1, -2)]
+        assert all(any(torch.allclose(view, flip, atol=1e-5) for flip in flips) for view in of_patch)
+
+
 def test_colours():
-    source = PATCHES.float().div(255).clamp(min=1 / 255).repeat_interleave(2, dim=0)
-    torch.testing.assert_close(views(brightness=(0.5, 0.5))[0], source / 2, atol=1e-5, rtol=0)
-    mean = source.mean(dim=(1, 2, 3), keepdim=True)
-    torch.testing.assert_close(views(contrast=(0.5, 0.5))[0], (source + mean) / 2, atol=1e-5, rtol=0)
+    torch.testing.assert_close(views(brightness=(0.5, 0.5))[0], SOURCE / 2, atol=1e-5, rtol=0)
+    mean = SOURCE.mean(dim=(1, 2, 3), keepdim=True)
+    torch.testing.assert_close(views(contrast=(0.5, 0.5))[0], (SOURCE + mean) / 2, atol=1e-5, rtol=0)
     # Twice the density of every stain is the square of the light that passes.
+    source = SOURCE.clamp(min=1 / 255)  # black has no finite density
     torch.testing.assert_close(views(stain=(2, 2))[0], source**2, atol=1e-4, rtol=0)
     pure = torch.exp(-data.STAINS[1]).view(1, 3, 1, 1).expand(1, 3, 4, 4)  # eosin alone
     jittered = data.stain_jitter(pure, torch.tensor([[3.0, 0.5, 1.0]]), torch.zeros(1, 3))
     torch.testing.assert_close(jittered, pure.sqrt(), atol=1e-5, rtol=0)  # only eosin's factor acts
+
+
+def test_autocontrast_solarise_and_sharpness():
+    """Against torchvision's, which take one threshold and one factor for all images."""
+    dull = SOURCE * 0.4 + 0.3
+    dull[2, 1] = 0.5  # a constant channel stays
+    torch.testing.assert_close(data.autocontrast(dull), TF.autocontrast(dull), atol=1e-5, rtol=0)
+    torch.testing.assert_close(data.solarise(SOURCE, torch.full((6,), 0.3)), TF.solarize(SOURCE, 0.3))
+    torch.testing.assert_close(data.blur(SOURCE, torch.full((6,), 1.3)), TF.gaussian_blur(SOURCE, 5, 1.3))
+    binomial = torch.tensor([[1, 2, 1], [2, 4, 2], [1, 2, 1]]).expand(3, 1, 3, 3) / 16
+    smooth = F.conv2d(F.pad(SOURCE, (1, 1, 1, 1), mode="reflect"), binomial, groups=3)
+    torch.testing.assert_close(data.sharpen(SOURCE, torch.full((6,), 0.5)), 1.5 * SOURCE - 0.5 * smooth)
+    torch.testing.assert_close(views(solarise=(0.3, 0.3))[0], TF.solarize(SOURCE, 0.3), atol=1e-5, rtol=0)
+    changed = (views(n=8, blur=(1, 1))[0] - views(n=8)[0]).abs().amax(dim=(1, 2, 3)) > 0
+    assert changed.all()
 
 
 def test_blur_noise_and_erasing():
@@ -260,7 +312,7 @@ def test_demo_tissue_shows_its_factors():
 
 
 def test_the_demo_cohort_is_an_ordinary_cohort(cohort_folder):
-    cohort = data.read_manifest(cohort_folder)
+    cohort = data.read_cohort(cohort_folder)
     assert str(cohort) == "20 patients, 40 slides, 120 patches"
     assert cohort.classes == sorted(data.DEMO_CLASSES)
     assert str(cohort.restrict("val")) == "8 patients, 16 slides, 48 patches"
@@ -274,7 +326,7 @@ def test_real_tiles():
     folder = os.path.join(os.path.dirname(__file__), "../../shared/data/osteo60")
     if not os.path.exists(folder):
         pytest.skip("the 60 osteosarcoma tiles are not beside the project")
-    cohort = data.read_manifest(folder)
+    cohort = data.read_cohort(folder)
     assert str(cohort) == "4 patients, 26 slides, 60 patches"
     assert 0 < len(cohort.restrict("val").present) < 4
     rows, images = next(iter(data.load_batches(cohort, [np.arange(8)], 128)))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from data import read_manifest
+from data import read_cohort
 from evaluate import accuracy, embed, knn, mean_class_accuracy, pool, probe, table
 from model import HLSS, image_tower, load_state
 
@@ -53,7 +53,7 @@ def test_a_group_of_several_labels_is_left_out():
 
 
 def test_probe_of_perfect_and_of_blind_embeddings(cohort_folder):
-    cohort = read_manifest(cohort_folder)
+    cohort = read_cohort(cohort_folder)
     perfect = F.one_hot(torch.from_numpy(cohort.label).long(), 4).float()
     result = probe(perfect, cohort)
     assert all(result["knn20"][level]["accuracy"] == 1 for level in ("patch", "slide", "patient"))
@@ -66,7 +66,7 @@ def test_probe_of_perfect_and_of_blind_embeddings(cohort_folder):
 
 
 def test_labels_may_be_missing(cohort_folder):
-    cohort = read_manifest(cohort_folder)
+    cohort = read_cohort(cohort_folder)
     cohort.label[:] = -1
     assert probe(torch.ones(len(cohort), 4), cohort) == {}
     assert "nothing to probe" in table({})[0]
@@ -75,7 +75,7 @@ def test_labels_may_be_missing(cohort_folder):
 def test_embeddings_are_in_the_order_of_the_cohort(cohort_folder, clip_file):
     from data import decode, plain_view
 
-    cohort = read_manifest(cohort_folder)
+    cohort = read_cohort(cohort_folder)
     bank = {level: F.normalize(torch.randn(3, 64), dim=1) for level in ("patch", "slide", "patient")}
     model = HLSS(image_tower(load_state(clip_file)), bank).train()
     z = embed(model, cohort, 64, 64, batch=13)

@@ -300,7 +300,7 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(flags, monkeyp
     assert all(torch.isfinite(value).all() for value in weights_of(config.out).values())
     with open(os.path.join(config.out, "fault-0000004.json")) as file:
         fault = json.load(file)
-    cohort = train.data.read_manifest(config.data).restrict("train")
+    cohort = train.data.read_cohort(config.data).restrict("train")
     rows = train.data.hierarchical_batch(cohort, 3, config.seed, 4)
     assert fault["rows"] == rows.ravel().tolist()
     assert fault["paths"] == [cohort.path(row) for row in rows.ravel()]

@@ -218,7 +218,7 @@ def class_patients(cohort):
 def balanced_patients(groups, step, seed, patients):
     """As `batch_patients`, but the classes take turns, each through its own epochs. groups: as `class_patients`.
 
-    A class of few patients comes round sooner, at worst twice in a batch; the losses know repeats by their id.
+    A class of few patients comes round sooner, perhaps twice in a batch; the losses know repeats by their id.
     """
     batch, orders = [], {}
     for place in range(step * patients, (step + 1) * patients):

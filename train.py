@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.metadata import version
@@ -157,6 +158,8 @@ def start_processes(timeout):
     device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if rank > 0:
+        warnings.simplefilter("ignore")  # rank 0 says it for all
     if world <= 1:
         return 0, 1, device, Watchdog(dist.HashStore(), 0, 1, timeout)
     store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
@@ -386,11 +389,14 @@ def normalisation(config, cohort, read_size):
     raise ValueError(f"--normalise {kind}: 'clip', 'data', or three means and three standard deviations above 0")
 
 
-def build_model(config, device):
+def build_model(config, rank, device):
     """The model, and the names of its attributes at each level. Fills in config.activation."""
     state = load_state(config.clip, config.activation)
     config.activation = state["activation"]
-    attributes, vectors = open_bank(config.bank, state, config.vocab)  # all that is left of the language from here on
+    bank = [open_bank(config.bank, state, config.vocab) if rank == 0 else None]  # the text is encoded once, for all
+    if dist.is_initialized():
+        dist.broadcast_object_list(bank, device=device)
+    (attributes, vectors), = bank  # all that is left of the language from here on
     torch.manual_seed(config.seed)  # of the projections and backbones that start at random
     dim = vectors["patch"].shape[1]
     tower = backbone_tower(config.backbone, dim) if config.backbone else image_tower(state, config.image_size)
@@ -445,7 +451,7 @@ def train(config):
         cohort = data.read_cohort(config.data, config.val_fraction)
         train_cohort = cohort.restrict("train")
         share_patients(config, train_cohort, world)
-        model, attributes = build_model(config, device)
+        model, attributes = build_model(config, rank, device)
         image_size = config.image_size or model.tower.image_size
         read_size = config.read_size or min(data.patch_size(cohort), 2 * image_size)
         model.normalise(*normalisation(config, train_cohort, read_size))

@@ -3,6 +3,7 @@
     python tests/bench_data.py
 """
 
+import argparse
 import csv
 import os
 import random
@@ -18,8 +19,6 @@ import torchvision.transforms as T
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data
-
-torch.set_num_threads(1)
 
 
 def scale(folder):
@@ -85,9 +84,16 @@ def speed(folder, patches=64, views=2, rounds=5):
         print(f"{name:24s} {np.median(each):6.2f} ms a view ({each.min():.2f} to {each.max():.2f})")
     slow, fast = times.values()
     print(f"{np.median(slow) / np.median(fast):.1f} x as many views a second")
+    return np.median(slow) / np.median(fast)
 
 
-if __name__ == "__main__":
+def main():
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         speed(folder)
         scale(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from bench_data import speed
 from PIL import Image
 from test_data import manifest, many
 from test_train import log_of
@@ -320,6 +321,12 @@ def test_normalise(cohort_folder):
 
 
 # ------------------------------------------------------------------------------------------------------------- scale
+
+
+def test_views_are_made_faster_than_one_by_one(tmp_path, capsys):
+    """About four times on a quiet core (tests/bench_data.py); here only that the benchmark runs and says so."""
+    assert speed(str(tmp_path), patches=16, rounds=2) > 1
+    assert "ms a view" in capsys.readouterr().out
 
 
 def test_a_batch_costs_the_same_in_a_large_cohort(tmp_path):

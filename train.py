@@ -103,7 +103,7 @@ class Config:
     compile: bool = flag(torch.cuda.is_available(), "torch.compile the encoder: a slow first step, then faster ones")
     sync_bn: bool = flag(False, "batch norm over all processes (CUDA only): the statistics of one big batch")
     skip_unreadable: bool = flag(False, "show another patch of the same slide or patient in place of one that cannot "
-                                 "be read, and stop only when more than 1% are bad")
+                                 "be read, and stop only when more than one in a hundred is bad")
     workers: int = flag(2, "decoding threads a process. The device waits for data: more")
     log_every: int = flag(10, "steps between the lines of log.jsonl")
     probe_every: int = flag(200, "steps between kNN probes on the held-out patients; 0: at the start and the end")
@@ -389,11 +389,12 @@ def normalisation(config, cohort, read_size):
     raise ValueError(f"--normalise {kind}: 'clip', 'data', or three means and three standard deviations above 0")
 
 
-def build_model(config, rank, device):
+def build_model(config, device):
     """The model, and the names of its attributes at each level. Fills in config.activation."""
     state = load_state(config.clip, config.activation)
     config.activation = state["activation"]
-    bank = [open_bank(config.bank, state, config.vocab) if rank == 0 else None]  # the text is encoded once, for all
+    first = not dist.is_initialized() or dist.get_rank() == 0  # the text is encoded once, for all
+    bank = [open_bank(config.bank, state, config.vocab) if first else None]
     if dist.is_initialized():
         dist.broadcast_object_list(bank, device=device)
     (attributes, vectors), = bank  # all that is left of the language from here on
@@ -451,7 +452,7 @@ def train(config):
         cohort = data.read_cohort(config.data, config.val_fraction)
         train_cohort = cohort.restrict("train")
         share_patients(config, train_cohort, world)
-        model, attributes = build_model(config, rank, device)
+        model, attributes = build_model(config, device)
         image_size = config.image_size or model.tower.image_size
         read_size = config.read_size or min(data.patch_size(cohort), 2 * image_size)
         model.normalise(*normalisation(config, train_cohort, read_size))

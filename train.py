@@ -364,7 +364,9 @@ def share_patients(config, cohort, world):
     if config.patients > len(cohort.present):
         config.patients = len(cohort.present)
         print(f"all {config.patients} training patients are in every batch: there are no more")
-    if not config.balance_classes:
+    if config.balance_classes:
+        data.class_patients(cohort)  # what it refuses is better refused now
+    else:
         data.check_patients(cohort, config.patients)
     if config.patients % world:
         sizes = [str(size) for size in range(1, config.patients + 1) if config.patients % size == 0]

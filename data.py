@@ -360,7 +360,7 @@ def load_batches(cohort, batches, size, workers=2, ahead=3, skip=False):
             except ValueError as error:
                 if skip and candidate not in bad:
                     bad.add(candidate)
-                    print(f"{error}. Another patch of its slide or patient stands in for it", file=sys.stderr)
+                    print(f"{error}. Another of its slide or patient stands in ({len(bad)} so far)", file=sys.stderr)
                 if not skip or len(bad) > max(1, len(cohort) / 100):
                     raise
         raise ValueError(f"no patch of patient {cohort.patients[cohort.patient[row]]!r} can be read")
@@ -471,7 +471,7 @@ def view_parameters(n, seed, step, augmentation=_DEMO):
     parameters = {"size": size, "centre": (2 * random(2) - 1) * (1 - size) + 2 * draw("translate", 0, 2),
                   "flip": 1 - 2 * (random(2) < flip).float(), "angle": draw("rotate", 0),
                   "stain": draw("stain", 1, 3), "background": draw("background", 0, 3), "hole": random(2),
-                  "corner": random(2), "field": torch.full((n,), number)}
+                  "corner": (64 * random(2)).int(), "field": torch.full((n,), number)}
     for name, neutral in {"brightness": 1, "contrast": 1, "autocontrast": 0, "solarise": 0,
                           "sharpness": 0, "blur": 0, "noise": 0, "erase": 0}.items():
         parameters[name] = draw(name, neutral)
@@ -550,8 +550,8 @@ def make_views(images, parameters, size):
     views = len(parameters["angle"]) // len(images)
     out = torch.empty(len(images) * views, 3, size, size, device=images.device)
     # One field of white noise serves the batch, and each view takes a window of it: to draw every pixel is slow.
-    field = torch.randn(3, 2 * size, 2 * size, generator=torch.Generator().manual_seed(int(parameters["field"][0])))
-    field = field.to(images.device, non_blocking=True)
+    generator = torch.Generator().manual_seed(int(parameters["field"][0]))
+    field = torch.randn(3, size + 64, size + 64, generator=generator).to(images.device, non_blocking=True)
     # A patch at a time stays in a CPU's cache, which is several times as fast; a GPU takes the batch at once.
     step = len(images) if out.is_cuda else max(1, 2**18 // (views * 3 * size * size))
     for first in range(0, len(images), step):
@@ -587,7 +587,7 @@ def _views(images, parameters, size, field):
     where_drawn("sharpness", sharpen)
     where_drawn("blur", blur)
     for row in parameters["noise"].nonzero()[:, 0].tolist():
-        down, across = (parameters["corner"][row] * size).int().tolist()
+        down, across = parameters["corner"][row].tolist()
         x[row].add_(field[:, down:down + size, across:across + size], alpha=float(parameters["noise"][row]))
     where_drawn("erase", erase, "hole")
     return x

@@ -91,8 +91,8 @@ def main():
     argparse.ArgumentParser(description=__doc__).parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        speed(folder)
         scale(folder)
+        speed(folder)
 
 
 if __name__ == "__main__":

@@ -36,16 +36,6 @@ from model import HLSS, backbone_tower, image_tower, load_run, load_state, text_
 PROBES = ("knn200", "knn20", "linear", "attributes")  # the last: linear, too, but it sees only the attribute scores
 NO_LANGUAGE = "the encoder started from random weights and never saw language: attribute names carry no meaning"
 
-FLAGS = {
-    "--data": "another cohort than the one that was trained on",
-    "--out": "folder to write to (default: the run's)",
-    "--against": "another run, or start (what training started from): gains over it, with intervals. Default: start, "
-                 "where the truth behind the bank is known",
-    "--start": "the CLIP that training started from, if it is no longer where it was",
-    "--prompts": "JSON, {class: [sentences]}: adds the zero-shot probe. Low: word them as the bank is worded",
-    "--clip": "whose text tower encodes the prompts (default: of the CLIP that training started from)"}
-
-
 @torch.no_grad()
 def embed(model, cohort, read_size, image_size, batch=128, workers=2):
     """z of every patch, [n, D] float32 on the CPU, in the cohort's order. Processes share the work, all get the whole.
@@ -66,9 +56,6 @@ def embed(model, cohort, read_size, image_size, batch=128, workers=2):
         parts = [everyone[i % world][i // world] for i in range(len(batches))]
     model.train(was_training)
     return torch.from_numpy(np.concatenate(parts))
-
-
-# -------------------------------------------------------------------------------------------------------------- probes
 
 
 def knn(bank, labels, queries, classes, k=200, temperature=0.07, chunk=256):
@@ -105,18 +92,14 @@ def logistic(bank, labels, queries, classes):
         return loss
 
     solver.step(closure)
-    if (slope := wb.grad.abs().max()) > 1e-6:
-        print(f"the linear probe stopped at a gradient of {slope:.0e}, not 0: take it as approximate")
     scores = torch.zeros(len(queries), classes)
     scores[:, present] = ((queries.double() - centre) @ wb[:-1] + wb[-1]).softmax(dim=1).detach().float()
     return scores
 
 
 def zero_shot(path, z, classes, clip, activation="", vocab=""):
-    """Class probabilities [n, C] from prompts: softmax(s z t^T), t encoded as attributes are, s the CLIP's scale.
-
-    path: JSON, {class: [sentences]}; ValueError unless for exactly these classes. clip: as `load_state` wants it.
-    """
+    """Class probabilities [n, C]: softmax(s z t^T), t the prompts of a JSON file {class: [sentences]}, encoded as a
+    bank, s the scale of the clip, a source of `load_state`. Raises ValueError unless for exactly these classes."""
     with open(path, encoding="utf-8") as file:
         prompts = json.load(file)
     if sorted(prompts) != classes:
@@ -150,9 +133,6 @@ def predict(kind, features, cohort, pairs):
         options = {"k": int(kind[3:])} if kind.startswith("knn") else {}
         parts.append((knn if options else logistic)(features[bank], labels, features[queries], classes, **options))
     return torch.cat(parts).numpy()
-
-
-# ------------------------------------------------------------------------------------------------ scores and intervals
 
 
 def group_mean(values, groups):
@@ -227,11 +207,10 @@ def assess(predictions, cohort, pairs, resamples=1000, other=None):
             if not at["n"]:
                 continue
             drawn = rates(s, labels, patient[first], weights)
-            at |= estimate("accuracy", drawn["accuracy"]) | estimate("mca", drawn["mca"])
-            if other:
-                theirs = rates(pool(other[kind], y, groups)[0], labels, patient[first], weights)
-                for name in ("accuracy", "mca"):
-                    at |= estimate(f"{name}_gain", drawn[name] - theirs[name])
+            theirs = rates(pool(other[kind], y, groups)[0], labels, patient[first], weights) if other else None
+            for name in ("accuracy", "mca"):
+                at |= estimate(name, drawn[name])
+                at |= estimate(f"{name}_gain", drawn[name] - theirs[name]) if other else {}
             if resamples:
                 areas = [auc(s[:, c], labels == c) for c in np.unique(labels)]
                 at |= {"auc": None if np.isnan(areas).any() else float(np.mean(areas)),
@@ -272,10 +251,8 @@ def apart(scores, label, weights, number=5):
 
 
 def read_truth(bank, cohort):
-    """A bank file's truth and the cohort's factors.csv: ({attribute: "+factor" or "-factor"}, {factor: [n]}).
-
-    Raises OSError, ValueError or KeyError for what is not there.
-    """
+    """A bank file's truth and the cohort's factors.csv: ({attribute: "+factor" or "-factor"}, {factor: [n]}). Raises
+    OSError, ValueError or KeyError for what is not there."""
     truth = read_bank(bank)["truth"]
     with open(os.path.join(cohort.root, "factors.csv"), newline="", encoding="utf-8") as file:
         table = {row["path"].encode(): row for row in csv.DictReader(file)}
@@ -284,23 +261,21 @@ def read_truth(bank, cohort):
 
 
 def in_words(scores, names, rows, cohort, truth, factors):
-    """What the bank says of the cohort's rows: {"apart": dicts that `apart` makes, "truth": dicts of AUC}.
+    """What the bank says of the cohort's rows: {"apart": dicts, from `apart`, "truth": dicts of AUC}.
 
-    scores: {encoder: {level: [n, K_l]}}, the first is the one to tell apart with. truth, factors: of `read_truth`, or
-    empty. AUC: of the score for the factor being above ("-": not above) its median, both being means over the level.
+    scores: {encoder: {level: [n, K_l]}}, `apart` takes the first. truth, factors: of `read_truth`, or empty. AUC: of
+    the score for the factor being above ("-": not above) its median, both averaged over the patch, slide or patient.
     """
-    found = {"apart": [], "truth": []}
+    found, ours, y = {"apart": [], "truth": []}, next(iter(scores.values())), cohort.label[rows]
     for level, groups in zip(LEVELS, cohort.ids(rows).T):
-        if (cohort.label[rows] >= 0).all():
-            first = next(iter(scores.values()))[level][rows].numpy()
-            mean, label, *_ = pool(first, cohort.label[rows], cohort.patient[rows])
-            for c, k, by in apart(mean, label, patient_weights(len(label), 1000)):
-                found["apart"].append({"class": cohort.classes[c], "level": level, "attribute": names[level][k],
-                                       **estimate("difference", by)})
+        mean, label, *_ = pool(ours[level][rows].numpy(), np.maximum(y, 0), cohort.patient[rows])
+        for c, k, by in apart(mean, label, patient_weights(len(label), 1000)) if y.min() >= 0 else ():
+            found["apart"].append({"class": cohort.classes[c], "level": level, "attribute": names[level][k],
+                                   **estimate("difference", by)})
         for k, name in [(k, name) for k, name in enumerate(names[level]) if name in truth]:
             factor = group_mean(factors[truth[name][1:]][rows, None], groups)[0][:, 0]
-            aucs = {f"AUC, {encoder}": auc(group_mean(s[level][rows, k, None].numpy(), groups)[0][:, 0],
-                                           (factor > np.median(factor)) == (truth[name][0] == "+"))
+            high = (factor > np.median(factor)) == (truth[name][0] == "+")
+            aucs = {f"AUC, {encoder}": auc(group_mean(s[level][rows, k, None].numpy(), groups)[0][:, 0], high)
                     for encoder, s in scores.items()}
             found["truth"].append({"attribute": name, "level": level, "factor": truth[name], **aucs})
     return found
@@ -315,17 +290,16 @@ def table(results):
     if not results:
         return ["no held-out patient or no training patient has a label: there is nothing to probe"]
     width = max(len(f"{name} {kind}") for name, result in results.items() for kind in result) + 2
-    lines = [" " * width + "".join(f"{level:>16}" for level in LEVELS),
-             " " * width + "".join(f"{'acc':>9}{'MCA':>7}" for _ in LEVELS)]
+    lines = [" " * width + "".join(f"{level:>16}" for level in LEVELS), " " * width + f"{'acc':>9}{'MCA':>7}" * 3]
     notes = []
     for name, kind, at in [(name, kind, at) for name, result in results.items() for kind, at in result.items()]:
         for head, end in ((f"{name} {kind}", ""), ("  95%", "_interval"), ("  gain, 95%", "_gain_interval")):
             cells = [at[level].get(score + end) for level in LEVELS for score in ("accuracy", "mca")]
-            cells = [f"{100 * c[0]:.0f}..{100 * c[1]:.0f}" if isinstance(c, list) else f"{100 * c:.1f}" if c is not None
-                     else "-" for c in cells]
+            cells = [f"{100 * cell[0]:.0f}..{100 * cell[1]:.0f}" if isinstance(cell, list) else
+                     "-" if cell is None else f"{100 * cell:.1f}" for cell in cells]
             if not end or {*cells} != {"-"}:
-                lines.append(head.ljust(width) + "".join(map("{:>9}{:>7}".format, cells[::2], cells[1::2])))
-        if "k" in at and f"knn{at['k']}" != kind:
+                lines.append(head.ljust(width) + "".join(map("{:>8} {:>7}".format, cells[::2], cells[1::2])))
+        if "k" in at and kind != f"knn{at['k']}":
             notes.append(f"{kind}: there are only {at['k']} training patches with a label, so k = {at['k']}")
         notes += [f"{level}: {at[level]['left_out']} of {at[level]['n'] + at[level]['left_out']} left out, having "
                   "patches of several labels" for level in LEVELS if at[level]["left_out"]]
@@ -335,14 +309,13 @@ def table(results):
 def html_table(rows):
     """Dicts -> a table with their keys as header, in a box that scrolls sideways. Numbers have three digits."""
     def text(value):
-        if isinstance(value, list):  # an interval
-            return " to ".join(map(text, value))
+        value = f"{value[0]:.3f} to {value[1]:.3f}" if isinstance(value, list) else value
         return f"{value:.3f}" if isinstance(value, float) else escape(str(value))
 
     keys = list(dict.fromkeys(key for row in rows for key in row))
     lines = ["".join(f"<th>{escape(key.replace('_interval', ', 95%'))}</th>" for key in keys)]
     lines += ["".join(f"<td>{text(row.get(key, '-'))}</td>" for key in keys) for row in rows]
-    return f'<div class="scroll"><table><tr>{"</tr><tr>".join(lines)}</tr></table></div>' if rows else "<p>None.</p>"
+    return f'<div class="scroll"><table><tr>{"</tr><tr>".join(lines)}</tr></table></div>'
 
 
 def figure(title, width, height, body):
@@ -357,18 +330,20 @@ CURVES = {"contrast": "hvc_", "alignment": "ha_", "learning rate": "lr", "accura
 
 def curves(log):
     """The lines of log.jsonl -> a figure for each of CURVES that it has, its lines over the steps of training."""
-    log = [line | {f"{kind} {level}": at[level].get("accuracy", np.nan) for kind, at in line.get("probe", {}).items()
-                   for level in LEVELS} for line in log]
+    log = [line | {f"{kind} {level}": at[level]["accuracy"] for kind, at in line.get("probe", {}).items()
+                   for level in LEVELS if at[level]["n"]} for line in log]
     result = ""
     for title, start in CURVES.items():
         found = {name: np.array([(line["step"], line[name]) for line in log if name in line], float)
                  for name in dict.fromkeys(name for line in log for name in line if name.startswith(start))}
-        low, high = (f(np.concatenate([*found.values(), [(0, 0)]][:len(found) or 1]), axis=0) for f in (np.nanmin, np.nanmax))
+        every = np.concatenate([np.empty((0, 2)), *found.values()])
+        low, high = every.min(axis=0, initial=np.inf), every.max(axis=0, initial=-np.inf)
         body = '<path class="axis" d="M4 8V150H330"/>'
         for i, (name, line) in enumerate(found.items()):
             places = (line - low) / np.where(high > low, high - low, 1) * (326, -142) + (4, 150)
-            body += (f'<polyline class="line{i}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/><path class='
-                     f'"line{i}" d="M{2 + 112 * i} 166h14"/><text x="{20 + 112 * i}" y="170">{name[len(start):]}</text>')
+            points = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+            body += (f'<polyline class="line{i}" points="{points}"/><path class="line{i}" d="M{4 + 112 * i} 166h14"/>'
+                     f'<text x="{22 + 112 * i}" y="170">{escape(name[len(start):] or name)}</text>')
         title = f"{title}: {low[1]:.3g} to {high[1]:.3g}, steps {low[0]:.0f} to {high[0]:.0f}"
         result += figure(title, 340, 176, body) if found else ""
     return result
@@ -387,38 +362,40 @@ def maps(z, rows, cohort, most=300):
     Hovering over a place shows its name and its patch, the first one of a slide or patient.
     """
     axes, result = np.linalg.eigh(np.cov(z.T))[1][:, :-3:-1], ""
-    for level, groups, names in zip(LEVELS, cohort.ids(rows).T, (cohort.names, cohort.slides, cohort.patients)):
+    names = cohort.names[rows].astype(str), np.array(cohort.slides)[cohort.slide[rows]], np.array(cohort.patients)[
+        cohort.patient[rows]]
+    for level, groups, name in zip(LEVELS, cohort.ids(rows).T, names):
         mean, first = group_mean(z, groups)
         chosen, dots = np.linspace(0, len(mean) - 1, min(most, len(mean))).astype(int), ""
         places = mean[chosen] @ axes
-        places = 8 + 324 * (places - places.min(axis=0)) / max(np.ptp(places, axis=0).max(), 1e-9)
+        places = 8 + (324, 184) * (places - places.min(axis=0)) / np.ptp(places, axis=0).clip(1e-9)
         for (x, y), i in zip(places, first[chosen]):
-            name, label = names[groups[i]], cohort.label[rows[i]]
-            dots += (f'<g class="dot"><use href="#mark{label % 7 if label >= 0 else -1}" x="{x:.0f}" y="{y:.0f}"/><g>'
-                     f'<image y="344" width="48" height="48" href="{thumbnail(cohort.path(rows[i]))}"/><text x="56" '
-                     f'y="372">{escape(name.decode() if level == "patch" else name)}</text></g></g>')
-        result += figure(f"{level}: {len(chosen)} of {len(mean)}", 340, 396, dots)
+            mark = cohort.label[rows[i]] % 7 if cohort.label[rows[i]] >= 0 else -1
+            dots += (f'<g class="dot"><use href="#mark{mark}" x="{x:.0f}" y="{y:.0f}"/><g><image y="204" width="48" height='
+                     f'"48" href="{thumbnail(cohort.path(rows[i]))}"/><text x="56" y="232">{escape(name[i])}</text></g></g>')
+        result += figure(f"{level}: {len(chosen)} of {len(mean)}", 340, 256, dots)
     return result
 
 
 def report(metrics, z, scores, names, rows, cohort, log, settings):
     """report_template.html, filled in. rows: the patches to show. log: of log.jsonl. settings: {name: value}."""
-    gallery, found = "", [(f"{kind}, {level}", at[level]) for kind, at in metrics["probes"].items() for level in LEVELS]
+    gallery, probes = "", [({"probe": kind, "level": level}, at[level])
+                           for kind, at in metrics["probes"].items() for level in LEVELS]
     for row in rows[np.linspace(0, len(rows) - 1, min(12, len(rows))).astype(int)]:
-        lines = [cohort.names[row].decode(), *(f"{level}: {top(scores[level][row], names[level], 3)}" for level in LEVELS)]
+        lines = [f"{level}: {top(scores[level][row], names[level], 3)}" for level in LEVELS]
         gallery += (f'<div class="card"><img alt="" src="{thumbnail(cohort.path(row), 96)}"><p>'
-                    f"{'<br>'.join(map(escape, lines))}</p></div>")
+                    f"{'<br>'.join(map(escape, (cohort.names[row].decode(), *lines)))}</p></div>")
     sections = {
         "title": escape(f"{metrics['run']}, step {metrics['step']}"), "gallery": gallery, "curves": curves(log),
         "notes": "".join(f'<p class="note">{escape(note)}</p>' for note in metrics["notes"]),
-        "results": html_table([{"probe": probe} | {k: v for k, v in at.items() if k not in ("recall", "confusion") and
-                                                   "gain" not in k} for probe, at in found]),
-        "gains": html_table([{"probe": probe} | {k: v for k, v in at.items() if "gain" in k} for probe, at in found]),
-        "confusion": "".join(html_table([{probe: name} | dict(zip(cohort.classes, row)) for name, row in
-                                         zip(cohort.classes, at.get("confusion", ()))]) for probe, at in found),
-        "legend": "".join(f'<span><svg width="16" height="16"><use href="#mark{c % 7}" x="8" y="8"/></svg>{escape(name)}'
-                          "</span> " for c, name in enumerate(cohort.classes)),
-        "maps": maps(z[rows].numpy(), rows, cohort), "against": escape(metrics["against"] or "nothing"),
+        "results": html_table([at | {key: value for key, value in of.items() if not isinstance(value, dict)
+                                     and "gain" not in key and key != "confusion"} for at, of in probes]),
+        "gains": html_table([at | {key: of[key] for key in of if "gain" in key} for at, of in probes]),
+        "confusion": "".join(html_table([{" ".join(at.values()): name} | dict(zip(cohort.classes, row)) for name, row in
+                                         zip(cohort.classes, of.get("confusion", ()))]) for at, of in probes),
+        "legend": "".join(f'<span><svg width="16" height="16"><use href="#mark{c % 7}" x="8" y="8"/></svg>'
+                          f"{escape(name)}</span> " for c, name in enumerate(cohort.classes)),
+        "maps": maps(z[rows].numpy(), rows, cohort), "against": escape(metrics["against"] or "no other encoder"),
         "apart": html_table(metrics["apart"]), "truth": html_table(metrics["truth"]),
         "used": html_table([metrics["attributes_used"]]),
         "settings": html_table([{"setting": name, "value": value} for name, value in settings.items()])}
@@ -426,19 +403,18 @@ def report(metrics, z, scores, names, rows, cohort, log, settings):
         return string.Template(file.read()).substitute(sections)
 
 
-# --------------------------------------------------------------------------------------------------------- the command
-
-
-def starting_model(model, checkpoint, file=""):
-    """As `load_run`, with the tower that training started from: of its CLIP, or file, or its seed, if a backbone."""
+def open_other(source, model, checkpoint, file=""):
+    """A run, or for "start" the model with the tower that its training started from, out of its CLIP, or file, or, if
+    a backbone, its seed -> (HLSS, checkpoint)."""
+    if source != "start":
+        return load_run(source)
     config = checkpoint["config"]
     if config.get("backbone") and not file:
         torch.manual_seed(config["seed"])  # as train.py's build_model does
         tower = backbone_tower(config["backbone"], model.tower.dim)
     else:
         tower = image_tower(load_state(file or config["clip"], config["activation"]), checkpoint["image_size"])
-    mean, std = model.mean.flatten().tolist(), model.std.flatten().tolist()
-    return HLSS(tower, model.bank, "simclr", mean=mean, std=std).eval(), checkpoint
+    return HLSS(tower, model.bank, "simclr", mean=model.mean.tolist(), std=model.std.tolist()).eval(), checkpoint
 
 
 def part_named(name, cohort):
@@ -469,13 +445,11 @@ def evaluate(args, device):
         return print("\n".join(notes))
     try:
         truth = read_truth(config["bank"], cohort)
-        if not args.against:
-            encoders["start"] = starting_model(model, checkpoint, args.start)
+        encoders |= {} if args.against else {"start": open_other("start", model, checkpoint, args.start)}
     except (OSError, ValueError, KeyError) as error:
         notes.append(f"the truth behind the attributes, or the start of training, is not known here: {error}")
     if args.against:
-        encoders[args.against] = (starting_model(model, checkpoint, args.start) if args.against == "start" else
-                                  load_run(args.against))
+        encoders[args.against] = open_other(args.against, model, checkpoint, args.start)
     for name, (_, other) in encoders.items():
         if cohort.classes and other["classes"] and other["classes"] != cohort.classes:
             raise ValueError(f"{cohort.root} has the classes {cohort.classes}, but {name} was trained where they were "
@@ -499,37 +473,43 @@ def finish(args, cohort, pairs, encoders, z, truth, notes):
             clip = args.clip or config["clip"], config["activation"], config["vocab"]
             predictions[name]["zero-shot"] = zero_shot(args.prompts, z[name][rows], cohort.classes, *clip)
     ours, *other = predictions.values() or [{}]
+    known = {name: scores[name] for name, (_, other) in encoders.items() if other["attributes"] == names}
     metrics = {"run": args.run, "step": checkpoint["step"], "data": cohort.root, "classes": cohort.classes,
                "protocol": args.protocol, "against": "".join([*encoders][1:]), "notes": notes,
                "probes": assess(ours, cohort, pairs, other=other and other[0]) if pairs else {},
                "attributes_used": {level: attributes_used(z[step], t.cpu()) for level, t in model.bank.items()},
-               **in_words(scores, names, rows, cohort, *truth)}
-    run = args.run if os.path.isdir(args.run) else os.path.dirname(os.path.abspath(args.run))
-    out, log, settings = args.out or run, [], config
-    if os.path.exists(os.path.join(run, "log.jsonl")):
-        with open(os.path.join(run, "log.jsonl")) as file:
+               **in_words(known, names, rows, cohort, *truth)}
+    run, log = args.run if os.path.isdir(args.run) else os.path.dirname(os.path.abspath(args.run)), []
+    if os.path.exists(path := os.path.join(run, "log.jsonl")):
+        with open(path) as file:
             log = [json.loads(line) for line in file]
-    settings = config | {"evaluated by": shlex.join(["python", *sys.argv])}
-    page = report(metrics, z[step], scores[step], names, rows, cohort, log, settings)
-    arrays = {f"scores_{level}": s.numpy() for level, s in scores[step].items()} | {
-        f"attributes_{level}": np.array(n) for level, n in names.items()}
-    os.makedirs(out, exist_ok=True)
+    page = report(metrics, z[step], scores[step], names, rows, cohort, log,
+                  {"command": shlex.join(["python", *sys.argv])} | config)
+    arrays = {"z": z[step].numpy(), "path": cohort.names, "label": cohort.label, "slide": cohort.slide,
+              "patient": cohort.patient, "split": cohort.split, "classes": np.array(cohort.classes, dtype=str),
+              "slides": np.array(cohort.slides), "patients": np.array(cohort.patients), "splits": np.array(SPLITS)}
+    for level in LEVELS:
+        arrays |= {f"scores_{level}": scores[step][level].numpy(), f"attributes_{level}": np.array(names[level])}
+    os.makedirs(out := args.out or run, exist_ok=True)
     write_whole(os.path.join(out, "metrics.json"), lambda file: file.write(json.dumps(metrics, indent=1).encode()))
     write_whole(os.path.join(out, "report.html"), lambda file: file.write(page.encode()))
-    write_whole(os.path.join(out, "embeddings.npz"), lambda file: np.savez(
-        file, z=z[step].numpy(), path=cohort.names, label=cohort.label, slide=cohort.slide, patient=cohort.patient,
-        split=cohort.split, classes=np.array(cohort.classes, dtype=str), slides=np.array(cohort.slides),
-        patients=np.array(cohort.patients), splits=np.array(SPLITS), **arrays))
-    print("\n".join([*table({step: metrics["probes"]} if pairs else {}), *notes]))
-    print("attributes in use: " + ", ".join(f"{level} {n:.1f}" for level, n in metrics["attributes_used"].items()))
+    write_whole(os.path.join(out, "embeddings.npz"), lambda file: np.savez(file, **arrays))
+    print("\n".join([*table({step: metrics["probes"]} if pairs else {}), *notes, "attributes in use: " + ", ".join(
+        f"{level} {used:.1f}" for level, used in metrics["attributes_used"].items())]))
     print(f"report.html, metrics.json and embeddings.npz are in {out}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run folder (its newest checkpoint is taken) or a checkpoint file")
-    for flag, text in FLAGS.items():
-        parser.add_argument(flag, default="", help=text)
+    for flag, text in {
+            "data": "another cohort than the one that was trained on", "out": "folder to write to (default: the run's)",
+            "against": "a run, or start (what training started from): the gain over it, with intervals. Default: "
+                       "start, if the truth behind the bank is known, else nothing",
+            "start": "the CLIP that training started from, if it is no longer where it was",
+            "prompts": "JSON, {class: [sentences]}: adds a zero-shot probe. Near chance: word them as the bank is",
+            "clip": "whose text tower reads the prompts (default: the CLIP that training started from)"}.items():
+        parser.add_argument(f"--{flag}", default="", help=text)
     parser.add_argument("--protocol", choices=("val", "test", "lopo"), default="val", help="probe that split against "
                         "train, or, for a small cohort, each patient against all others (default: %(default)s)")
     parser.add_argument("--show", nargs="+", default=[], metavar="NAME", help="print the top attributes of these "

@@ -15,7 +15,6 @@ import csv
 import io
 import json
 import os
-import shlex
 import string
 import sys
 from dataclasses import replace
@@ -34,21 +33,17 @@ from losses import LEVELS, attributes_used
 from model import HLSS, backbone_tower, image_tower, load_run, load_state, text_tower, write_whole
 
 PROBES = ("knn200", "knn20", "linear", "attributes")  # the last: linear, too, but it sees only the attribute scores
-NO_LANGUAGE = "the encoder started from random weights and never saw language: attribute names carry no meaning"
 
 @torch.no_grad()
 def embed(model, cohort, read_size, image_size, batch=128, workers=2):
     """z of every patch, [n, D] float32 on the CPU, in the cohort's order. Processes share the work, all get the whole.
-
-    The model is in eval mode meanwhile. The batches, and so the last digits of z, do not depend on the processes.
-    """
+    The model is in eval mode meanwhile. The batches, and so the last digits of z, do not depend on the processes."""
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     batches = np.array_split(np.arange(len(cohort)), -(-len(cohort) // batch))
     mine = batches[rank::world]
-    bar = tqdm(load_batches(cohort, mine, read_size, workers), desc="embed", unit="batch", total=len(mine),
-               disable=rank > 0, leave=False)
+    bar = tqdm(load_batches(cohort, mine, read_size, workers), "embed", len(mine), leave=False, disable=rank > 0)
     parts = [model.encode(plain_view(images.to(device), image_size)).cpu().numpy() for _, images in bar]
     if world > 1:
         everyone = [None] * world
@@ -59,11 +54,8 @@ def embed(model, cohort, read_size, image_size, batch=128, workers=2):
 
 
 def knn(bank, labels, queries, classes, k=200, temperature=0.07, chunk=256):
-    """Class probabilities by weighted cosine kNN (Wu et al. 2018): each of the k nearest votes with exp(cos / T).
-
-    bank [m, D], queries [n, D]: L2-normalised. labels: [m] in 0 .. classes - 1. k is capped at m. Returns [n,
-    classes], rows sum to 1.
-    """
+    """Class probabilities by weighted cosine kNN (Wu et al. 2018): each of the k nearest votes with exp(cos / T). bank
+    [m, D], queries [n, D]: L2-normalised; labels: [m] in 0 .. classes - 1; k is capped at m. Returns [n, classes]."""
     scores = []
     for part in queries.split(chunk):  # bounds the memory at chunk x m
         similarity, nearest = (part @ bank.T).topk(min(k, len(bank)), dim=1)
@@ -103,7 +95,7 @@ def zero_shot(path, z, classes, clip, activation="", vocab=""):
     with open(path, encoding="utf-8") as file:
         prompts = json.load(file)
     if sorted(prompts) != classes:
-        raise ValueError(f"{path} has prompts for {sorted(prompts)}, the cohort the classes {classes}: name them alike")
+        raise ValueError(f"{path} has prompts for {sorted(prompts)}, but the classes are {classes}: name them alike")
     state = load_state(clip, activation)
     tower, bank = text_tower(state), {"patch": {name: prompts[name] for name in classes}, "slide": {}, "patient": {}}
     t = encode_bank({"levels": bank}, tower, tokenizer_of(tower, vocab))["patch"]
@@ -143,9 +135,7 @@ def group_mean(values, groups):
 
 def pool(scores, labels, groups):
     """Patch probabilities [n, C] -> the mean probability of each slide or patient, averaged once, no second softmax.
-
-    A group has a label only if all its patches share one: (scores [G, C], labels [G], first rows [G], left out).
-    """
+    A group has a label only if all its patches share one: (scores [G, C], labels [G], first rows [G], left out)."""
     mean, first = group_mean(scores, groups)
     same = group_mean(np.eye(labels.max() + 1)[labels], groups)[0].max(axis=1) == 1
     return mean[same], labels[first[same]], first[same], int((~same).sum())
@@ -158,20 +148,18 @@ def patient_weights(patients, resamples, seed=0):
 
 
 def rates(scores, labels, patient, weights):
-    """Accuracy [R], recall [R, C] and mean class accuracy (MCA) [R] under each row of weights [R, P].
+    """Accuracy [R], recall [R, C] and mean class accuracy (MCA) [R], each patient weighing as in a row of weights [R,
+    P]. scores [n, C], labels [n]; patient: [n], the column in weights. nan where a class does not occur.
 
-        recall_c = sum_p w_p correct_pc / sum_p w_p total_pc,    MCA = their mean over the classes that occur
-
-    scores [n, C], labels [n]; patient: [n], the column in weights. What is not defined is nan.
+        recall_c = sum_p w_p correct_pc / sum_p w_p total_pc,    MCA = mean of the recalls that are defined
     """
     P, C = weights.shape[1], scores.shape[1]
     cell = patient * C + labels
     total = weights @ np.bincount(cell, minlength=P * C).reshape(P, C)
     correct = weights @ np.bincount(cell[scores.argmax(axis=1) == labels], minlength=P * C).reshape(P, C)
     with np.errstate(invalid="ignore"):
-        recall = correct / total
-        return {"accuracy": correct.sum(axis=1) / total.sum(axis=1), "recall": recall,
-                "mca": np.nansum(recall, axis=1) / (total > 0).sum(axis=1)}
+        recall, accuracy = correct / total, correct.sum(axis=1) / total.sum(axis=1)
+        return {"accuracy": accuracy, "recall": recall, "mca": np.nansum(recall, axis=1) / (total > 0).sum(axis=1)}
 
 
 def auc(score, positive):
@@ -191,11 +179,9 @@ def estimate(name, draws):
 
 def assess(predictions, cohort, pairs, resamples=1000, other=None):
     """{kind: patch probabilities [n, C] of the queries} -> {kind: {level: metrics}}, a kind of kNN with its k, too.
-
-    metrics: n, left_out and, if n > 0, accuracy and mca; with resamples their intervals, and macro one-vs-rest auc,
-    recall by class, confusion (true classes by predicted ones). other: predictions of another encoder; adds the gain
-    over it, on the same resamples of the same patches, so that what makes a patient hard cancels.
-    """
+    metrics: n, left_out and, if n > 0, accuracy and mca; with resamples intervals, macro one-vs-rest auc, recall by
+    class and confusion (true classes by predicted ones). other: predictions of another encoder; adds the gain over it,
+    on the same resamples, so that what makes a patient hard cancels."""
     rows, C, metrics = np.concatenate([queries for _, queries in pairs]), len(cohort.classes), {}
     patients, patient = np.unique(cohort.patient[rows], return_inverse=True)
     weights, y = patient_weights(len(patients), resamples), cohort.label[rows]
@@ -212,19 +198,16 @@ def assess(predictions, cohort, pairs, resamples=1000, other=None):
                 at |= estimate(name, drawn[name])
                 at |= estimate(f"{name}_gain", drawn[name] - theirs[name]) if other else {}
             if resamples:
-                areas = [auc(s[:, c], labels == c) for c in np.unique(labels)]
-                at |= {"auc": None if np.isnan(areas).any() else float(np.mean(areas)),
-                       "recall": dict(zip(cohort.classes, (estimate("recall", r) for r in drawn["recall"].T))),
-                       "confusion": np.bincount(labels * C + s.argmax(axis=1), minlength=C * C).reshape(C, C).tolist()}
+                at |= estimate("auc", np.mean([auc(s[:, c], labels == c) for c in np.unique(labels)], keepdims=True))
+                at["recall"] = {c: estimate("recall", r) for c, r in zip(cohort.classes, drawn["recall"].T)}
+                at["confusion"] = np.bincount(labels * C + s.argmax(axis=1), minlength=C * C).reshape(C, C).tolist()
     return metrics
 
 
 def probe(z, cohort):
     """The cheap probe during training: kNN from the labelled train patches to the labelled val ones. z: [n, D].
-
     Returns {"knn200": {"k": used, "patch": {"n", "left_out", "accuracy", "mca"}, "slide": ..., "patient": ...}, ...},
-    where a level whose groups have no label of their own has n = 0 and no accuracy. Empty if either side has no label.
-    """
+    without accuracy where no group has a label of its own; empty if either side has no label."""
     pairs = sides(cohort)
     return assess({kind: predict(kind, z, cohort, pairs) for kind in PROBES[:2]}, cohort, pairs, 0) if pairs else {}
 
@@ -236,10 +219,8 @@ def top(scores, names, number=5):
 
 
 def apart(scores, label, weights, number=5):
-    """What sets each class apart: the mean of its patients less the mean of the other classes' means.
-
-    scores [P, K]: means over patients; label [P]; weights [R, P] as `patient_weights`. Yields (class, attribute,
-    differences [R]), the largest first; nothing for a single class.
+    """What sets a class apart: the mean of its patients less the mean of the other classes' means. scores [P, K],
+    label [P], weights [R, P]. Yields (class, attribute, differences [R]), the largest first; for a single class none.
     """
     present = np.unique(label)
     drawn = weights[:, None] * (label == present[:, None])  # [R, C, P]
@@ -262,30 +243,25 @@ def read_truth(bank, cohort):
 
 def in_words(scores, names, rows, cohort, truth, factors):
     """What the bank says of the cohort's rows: {"apart": dicts, from `apart`, "truth": dicts of AUC}.
-
     scores: {encoder: {level: [n, K_l]}}, `apart` takes the first. truth, factors: of `read_truth`, or empty. AUC: of
-    the score for the factor being above ("-": not above) its median, both averaged over the patch, slide or patient.
-    """
+    the score for the factor being above ("-": not above) its median, both averaged over the patch, slide or patient."""
     found, ours, y = {"apart": [], "truth": []}, next(iter(scores.values())), cohort.label[rows]
     for level, groups in zip(LEVELS, cohort.ids(rows).T):
         mean, label, *_ = pool(ours[level][rows].numpy(), np.maximum(y, 0), cohort.patient[rows])
         for c, k, by in apart(mean, label, patient_weights(len(label), 1000)) if y.min() >= 0 else ():
-            found["apart"].append({"class": cohort.classes[c], "level": level, "attribute": names[level][k],
-                                   **estimate("difference", by)})
+            entry = {"class": cohort.classes[c], "level": level, "attribute": names[level][k]}
+            found["apart"].append(entry | estimate("difference", by))
         for k, name in [(k, name) for k, name in enumerate(names[level]) if name in truth]:
             factor = group_mean(factors[truth[name][1:]][rows, None], groups)[0][:, 0]
             high = (factor > np.median(factor)) == (truth[name][0] == "+")
-            aucs = {f"AUC, {encoder}": auc(group_mean(s[level][rows, k, None].numpy(), groups)[0][:, 0], high)
-                    for encoder, s in scores.items()}
-            found["truth"].append({"attribute": name, "level": level, "factor": truth[name], **aucs})
+            found["truth"].append({"attribute": name, "level": level, "factor": truth[name]} | {
+                f"AUC, {encoder}": auc(group_mean(s[level][rows, k, None].numpy(), groups)[0][:, 0], high)
+                for encoder, s in scores.items()})
     return found
 
 
-# ------------------------------------------------------------------------------------------------ tables and the report
-
-
 def table(results):
-    """{name: {kind: metrics}} -> the lines of a table: accuracy and MCA in percent, below them the intervals that there
+    """{name: {kind: metrics}} -> the lines of a table: accuracy and MCA in percent; under them what intervals there
     are, of these and of the gain over another encoder, and at the end what was left out."""
     if not results:
         return ["no held-out patient or no training patient has a label: there is nothing to probe"]
@@ -295,10 +271,10 @@ def table(results):
     for name, kind, at in [(name, kind, at) for name, result in results.items() for kind, at in result.items()]:
         for head, end in ((f"{name} {kind}", ""), ("  95%", "_interval"), ("  gain, 95%", "_gain_interval")):
             cells = [at[level].get(score + end) for level in LEVELS for score in ("accuracy", "mca")]
-            cells = [f"{100 * cell[0]:.0f}..{100 * cell[1]:.0f}" if isinstance(cell, list) else
-                     "-" if cell is None else f"{100 * cell:.1f}" for cell in cells]
-            if not end or {*cells} != {"-"}:
-                lines.append(head.ljust(width) + "".join(map("{:>8} {:>7}".format, cells[::2], cells[1::2])))
+            texts = [f"{100 * c[0]:.0f}..{100 * c[1]:.0f} " if isinstance(c, list) else
+                     "-" if c is None else f"{100 * c:.1f}" for c in cells]
+            if not end or any(cells):
+                lines.append(head.ljust(width) + "".join(map("{:>9}{:>7}".format, texts[::2], texts[1::2])))
         if "k" in at and kind != f"knn{at['k']}":
             notes.append(f"{kind}: there are only {at['k']} training patches with a label, so k = {at['k']}")
         notes += [f"{level}: {at[level]['left_out']} of {at[level]['n'] + at[level]['left_out']} left out, having "
@@ -308,45 +284,29 @@ def table(results):
 
 def html_table(rows):
     """Dicts -> a table with their keys as header, in a box that scrolls sideways. Numbers have three digits."""
-    def text(value):
-        value = f"{value[0]:.3f} to {value[1]:.3f}" if isinstance(value, list) else value
-        return f"{value:.3f}" if isinstance(value, float) else escape(str(value))
-
     keys = list(dict.fromkeys(key for row in rows for key in row))
     lines = ["".join(f"<th>{escape(key.replace('_interval', ', 95%'))}</th>" for key in keys)]
-    lines += ["".join(f"<td>{text(row.get(key, '-'))}</td>" for key in keys) for row in rows]
+    for row in rows:
+        values = [np.round(v, 3).tolist() if isinstance(v, (float, list)) else v for v in map(row.get, keys)]
+        lines.append("".join(f"<td>{'-' if value is None else escape(str(value))}</td>" for value in values))
     return f'<div class="scroll"><table><tr>{"</tr><tr>".join(lines)}</tr></table></div>'
 
 
-def figure(title, width, height, body):
-    """SVG under its title, in a box that scrolls sideways."""
-    return (f'<figure class="scroll"><figcaption>{escape(title)}</figcaption><svg width="{width}" height="{height}" '
-            f'role="img" aria-label="{escape(title)}">{body}</svg></figure>')
-
-
-CURVES = {"contrast": "hvc_", "alignment": "ha_", "learning rate": "lr", "accuracy of knn200": "knn200 ",
-          "accuracy of knn20": "knn20 "}  # title: what the names in the log begin with
-
-
 def curves(log):
-    """The lines of log.jsonl -> a figure for each of CURVES that it has, its lines over the steps of training."""
-    log = [line | {f"{kind} {level}": at[level]["accuracy"] for kind, at in line.get("probe", {}).items()
-                   for level in LEVELS if at[level]["n"]} for line in log]
-    result = ""
-    for title, start in CURVES.items():
-        found = {name: np.array([(line["step"], line[name]) for line in log if name in line], float)
-                 for name in dict.fromkeys(name for line in log for name in line if name.startswith(start))}
-        every = np.concatenate([np.empty((0, 2)), *found.values()])
-        low, high = every.min(axis=0, initial=np.inf), every.max(axis=0, initial=-np.inf)
-        body = '<path class="axis" d="M4 8V150H330"/>'
-        for i, (name, line) in enumerate(found.items()):
-            places = (line - low) / np.where(high > low, high - low, 1) * (326, -142) + (4, 150)
+    """Lines of log.jsonl -> for the template {"hvc_lines": SVG, a line a level, "hvc_range": what they span, ...}."""
+    sections, log = {}, [line | {f"{kind}_{level}": at[level]["accuracy"] for kind, at in line.get("probe", {}).items()
+                                 for level in LEVELS if at[level]["n"]} for line in log]
+    for kind in ("hvc", "ha", "lr", "knn200", "knn20"):
+        names = [name for name in (kind, *(f"{kind}_{level}" for level in LEVELS)) if any(name in line for line in log)]
+        lines = [np.array([(line["step"], line[name]) for line in log if name in line], float) for name in names]
+        every = np.concatenate(lines or [np.zeros((1, 2))])
+        low, high, sections[f"{kind}_lines"] = every.min(axis=0), every.max(axis=0), ""
+        for i, line in enumerate(lines):
+            places = (line - low) / (high - low).clip(1e-12) * (326, -142) + (4, 150)
             points = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-            body += (f'<polyline class="line{i}" points="{points}"/><path class="line{i}" d="M{4 + 112 * i} 166h14"/>'
-                     f'<text x="{22 + 112 * i}" y="170">{escape(name[len(start):] or name)}</text>')
-        title = f"{title}: {low[1]:.3g} to {high[1]:.3g}, steps {low[0]:.0f} to {high[0]:.0f}"
-        result += figure(title, 340, 176, body) if found else ""
-    return result
+            sections[f"{kind}_lines"] += f'<polyline class="line{i}" points="{points}"/>'
+        sections[f"{kind}_range"] = f"{low[1]:.3g} to {high[1]:.3g}, steps {low[0]:.0f} to {high[0]:.0f}"
+    return sections
 
 
 def thumbnail(path, size=48):
@@ -357,24 +317,20 @@ def thumbnail(path, size=48):
 
 
 def maps(z, rows, cohort, most=300):
-    """The first two principal components of z [n, D] of the cohort's rows: a figure a level of at most so many places.
-
-    Hovering over a place shows its name and its patch, the first one of a slide or patient.
-    """
-    axes, result = np.linalg.eigh(np.cov(z.T))[1][:, :-3:-1], ""
-    names = cohort.names[rows].astype(str), np.array(cohort.slides)[cohort.slide[rows]], np.array(cohort.patients)[
-        cohort.patient[rows]]
-    for level, groups, name in zip(LEVELS, cohort.ids(rows).T, names):
+    """The first two principal components of z [n, D] of the cohort's rows, for the template: {"map_patch": SVG, ...}, a
+    place a patch, slide or patient, so many at most. Hovering shows the name and the patch, the first of several."""
+    axes, sections, names = np.linalg.eigh(np.cov(z.T))[1][:, :-3:-1], {}, cohort.names.astype(str)
+    for level, groups, named in zip(LEVELS, cohort.ids(rows).T, (names, cohort.slides, cohort.patients)):
         mean, first = group_mean(z, groups)
-        chosen, dots = np.linspace(0, len(mean) - 1, min(most, len(mean))).astype(int), ""
+        chosen, sections[f"map_{level}"] = np.linspace(0, len(mean) - 1, min(most, len(mean))).astype(int), ""
         places = mean[chosen] @ axes
         places = 8 + (324, 184) * (places - places.min(axis=0)) / np.ptp(places, axis=0).clip(1e-9)
         for (x, y), i in zip(places, first[chosen]):
             mark = cohort.label[rows[i]] % 7 if cohort.label[rows[i]] >= 0 else -1
-            dots += (f'<g class="dot"><use href="#mark{mark}" x="{x:.0f}" y="{y:.0f}"/><g><image y="204" width="48" height='
-                     f'"48" href="{thumbnail(cohort.path(rows[i]))}"/><text x="56" y="232">{escape(name[i])}</text></g></g>')
-        result += figure(f"{level}: {len(chosen)} of {len(mean)}", 340, 256, dots)
-    return result
+            sections[f"map_{level}"] += (
+                f'<g class="dot"><use href="#mark{mark}" x="{x:.0f}" y="{y:.0f}"/><g><image y="204" width="48" height="48"'
+                f' href="{thumbnail(cohort.path(rows[i]))}"/><text x="56" y="232">{escape(named[groups[i]])}</text></g></g>')
+    return sections
 
 
 def report(metrics, z, scores, names, rows, cohort, log, settings):
@@ -386,16 +342,16 @@ def report(metrics, z, scores, names, rows, cohort, log, settings):
         gallery += (f'<div class="card"><img alt="" src="{thumbnail(cohort.path(row), 96)}"><p>'
                     f"{'<br>'.join(map(escape, (cohort.names[row].decode(), *lines)))}</p></div>")
     sections = {
-        "title": escape(f"{metrics['run']}, step {metrics['step']}"), "gallery": gallery, "curves": curves(log),
+        "title": escape(f"{metrics['run']}, step {metrics['step']}"), "gallery": gallery, **curves(log),
         "notes": "".join(f'<p class="note">{escape(note)}</p>' for note in metrics["notes"]),
-        "results": html_table([at | {key: value for key, value in of.items() if not isinstance(value, dict)
-                                     and "gain" not in key and key != "confusion"} for at, of in probes]),
+        "results": html_table([at | {key: of[key] for key in of if key not in ("recall", "confusion") and
+                                     "gain" not in key} for at, of in probes]),
         "gains": html_table([at | {key: of[key] for key in of if "gain" in key} for at, of in probes]),
-        "confusion": "".join(html_table([{" ".join(at.values()): name} | dict(zip(cohort.classes, row)) for name, row in
-                                         zip(cohort.classes, of.get("confusion", ()))]) for at, of in probes),
+        "confusion": "".join(html_table([{", ".join(at.values()): name} | dict(zip(cohort.classes, row)) for name, row
+                                         in zip(cohort.classes, of.get("confusion", ()))]) for at, of in probes),
         "legend": "".join(f'<span><svg width="16" height="16"><use href="#mark{c % 7}" x="8" y="8"/></svg>'
                           f"{escape(name)}</span> " for c, name in enumerate(cohort.classes)),
-        "maps": maps(z[rows].numpy(), rows, cohort), "against": escape(metrics["against"] or "no other encoder"),
+        **maps(z[rows].numpy(), rows, cohort), "against": escape(metrics["against"] or "no other encoder"),
         "apart": html_table(metrics["apart"]), "truth": html_table(metrics["truth"]),
         "used": html_table([metrics["attributes_used"]]),
         "settings": html_table([{"setting": name, "value": value} for name, value in settings.items()])}
@@ -403,25 +359,23 @@ def report(metrics, z, scores, names, rows, cohort, log, settings):
         return string.Template(file.read()).substitute(sections)
 
 
-def open_other(source, model, checkpoint, file=""):
-    """A run, or for "start" the model with the tower that its training started from, out of its CLIP, or file, or, if
-    a backbone, its seed -> (HLSS, checkpoint)."""
-    if source != "start":
-        return load_run(source)
+def starting_model(model, checkpoint, clip=""):
+    """The model with the tower that training started from, of its CLIP (or this one), or of the seed of a backbone, and
+    the checkpoint, as `load_run` returns them."""
     config = checkpoint["config"]
-    if config.get("backbone") and not file:
+    if config.get("backbone"):
         torch.manual_seed(config["seed"])  # as train.py's build_model does
         tower = backbone_tower(config["backbone"], model.tower.dim)
     else:
-        tower = image_tower(load_state(file or config["clip"], config["activation"]), checkpoint["image_size"])
+        tower = image_tower(load_state(clip or config["clip"], config["activation"]), checkpoint["image_size"])
     return HLSS(tower, model.bank, "simclr", mean=model.mean.tolist(), std=model.std.tolist()).eval(), checkpoint
 
 
 def part_named(name, cohort):
     """The part of the cohort that is a patient, a slide or a patch path. Raises ValueError if there is none."""
-    rows = np.flatnonzero((cohort.names == name.encode()) | (np.array(cohort.slides)[cohort.slide] == name)
-                          | (np.array(cohort.patients)[cohort.patient] == name))
-    if not len(rows):
+    names = zip(cohort.names, cohort.slide, cohort.patient)
+    rows = [i for i, (p, s, q) in enumerate(names) if name in (p.decode(), cohort.slides[s], cohort.patients[q])]
+    if not rows:
         raise ValueError(f"--show {name}: {cohort.root} has no path, slide or patient of that name, but "
                          f"{cohort.names[0].decode()}, {cohort.slides[0]}, {cohort.patients[0]}, ...")
     return replace(cohort, names=cohort.names[rows], slide=cohort.slide[rows], label=cohort.label[rows])
@@ -430,10 +384,10 @@ def part_named(name, cohort):
 def evaluate(args, device):
     """Embed with the run's encoder, and the one that it is held against, on all processes; the first one writes."""
     model, checkpoint = load_run(args.run)
-    config, names, step = checkpoint["config"], checkpoint["attributes"], f"step {checkpoint['step']}"
+    config, names, notes, truth = checkpoint["config"], checkpoint["attributes"], [], ({}, {})
     cohort = read_manifest(args.data or config["data"], config["val_fraction"])
-    notes, truth, encoders = [NO_LANGUAGE] * bool(config.get("backbone")), ({}, {}), {step: (model, checkpoint)}
-    pairs = sides(cohort, args.protocol)
+    if config.get("backbone"):
+        notes.append("the encoder started from random weights, not from language: attribute names carry no meaning")
 
     def embedded(model, checkpoint, cohort=cohort):
         return embed(model.to(device), cohort, checkpoint["read_size"], checkpoint["image_size"], workers=args.workers)
@@ -443,13 +397,14 @@ def evaluate(args, device):
         print("\n".join([name, *(f"{level:>9}: {top(t.cpu() @ z, names[level])}" for level, t in model.bank.items())]))
     if args.show:
         return print("\n".join(notes))
+    pairs, encoders = sides(cohort, args.protocol), {f"step {checkpoint['step']}": (model, checkpoint)}
     try:
         truth = read_truth(config["bank"], cohort)
-        encoders |= {} if args.against else {"start": open_other("start", model, checkpoint, args.start)}
     except (OSError, ValueError, KeyError) as error:
-        notes.append(f"the truth behind the attributes, or the start of training, is not known here: {error}")
+        notes.append(f"attributes are not held against the truth, which {config['bank']} or factors.csv lacks: {error}")
     if args.against:
-        encoders[args.against] = open_other(args.against, model, checkpoint, args.start)
+        start = args.against == "start"
+        encoders[args.against] = starting_model(model, checkpoint, args.clip) if start else load_run(args.against)
     for name, (_, other) in encoders.items():
         if cohort.classes and other["classes"] and other["classes"] != cohort.classes:
             raise ValueError(f"{cohort.root} has the classes {cohort.classes}, but {name} was trained where they were "
@@ -457,34 +412,32 @@ def evaluate(args, device):
     z = {name: embedded(*encoder) for name, encoder in encoders.items()}
     if not dist.is_initialized() or dist.get_rank() == 0:
         finish(args, cohort, pairs, encoders, z, truth, notes)
-    return None
 
 
 def finish(args, cohort, pairs, encoders, z, truth, notes):
     """Score, print, and write the three files. encoders: {name: (model, checkpoint)}, the run's first; z: of each."""
     (step, (model, checkpoint)), *_ = encoders.items()
-    config, names, predictions = checkpoint["config"], checkpoint["attributes"], {}
+    config, names, predictions = checkpoint["config"], checkpoint["attributes"], []
     rows = np.concatenate([queries for _, queries in pairs]) if pairs else np.arange(len(cohort))
     scores = {name: {level: z[name] @ t.cpu().T for level, t in m.bank.items()} for name, (m, _) in encoders.items()}
     for name in encoders if pairs else ():
         features = {"attributes": torch.cat([*scores[name].values()], dim=1)}
-        predictions[name] = {kind: predict(kind, features.get(kind, z[name]), cohort, pairs) for kind in PROBES}
+        predictions.append({kind: predict(kind, features.get(kind, z[name]), cohort, pairs) for kind in PROBES})
         if args.prompts:
             clip = args.clip or config["clip"], config["activation"], config["vocab"]
-            predictions[name]["zero-shot"] = zero_shot(args.prompts, z[name][rows], cohort.classes, *clip)
-    ours, *other = predictions.values() or [{}]
+            predictions[-1]["zero-shot"] = zero_shot(args.prompts, z[name][rows], cohort.classes, *clip)
     known = {name: scores[name] for name, (_, other) in encoders.items() if other["attributes"] == names}
     metrics = {"run": args.run, "step": checkpoint["step"], "data": cohort.root, "classes": cohort.classes,
                "protocol": args.protocol, "against": "".join([*encoders][1:]), "notes": notes,
-               "probes": assess(ours, cohort, pairs, other=other and other[0]) if pairs else {},
+               "probes": assess(predictions[0], cohort, pairs, other=(*predictions, None)[1]) if pairs else {},
                "attributes_used": {level: attributes_used(z[step], t.cpu()) for level, t in model.bank.items()},
                **in_words(known, names, rows, cohort, *truth)}
     run, log = args.run if os.path.isdir(args.run) else os.path.dirname(os.path.abspath(args.run)), []
     if os.path.exists(path := os.path.join(run, "log.jsonl")):
         with open(path) as file:
             log = [json.loads(line) for line in file]
-    page = report(metrics, z[step], scores[step], names, rows, cohort, log,
-                  {"command": shlex.join(["python", *sys.argv])} | config)
+    settings = {"command": " ".join(["python", *sys.argv]), **config}
+    page = report(metrics, z[step], scores[step], names, rows, cohort, log, settings)
     arrays = {"z": z[step].numpy(), "path": cohort.names, "label": cohort.label, "slide": cohort.slide,
               "patient": cohort.patient, "split": cohort.split, "classes": np.array(cohort.classes, dtype=str),
               "slides": np.array(cohort.slides), "patients": np.array(cohort.patients), "splits": np.array(SPLITS)}
@@ -494,27 +447,27 @@ def finish(args, cohort, pairs, encoders, z, truth, notes):
     write_whole(os.path.join(out, "metrics.json"), lambda file: file.write(json.dumps(metrics, indent=1).encode()))
     write_whole(os.path.join(out, "report.html"), lambda file: file.write(page.encode()))
     write_whole(os.path.join(out, "embeddings.npz"), lambda file: np.savez(file, **arrays))
-    print("\n".join([*table({step: metrics["probes"]} if pairs else {}), *notes, "attributes in use: " + ", ".join(
-        f"{level} {used:.1f}" for level, used in metrics["attributes_used"].items())]))
-    print(f"report.html, metrics.json and embeddings.npz are in {out}")
+    used = ", ".join(f"{level} {value:.1f}" for level, value in metrics["attributes_used"].items())
+    print("\n".join([*table({step: metrics["probes"]} if pairs else {}), *notes, f"attributes in use: {used}",
+                     f"report.html, metrics.json and embeddings.npz are in {out}"]))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="a run folder (its newest checkpoint is taken) or a checkpoint file")
-    for flag, text in {
-            "data": "another cohort than the one that was trained on", "out": "folder to write to (default: the run's)",
-            "against": "a run, or start (what training started from): the gain over it, with intervals. Default: "
-                       "start, if the truth behind the bank is known, else nothing",
-            "start": "the CLIP that training started from, if it is no longer where it was",
-            "prompts": "JSON, {class: [sentences]}: adds a zero-shot probe. Near chance: word them as the bank is",
-            "clip": "whose text tower reads the prompts (default: the CLIP that training started from)"}.items():
-        parser.add_argument(f"--{flag}", default="", help=text)
-    parser.add_argument("--protocol", choices=("val", "test", "lopo"), default="val", help="probe that split against "
-                        "train, or, for a small cohort, each patient against all others (default: %(default)s)")
-    parser.add_argument("--show", nargs="+", default=[], metavar="NAME", help="print the top attributes of these "
-                        "patients, slides or patch paths (mean scores over their patches), and do nothing else")
-    parser.add_argument("--workers", type=int, default=2, help="decoding threads a process")
+    flag = parser.add_argument
+    flag("run", help="a run folder (its newest checkpoint is taken) or a checkpoint file")
+    flag("--data", default="", help="another cohort than the one that was trained on")
+    flag("--out", default="", help="folder to write to (default: the run's)")
+    flag("--protocol", choices=("val", "test", "lopo"), default="val", help="probe that split, with train as bank, or, "
+         "where a cohort is small, each patient with all others as bank (default: %(default)s)")
+    flag("--against", default="", help="a run, or start (what training started from): adds the gain over it, with "
+         "intervals, and, where the factors behind the images are known, what they did to the attributes")
+    flag("--show", nargs="+", default=[], metavar="NAME", help="print the top attributes of these patients, slides or "
+         "patch paths (means over their patches), and do nothing else")
+    flag("--prompts", default="", help="JSON, {class: [sentences]}: adds a zero-shot probe. Near chance: word them as "
+         "the bank is worded")
+    flag("--clip", default="", help="the CLIP that training started from, for start and --prompts, if it was moved")
+    flag("--workers", type=int, default=2, help="decoding threads a process. The device waits for data: more")
     args = parser.parse_args()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

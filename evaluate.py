@@ -2,7 +2,7 @@
 
     python evaluate.py runs/demo                        a run's newest checkpoint, on the cohort that it saw
     python evaluate.py runs/demo --against start        what training changed, with intervals
-    python evaluate.py runs/demo --show PATIENT         the top attributes of a patient, slide or patch, nothing else
+    python evaluate.py runs/demo --show PATIENT         no more than the top attributes of a patient, slide or patch
     torchrun --nproc_per_node=4 evaluate.py runs/demo   embed in four processes
 
 Then open report.html in a browser. metrics.json has its numbers; embeddings.npz has z, attribute scores, paths,
@@ -19,6 +19,7 @@ import string
 import sys
 from dataclasses import replace
 from html import escape
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -42,8 +43,8 @@ def embed(model, cohort, read_size, image_size, batch=128, workers=2):
     model.eval()
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     batches = np.array_split(np.arange(len(cohort)), -(-len(cohort) // batch))
-    mine = batches[rank::world]
-    bar = tqdm(load_batches(cohort, mine, read_size, workers), "embed", len(mine), leave=False, disable=rank > 0)
+    mine = load_batches(cohort, batches[rank::world], read_size, workers)
+    bar = tqdm(mine, "embed", len(batches[rank::world]), leave=False, disable=rank > 0)
     parts = [model.encode(plain_view(images.to(device), image_size)).cpu().numpy() for _, images in bar]
     if world > 1:
         everyone = [None] * world
@@ -67,9 +68,7 @@ def knn(bank, labels, queries, classes, k=200, temperature=0.07, chunk=256):
 
 def logistic(bank, labels, queries, classes):
     """Class probabilities by logistic regression, solved to convergence: min 1/2 ||w||^2 + C sum_i CE(w x_i + b, y_i).
-
-    C = D classes / 100 (UNI, Chen et al. 2024). Arguments and result as of `knn`; a class that the bank lacks gets 0.
-    """
+    C = D classes / 100 (UNI, Chen et al. 2024). The rest is as in `knn`; a class that the bank lacks gets 0."""
     present, target = labels.unique(return_inverse=True)
     centre, cost = bank.double().mean(dim=0), len(bank) * bank.shape[1] * classes / 100  # the sum is divided by C m
     x = bank.double() - centre  # b takes up the centre: the same solution, found far sooner
@@ -82,7 +81,6 @@ def logistic(bank, labels, queries, classes):
         loss = F.cross_entropy(x @ wb[:-1] + wb[-1], target) + wb[:-1].square().sum() / (2 * cost)
         loss.backward()
         return loss
-
     solver.step(closure)
     scores = torch.zeros(len(queries), classes)
     scores[:, present] = ((queries.double() - centre) @ wb[:-1] + wb[-1]).softmax(dim=1).detach().float()
@@ -92,8 +90,7 @@ def logistic(bank, labels, queries, classes):
 def zero_shot(path, z, classes, clip, activation="", vocab=""):
     """Class probabilities [n, C]: softmax(s z t^T), t the prompts of a JSON file {class: [sentences]}, encoded as a
     bank, s the scale of the clip, a source of `load_state`. Raises ValueError unless for exactly these classes."""
-    with open(path, encoding="utf-8") as file:
-        prompts = json.load(file)
+    prompts = json.loads(Path(path).read_text("utf-8"))
     if sorted(prompts) != classes:
         raise ValueError(f"{path} has prompts for {sorted(prompts)}, but the classes are {classes}: name them alike")
     state = load_state(clip, activation)
@@ -106,9 +103,8 @@ def sides(cohort, protocol="val"):
     """[(rows of the bank, rows of the queries)] of labelled patches: train and that split, or with lopo one pair a
     patient: all others, and that one. Empty if a side has no label. Raises ValueError if there is no test split."""
     labelled, patient, split = cohort.label >= 0, cohort.patient, np.array(SPLITS)[cohort.split]
-    masks = [(split == "train", split == protocol)]
-    if protocol == "lopo":
-        masks = [(patient != p, patient == p) for p in np.unique(patient[labelled])]
+    out = np.unique(patient[labelled]) if protocol == "lopo" else ()
+    masks = [(patient != p, patient == p) for p in out] or [(split == "train", split == protocol)]
     if protocol == "test" and "test" not in split:
         raise ValueError(f"--protocol test: {cohort.root} has no patient in the split test: use val or lopo")
     pairs = [tuple(np.flatnonzero(labelled & mask) for mask in pair) for pair in masks]
@@ -148,11 +144,9 @@ def patient_weights(patients, resamples, seed=0):
 
 
 def rates(scores, labels, patient, weights):
-    """Accuracy [R], recall [R, C] and mean class accuracy (MCA) [R], each patient weighing as in a row of weights [R,
-    P]. scores [n, C], labels [n]; patient: [n], the column in weights. nan where a class does not occur.
-
-        recall_c = sum_p w_p correct_pc / sum_p w_p total_pc,    MCA = mean of the recalls that are defined
-    """
+    """Accuracy [R], recall [R, C] and mean class accuracy (MCA) [R], a patient weighing as in each row of weights [R, P]:
+    recall_c = sum_p w_p correct_pc / sum_p w_p total_pc, MCA = mean of the recalls of classes that occur (others: nan).
+    scores [n, C], labels [n]; patient: [n], the column in weights."""
     P, C = weights.shape[1], scores.shape[1]
     cell = patient * C + labels
     total = weights @ np.bincount(cell, minlength=P * C).reshape(P, C)
@@ -172,16 +166,14 @@ def auc(score, positive):
 
 def estimate(name, draws):
     """Row 0 of [1 + R], and the central 95% of the resamples below it: {name, name_interval}; nan becomes None."""
-    drawn = draws[1:][~np.isnan(draws[1:])]
-    ends = {f"{name}_interval": np.percentile(drawn, (2.5, 97.5)).tolist()} if len(drawn) else {}
-    return {name: None if np.isnan(draws[0]) else float(draws[0])} | ends
+    value, drawn = None if np.isnan(draws[0]) else float(draws[0]), draws[1:][~np.isnan(draws[1:])]
+    return {name: value} | ({f"{name}_interval": np.percentile(drawn, (2.5, 97.5)).tolist()} if len(drawn) else {})
 
 
 def assess(predictions, cohort, pairs, resamples=1000, other=None):
     """{kind: patch probabilities [n, C] of the queries} -> {kind: {level: metrics}}, a kind of kNN with its k, too.
-    metrics: n, left_out and, if n > 0, accuracy and mca; with resamples intervals, macro one-vs-rest auc, recall by
-    class and confusion (true classes by predicted ones). other: predictions of another encoder; adds the gain over it,
-    on the same resamples, so that what makes a patient hard cancels."""
+    metrics: n, left_out and, if n > 0, accuracy and mca; with resamples intervals, macro one-vs-rest auc, recall and
+    confusion (true by predicted). other: predictions of another encoder, to gain over, on the same resamples."""
     rows, C, metrics = np.concatenate([queries for _, queries in pairs]), len(cohort.classes), {}
     patients, patient = np.unique(cohort.patient[rows], return_inverse=True)
     weights, y = patient_weights(len(patients), resamples), cohort.label[rows]
@@ -205,9 +197,8 @@ def assess(predictions, cohort, pairs, resamples=1000, other=None):
 
 
 def probe(z, cohort):
-    """The cheap probe during training: kNN from the labelled train patches to the labelled val ones. z: [n, D].
-    Returns {"knn200": {"k": used, "patch": {"n", "left_out", "accuracy", "mca"}, "slide": ..., "patient": ...}, ...},
-    without accuracy where no group has a label of its own; empty if either side has no label."""
+    """The cheap probe during training, of z [n, D]: kNN from train to val, {"knn200": {"k": used, "patch": {"n",
+    "left_out", "accuracy", "mca"}, "slide": ..., "patient": ...}, ...}, empty if either side has no label."""
     pairs = sides(cohort)
     return assess({kind: predict(kind, z, cohort, pairs) for kind in PROBES[:2]}, cohort, pairs, 0) if pairs else {}
 
@@ -235,8 +226,8 @@ def read_truth(bank, cohort):
     """A bank file's truth and the cohort's factors.csv: ({attribute: "+factor" or "-factor"}, {factor: [n]}). Raises
     OSError, ValueError or KeyError for what is not there."""
     truth = read_bank(bank)["truth"]
-    with open(os.path.join(cohort.root, "factors.csv"), newline="", encoding="utf-8") as file:
-        table = {row["path"].encode(): row for row in csv.DictReader(file)}
+    lines = Path(cohort.root, "factors.csv").read_text("utf-8").splitlines()
+    table = {row["path"].encode(): row for row in csv.DictReader(lines)}
     return truth, {factor: np.array([float(table[name][factor]) for name in cohort.names])
                    for factor in {signed[1:] for signed in truth.values()}}
 
@@ -244,13 +235,13 @@ def read_truth(bank, cohort):
 def in_words(scores, names, rows, cohort, truth, factors):
     """What the bank says of the cohort's rows: {"apart": dicts, from `apart`, "truth": dicts of AUC}.
     scores: {encoder: {level: [n, K_l]}}, `apart` takes the first. truth, factors: of `read_truth`, or empty. AUC: of
-    the score for the factor being above ("-": not above) its median, both averaged over the patch, slide or patient."""
+    the score for the factor being above ("-": not above) its median, both averaged over patch, slide or patient."""
     found, ours, y = {"apart": [], "truth": []}, next(iter(scores.values())), cohort.label[rows]
     for level, groups in zip(LEVELS, cohort.ids(rows).T):
         mean, label, *_ = pool(ours[level][rows].numpy(), np.maximum(y, 0), cohort.patient[rows])
         for c, k, by in apart(mean, label, patient_weights(len(label), 1000)) if y.min() >= 0 else ():
-            entry = {"class": cohort.classes[c], "level": level, "attribute": names[level][k]}
-            found["apart"].append(entry | estimate("difference", by))
+            found["apart"].append({"class": cohort.classes[c], "level": level, "attribute": names[level][k],
+                                   **estimate("difference", by)})
         for k, name in [(k, name) for k, name in enumerate(names[level]) if name in truth]:
             factor = group_mean(factors[truth[name][1:]][rows, None], groups)[0][:, 0]
             high = (factor > np.median(factor)) == (truth[name][0] == "+")
@@ -266,15 +257,15 @@ def table(results):
     if not results:
         return ["no held-out patient or no training patient has a label: there is nothing to probe"]
     width = max(len(f"{name} {kind}") for name, result in results.items() for kind in result) + 2
-    lines = [" " * width + "".join(f"{level:>16}" for level in LEVELS), " " * width + f"{'acc':>9}{'MCA':>7}" * 3]
-    notes = []
+    head, notes = " " * width, []
+    lines = [head + "".join(f"{level:>16}" for level in LEVELS), head + f"{'acc':>9}{'MCA':>7}" * len(LEVELS)]
     for name, kind, at in [(name, kind, at) for name, result in results.items() for kind, at in result.items()]:
         for head, end in ((f"{name} {kind}", ""), ("  95%", "_interval"), ("  gain, 95%", "_gain_interval")):
             cells = [at[level].get(score + end) for level in LEVELS for score in ("accuracy", "mca")]
             texts = [f"{100 * c[0]:.0f}..{100 * c[1]:.0f} " if isinstance(c, list) else
                      "-" if c is None else f"{100 * c:.1f}" for c in cells]
             if not end or any(cells):
-                lines.append(head.ljust(width) + "".join(map("{:>9}{:>7}".format, texts[::2], texts[1::2])))
+                lines.append(head.ljust(width) + "".join(map("{:>9}{:>7}".format, texts[::2], texts[1::2])).rstrip())
         if "k" in at and kind != f"knn{at['k']}":
             notes.append(f"{kind}: there are only {at['k']} training patches with a label, so k = {at['k']}")
         notes += [f"{level}: {at[level]['left_out']} of {at[level]['n'] + at[level]['left_out']} left out, having "
@@ -284,7 +275,7 @@ def table(results):
 
 def html_table(rows):
     """Dicts -> a table with their keys as header, in a box that scrolls sideways. Numbers have three digits."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
+    keys = [*dict.fromkeys(key for row in rows for key in row)]
     lines = ["".join(f"<th>{escape(key.replace('_interval', ', 95%'))}</th>" for key in keys)]
     for row in rows:
         values = [np.round(v, 3).tolist() if isinstance(v, (float, list)) else v for v in map(row.get, keys)]
@@ -297,7 +288,7 @@ def curves(log):
     sections, log = {}, [line | {f"{kind}_{level}": at[level]["accuracy"] for kind, at in line.get("probe", {}).items()
                                  for level in LEVELS if at[level]["n"]} for line in log]
     for kind in ("hvc", "ha", "lr", "knn200", "knn20"):
-        names = [name for name in (kind, *(f"{kind}_{level}" for level in LEVELS)) if any(name in line for line in log)]
+        names = dict.fromkeys(name for line in log for name in line if name.split("_")[0] == kind)
         lines = [np.array([(line["step"], line[name]) for line in log if name in line], float) for name in names]
         every = np.concatenate(lines or [np.zeros((1, 2))])
         low, high, sections[f"{kind}_lines"] = every.min(axis=0), every.max(axis=0), ""
@@ -317,8 +308,8 @@ def thumbnail(path, size=48):
 
 
 def maps(z, rows, cohort, most=300):
-    """The first two principal components of z [n, D] of the cohort's rows, for the template: {"map_patch": SVG, ...}, a
-    place a patch, slide or patient, so many at most. Hovering shows the name and the patch, the first of several."""
+    """The first two principal components of z [n, D] of the cohort's rows -> for the template {"map_patch": SVG, ...}.
+    A place is a patch, slide or patient, so many at most; hovering shows its name and its (first) patch."""
     axes, sections, names = np.linalg.eigh(np.cov(z.T))[1][:, :-3:-1], {}, cohort.names.astype(str)
     for level, groups, named in zip(LEVELS, cohort.ids(rows).T, (names, cohort.slides, cohort.patients)):
         mean, first = group_mean(z, groups)
@@ -328,13 +319,13 @@ def maps(z, rows, cohort, most=300):
         for (x, y), i in zip(places, first[chosen]):
             mark = cohort.label[rows[i]] % 7 if cohort.label[rows[i]] >= 0 else -1
             sections[f"map_{level}"] += (
-                f'<g class="dot"><use href="#mark{mark}" x="{x:.0f}" y="{y:.0f}"/><g><image y="204" width="48" height="48"'
-                f' href="{thumbnail(cohort.path(rows[i]))}"/><text x="56" y="232">{escape(named[groups[i]])}</text></g></g>')
+                f'<g class="dot"><use href="#mark{mark}" x="{x:.0f}" y="{y:.0f}"/><g><image y="204" width="48" href="'
+                f'{thumbnail(cohort.path(rows[i]))}"/><text x="56" y="232">{escape(named[groups[i]])}</text></g></g>')
     return sections
 
 
-def report(metrics, z, scores, names, rows, cohort, log, settings):
-    """report_template.html, filled in. rows: the patches to show. log: of log.jsonl. settings: {name: value}."""
+def report(metrics, z, scores, names, rows, cohort, log, config):
+    """report_template.html, filled in. rows: the patches to show. log: lines of log.jsonl. config: the run's."""
     gallery, probes = "", [({"probe": kind, "level": level}, at[level])
                            for kind, at in metrics["probes"].items() for level in LEVELS]
     for row in rows[np.linspace(0, len(rows) - 1, min(12, len(rows))).astype(int)]:
@@ -342,7 +333,7 @@ def report(metrics, z, scores, names, rows, cohort, log, settings):
         gallery += (f'<div class="card"><img alt="" src="{thumbnail(cohort.path(row), 96)}"><p>'
                     f"{'<br>'.join(map(escape, (cohort.names[row].decode(), *lines)))}</p></div>")
     sections = {
-        "title": escape(f"{metrics['run']}, step {metrics['step']}"), "gallery": gallery, **curves(log),
+        "title": escape(f"{config['out']}, step {metrics['step']}"), "gallery": gallery, **curves(log),
         "notes": "".join(f'<p class="note">{escape(note)}</p>' for note in metrics["notes"]),
         "results": html_table([at | {key: of[key] for key in of if key not in ("recall", "confusion") and
                                      "gain" not in key} for at, of in probes]),
@@ -353,15 +344,13 @@ def report(metrics, z, scores, names, rows, cohort, log, settings):
                           f"{escape(name)}</span> " for c, name in enumerate(cohort.classes)),
         **maps(z[rows].numpy(), rows, cohort), "against": escape(metrics["against"] or "no other encoder"),
         "apart": html_table(metrics["apart"]), "truth": html_table(metrics["truth"]),
-        "used": html_table([metrics["attributes_used"]]),
-        "settings": html_table([{"setting": name, "value": value} for name, value in settings.items()])}
-    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "report_template.html")) as file:
-        return string.Template(file.read()).substitute(sections)
+        "used": html_table([metrics["attributes_used"]]), "command": escape(metrics["command"]),
+        "settings": html_table([{"setting": key, "value": config[key]} for key in config])}
+    return string.Template(Path(__file__).with_name("report_template.html").read_text()).substitute(sections)
 
 
 def starting_model(model, checkpoint, clip=""):
-    """The model with the tower that training started from, of its CLIP (or this one), or of the seed of a backbone, and
-    the checkpoint, as `load_run` returns them."""
+    """As `load_run`, with the tower that training started from: its CLIP's, or this one's, or, if a backbone, new."""
     config = checkpoint["config"]
     if config.get("backbone"):
         torch.manual_seed(config["seed"])  # as train.py's build_model does
@@ -373,11 +362,11 @@ def starting_model(model, checkpoint, clip=""):
 
 def part_named(name, cohort):
     """The part of the cohort that is a patient, a slide or a patch path. Raises ValueError if there is none."""
-    names = zip(cohort.names, cohort.slide, cohort.patient)
-    rows = [i for i, (p, s, q) in enumerate(names) if name in (p.decode(), cohort.slides[s], cohort.patients[q])]
-    if not rows:
-        raise ValueError(f"--show {name}: {cohort.root} has no path, slide or patient of that name, but "
-                         f"{cohort.names[0].decode()}, {cohort.slides[0]}, {cohort.patients[0]}, ...")
+    slides, patients = np.array(cohort.slides)[cohort.slide], np.array(cohort.patients)[cohort.patient]
+    rows = np.flatnonzero((cohort.names == name.encode()) | (slides == name) | (patients == name))
+    if not len(rows):
+        raise ValueError(f"--show {name}: {cohort.root} has no such path, slide or patient; the first is called "
+                         f"{cohort.names[0].decode()}, {cohort.slides[0]}, {cohort.patients[0]}")
     return replace(cohort, names=cohort.names[rows], slide=cohort.slide[rows], label=cohort.label[rows])
 
 
@@ -391,7 +380,6 @@ def evaluate(args, device):
 
     def embedded(model, checkpoint, cohort=cohort):
         return embed(model.to(device), cohort, checkpoint["read_size"], checkpoint["image_size"], workers=args.workers)
-
     for name in args.show:
         z = embedded(model, checkpoint, part_named(name, cohort)).mean(dim=0)  # its scores are the mean scores
         print("\n".join([name, *(f"{level:>9}: {top(t.cpu() @ z, names[level])}" for level, t in model.bank.items())]))
@@ -400,8 +388,10 @@ def evaluate(args, device):
     pairs, encoders = sides(cohort, args.protocol), {f"step {checkpoint['step']}": (model, checkpoint)}
     try:
         truth = read_truth(config["bank"], cohort)
+        if not args.against:  # then these two are told apart, whatever else is
+            encoders["start"] = starting_model(model, checkpoint, args.clip)
     except (OSError, ValueError, KeyError) as error:
-        notes.append(f"attributes are not held against the truth, which {config['bank']} or factors.csv lacks: {error}")
+        notes.append(f"attributes are not held against the truth, or not before and after training: {error}")
     if args.against:
         start = args.against == "start"
         encoders[args.against] = starting_model(model, checkpoint, args.clip) if start else load_run(args.against)
@@ -424,26 +414,24 @@ def finish(args, cohort, pairs, encoders, z, truth, notes):
         features = {"attributes": torch.cat([*scores[name].values()], dim=1)}
         predictions.append({kind: predict(kind, features.get(kind, z[name]), cohort, pairs) for kind in PROBES})
         if args.prompts:
-            clip = args.clip or config["clip"], config["activation"], config["vocab"]
-            predictions[-1]["zero-shot"] = zero_shot(args.prompts, z[name][rows], cohort.classes, *clip)
+            predictions[-1]["zero-shot"] = zero_shot(args.prompts, z[name][rows], cohort.classes, args.clip or
+                                                     config["clip"], config["activation"], config["vocab"])
     known = {name: scores[name] for name, (_, other) in encoders.items() if other["attributes"] == names}
-    metrics = {"run": args.run, "step": checkpoint["step"], "data": cohort.root, "classes": cohort.classes,
-               "protocol": args.protocol, "against": "".join([*encoders][1:]), "notes": notes,
+    metrics = {"command": " ".join(["python", *sys.argv]), "step": checkpoint["step"], "data": cohort.root,
+               "classes": cohort.classes, "protocol": args.protocol, "against": "".join([*encoders][1:]), "notes": notes,
                "probes": assess(predictions[0], cohort, pairs, other=(*predictions, None)[1]) if pairs else {},
                "attributes_used": {level: attributes_used(z[step], t.cpu()) for level, t in model.bank.items()},
                **in_words(known, names, rows, cohort, *truth)}
-    run, log = args.run if os.path.isdir(args.run) else os.path.dirname(os.path.abspath(args.run)), []
-    if os.path.exists(path := os.path.join(run, "log.jsonl")):
-        with open(path) as file:
-            log = [json.loads(line) for line in file]
-    settings = {"command": " ".join(["python", *sys.argv]), **config}
-    page = report(metrics, z[step], scores[step], names, rows, cohort, log, settings)
+    run = args.run if os.path.isdir(args.run) else os.path.dirname(os.path.abspath(args.run))
+    log, out = Path(run, "log.jsonl"), args.out or run
+    log = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    page = report(metrics, z[step], scores[step], names, rows, cohort, log, config)
     arrays = {"z": z[step].numpy(), "path": cohort.names, "label": cohort.label, "slide": cohort.slide,
               "patient": cohort.patient, "split": cohort.split, "classes": np.array(cohort.classes, dtype=str),
-              "slides": np.array(cohort.slides), "patients": np.array(cohort.patients), "splits": np.array(SPLITS)}
-    for level in LEVELS:
-        arrays |= {f"scores_{level}": scores[step][level].numpy(), f"attributes_{level}": np.array(names[level])}
-    os.makedirs(out := args.out or run, exist_ok=True)
+              "slides": np.array(cohort.slides), "patients": np.array(cohort.patients), "splits": np.array(SPLITS),
+              **{f"scores_{level}": scores[step][level].numpy() for level in LEVELS},
+              **{f"attributes_{level}": np.array(names[level]) for level in LEVELS}}
+    os.makedirs(out, exist_ok=True)
     write_whole(os.path.join(out, "metrics.json"), lambda file: file.write(json.dumps(metrics, indent=1).encode()))
     write_whole(os.path.join(out, "report.html"), lambda file: file.write(page.encode()))
     write_whole(os.path.join(out, "embeddings.npz"), lambda file: np.savez(file, **arrays))
@@ -458,14 +446,12 @@ def main():
     flag("run", help="a run folder (its newest checkpoint is taken) or a checkpoint file")
     flag("--data", default="", help="another cohort than the one that was trained on")
     flag("--out", default="", help="folder to write to (default: the run's)")
-    flag("--protocol", choices=("val", "test", "lopo"), default="val", help="probe that split, with train as bank, or, "
-         "where a cohort is small, each patient with all others as bank (default: %(default)s)")
+    flag("--protocol", choices=("val", "test", "lopo"), default="val", help="probe that split with train as bank, or, "
+         "if the cohort is small, each patient with all others as bank (default: val)")
     flag("--against", default="", help="a run, or start (what training started from): adds the gain over it, with "
-         "intervals, and, where the factors behind the images are known, what they did to the attributes")
-    flag("--show", nargs="+", default=[], metavar="NAME", help="print the top attributes of these patients, slides or "
-         "patch paths (means over their patches), and do nothing else")
-    flag("--prompts", default="", help="JSON, {class: [sentences]}: adds a zero-shot probe. Near chance: word them as "
-         "the bank is worded")
+         "intervals. Default: start, where the factors behind the images are known")
+    flag("--show", nargs="+", default=[], help="patients, slides or patch paths: print their top attributes and stop")
+    flag("--prompts", default="", help="JSON, {class: [sentences]}: adds a zero-shot probe")
     flag("--clip", default="", help="the CLIP that training started from, for start and --prompts, if it was moved")
     flag("--workers", type=int, default=2, help="decoding threads a process. The device waits for data: more")
     args = parser.parse_args()

@@ -2,7 +2,6 @@
 
     python evaluate.py runs/demo                        a run's newest checkpoint, on the cohort that it saw
     python evaluate.py runs/demo --against start        what training changed, with intervals
-    python evaluate.py runs/demo --show PATIENT         no more than the top attributes of a patient, slide or patch
     torchrun --nproc_per_node=4 evaluate.py runs/demo   embed in four processes
 
 Then open report.html in a browser. metrics.json has its numbers; embeddings.npz has z, attribute scores, paths,
@@ -108,8 +107,7 @@ def sides(cohort, protocol="val"):
     if protocol == "test" and "test" not in split:
         raise ValueError(f"--protocol test: {cohort.root} has no patient in the split test: use val or lopo")
     pairs = [tuple(np.flatnonzero(labelled & mask) for mask in pair) for pair in masks]
-    for bank, queries in pairs:
-        assert not np.isin(patient[bank], patient[queries]).any(), "a patient is on both sides of the split"
+    assert not any(np.isin(patient[b], patient[q]).any() for b, q in pairs), "a patient is on both sides of the split"
     return [pair for pair in pairs if all(map(len, pair))]
 
 
@@ -144,9 +142,9 @@ def patient_weights(patients, resamples, seed=0):
 
 
 def rates(scores, labels, patient, weights):
-    """Accuracy [R], recall [R, C] and mean class accuracy (MCA) [R], a patient weighing as in each row of weights [R, P]:
-    recall_c = sum_p w_p correct_pc / sum_p w_p total_pc, MCA = mean of the recalls of classes that occur (others: nan).
-    scores [n, C], labels [n]; patient: [n], the column in weights."""
+    """Accuracy [R], recall [R, C] and mean class accuracy (MCA) [R], patients weighing as in a row of weights [R, P]:
+    recall_c = sum_p w_p correct_pc / sum_p w_p total_pc, nan if c does not occur; MCA = mean of the recalls that are
+    defined. scores [n, C], labels [n]; patient: [n], the column in weights."""
     P, C = weights.shape[1], scores.shape[1]
     cell = patient * C + labels
     total = weights @ np.bincount(cell, minlength=P * C).reshape(P, C)
@@ -157,8 +155,7 @@ def rates(scores, labels, patient, weights):
 
 
 def auc(score, positive):
-    """Area under the ROC curve by the rank sum (Mann and Whitney 1947): how often a positive scores above a negative,
-    ties count half. [n] and [n] bool; nan unless both occur."""
+    """Area under the ROC curve by the rank sum (Mann and Whitney 1947). [n] and [n] bool; nan unless both occur."""
     _, index, size = np.unique(score, return_inverse=True, return_counts=True)
     rank, p = (np.cumsum(size) - (size - 1) / 2)[index], int(positive.sum())  # equal scores share their mean rank
     return float((rank[positive].sum() - p * (p + 1) / 2) / (p * (len(score) - p))) if 0 < p < len(score) else np.nan
@@ -187,8 +184,8 @@ def assess(predictions, cohort, pairs, resamples=1000, other=None):
             drawn = rates(s, labels, patient[first], weights)
             theirs = rates(pool(other[kind], y, groups)[0], labels, patient[first], weights) if other else None
             for name in ("accuracy", "mca"):
-                at |= estimate(name, drawn[name])
-                at |= estimate(f"{name}_gain", drawn[name] - theirs[name]) if other else {}
+                gain = estimate(f"{name}_gain", drawn[name] - theirs[name]) if other else {}
+                at |= estimate(name, drawn[name]) | gain
             if resamples:
                 at |= estimate("auc", np.mean([auc(s[:, c], labels == c) for c in np.unique(labels)], keepdims=True))
                 at["recall"] = {c: estimate("recall", r) for c, r in zip(cohort.classes, drawn["recall"].T)}
@@ -211,8 +208,7 @@ def top(scores, names, number=5):
 
 def apart(scores, label, weights, number=5):
     """What sets a class apart: the mean of its patients less the mean of the other classes' means. scores [P, K],
-    label [P], weights [R, P]. Yields (class, attribute, differences [R]), the largest first; for a single class none.
-    """
+    label [P], weights [R, P]. Yields (class, attribute, differences [R]), the largest first; for one class nothing."""
     present = np.unique(label)
     drawn = weights[:, None] * (label == present[:, None])  # [R, C, P]
     with np.errstate(invalid="ignore"):  # a resample may lack a class
@@ -223,8 +219,7 @@ def apart(scores, label, weights, number=5):
 
 
 def read_truth(bank, cohort):
-    """A bank file's truth and the cohort's factors.csv: ({attribute: "+factor" or "-factor"}, {factor: [n]}). Raises
-    OSError, ValueError or KeyError for what is not there."""
+    """A bank's truth, {attribute: "+factor" or "-factor"}, and the cohort's factors.csv, {factor: [n]}."""
     truth = read_bank(bank)["truth"]
     lines = Path(cohort.root, "factors.csv").read_text("utf-8").splitlines()
     table = {row["path"].encode(): row for row in csv.DictReader(lines)}
@@ -252,8 +247,7 @@ def in_words(scores, names, rows, cohort, truth, factors):
 
 
 def table(results):
-    """{name: {kind: metrics}} -> the lines of a table: accuracy and MCA in percent; under them what intervals there
-    are, of these and of the gain over another encoder, and at the end what was left out."""
+    """{name: {kind: metrics}} -> the lines of a table, in percent, intervals where there are, what was left out."""
     if not results:
         return ["no held-out patient or no training patient has a label: there is nothing to probe"]
     width = max(len(f"{name} {kind}") for name, result in results.items() for kind in result) + 2
@@ -293,8 +287,8 @@ def curves(log):
         every = np.concatenate(lines or [np.zeros((1, 2))])
         low, high, sections[f"{kind}_lines"] = every.min(axis=0), every.max(axis=0), ""
         for i, line in enumerate(lines):
-            places = (line - low) / (high - low).clip(1e-12) * (326, -142) + (4, 150)
-            points = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+            xy = (line - low) / (high - low).clip(1e-12) * (326, -142) + (4, 150)
+            points = " ".join(map("{:.0f},{:.0f}".format, *xy.T))
             sections[f"{kind}_lines"] += f'<polyline class="line{i}" points="{points}"/>'
         sections[f"{kind}_range"] = f"{low[1]:.3g} to {high[1]:.3g}, steps {low[0]:.0f} to {high[0]:.0f}"
     return sections
@@ -329,9 +323,9 @@ def report(metrics, z, scores, names, rows, cohort, log, config):
     gallery, probes = "", [({"probe": kind, "level": level}, at[level])
                            for kind, at in metrics["probes"].items() for level in LEVELS]
     for row in rows[np.linspace(0, len(rows) - 1, min(12, len(rows))).astype(int)]:
-        lines = [f"{level}: {top(scores[level][row], names[level], 3)}" for level in LEVELS]
-        gallery += (f'<div class="card"><img alt="" src="{thumbnail(cohort.path(row), 96)}"><p>'
-                    f"{'<br>'.join(map(escape, (cohort.names[row].decode(), *lines)))}</p></div>")
+        lines = [cohort.names[row].decode(), *(top(scores[level][row], names[level], 3) for level in LEVELS)]
+        text = "<br>".join(map(escape, lines))
+        gallery += f'<div class="card"><img alt="" src="{thumbnail(cohort.path(row), 96)}"><p>{text}</p></div>'
     sections = {
         "title": escape(f"{config['out']}, step {metrics['step']}"), "gallery": gallery, **curves(log),
         "notes": "".join(f'<p class="note">{escape(note)}</p>' for note in metrics["notes"]),
@@ -397,8 +391,7 @@ def evaluate(args, device):
         encoders[args.against] = starting_model(model, checkpoint, args.clip) if start else load_run(args.against)
     for name, (_, other) in encoders.items():
         if cohort.classes and other["classes"] and other["classes"] != cohort.classes:
-            raise ValueError(f"{cohort.root} has the classes {cohort.classes}, but {name} was trained where they were "
-                             f"{other['classes']}: rename them in the manifest, or give the run's own cohort")
+            raise ValueError(f"{cohort.root} has the classes {cohort.classes}, {name} {other['classes']}: rename them")
     z = {name: embedded(*encoder) for name, encoder in encoders.items()}
     if not dist.is_initialized() or dist.get_rank() == 0:
         finish(args, cohort, pairs, encoders, z, truth, notes)
@@ -416,9 +409,11 @@ def finish(args, cohort, pairs, encoders, z, truth, notes):
         if args.prompts:
             predictions[-1]["zero-shot"] = zero_shot(args.prompts, z[name][rows], cohort.classes, args.clip or
                                                      config["clip"], config["activation"], config["vocab"])
+    few = [c for i, c in enumerate(cohort.classes) if len(np.unique(cohort.patient[cohort.label == i])) == 1]
+    notes += [f"{c} has one patient: nothing shows it with that one out" for c in few if args.protocol == "lopo"]
     known = {name: scores[name] for name, (_, other) in encoders.items() if other["attributes"] == names}
     metrics = {"command": " ".join(["python", *sys.argv]), "step": checkpoint["step"], "data": cohort.root,
-               "classes": cohort.classes, "protocol": args.protocol, "against": "".join([*encoders][1:]), "notes": notes,
+               "classes": cohort.classes, "protocol": args.protocol, "notes": notes, "against": [*encoders, ""][1],
                "probes": assess(predictions[0], cohort, pairs, other=(*predictions, None)[1]) if pairs else {},
                "attributes_used": {level: attributes_used(z[step], t.cpu()) for level, t in model.bank.items()},
                **in_words(known, names, rows, cohort, *truth)}
@@ -435,8 +430,7 @@ def finish(args, cohort, pairs, encoders, z, truth, notes):
     write_whole(os.path.join(out, "metrics.json"), lambda file: file.write(json.dumps(metrics, indent=1).encode()))
     write_whole(os.path.join(out, "report.html"), lambda file: file.write(page.encode()))
     write_whole(os.path.join(out, "embeddings.npz"), lambda file: np.savez(file, **arrays))
-    used = ", ".join(f"{level} {value:.1f}" for level, value in metrics["attributes_used"].items())
-    print("\n".join([*table({step: metrics["probes"]} if pairs else {}), *notes, f"attributes in use: {used}",
+    print("\n".join([*table({step: metrics["probes"]} if pairs else {}), *notes,
                      f"report.html, metrics.json and embeddings.npz are in {out}"]))
 
 

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ import evaluate
 import train
 from model import checkpoints
 
-SECTIONS = ("results", "gains", "confusion", "curves", "maps", "gallery", "apart", "truth", "settings")
+SECTIONS = {"results", "gains", "confusion", "curves", "maps", "gallery", "apart", "truth", "settings"}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -84,19 +83,7 @@ def test_the_report_needs_nothing_but_itself(evaluated):
         "data:image/jpeg", "data:,", *(f"#mark{i}" for i in range(7))}
     assert "a&lt;b&gt;&amp;$c" in page  # names are data, whatever they look like
 
-    class Balance(HTMLParser):
-        open, seen = [], set()  # noqa: RUF012
-
-        def handle_starttag(self, tag, attributes):
-            self.seen |= {dict(attributes).get("id")} if tag == "section" else set()
-            self.open += [tag] if tag in ("table", "tr", "td", "th", "div", "section", "figure", "g", "p") else []
-
-        def handle_endtag(self, tag):
-            assert tag not in self.open or self.open.pop() == tag
-
-    (reader := Balance()).feed(page)
-    assert reader.open == []
-    assert reader.seen == set(SECTIONS)
+    assert {*re.findall(r'<section id="(\w+)"', page)} == SECTIONS
     assert page.count('<g class="dot">') == 48 + 16 + 8
     assert page.count('<div class="card">') == 12
     assert page.count("<polyline") == 3 + 3 + 1 + 3 + 3
@@ -109,7 +96,7 @@ def test_the_report_in_a_browser(evaluated, tmp_path, width):
     look = """<iframe id="f" width="%d" height="900" style="border:0" srcdoc="%s"></iframe><script>
       onload = () => { const d = document.getElementById("f").contentDocument, seen = q => [...d.querySelectorAll(q)];
         const box = e => e.getBoundingClientRect(), wide = e => box(e).right > %d + 1 && !e.closest(".scroll");
-        document.title = JSON.stringify({width: d.documentElement.scrollWidth, out: seen("body *").filter(wide).length,
+        document.title = JSON.stringify({spare: d.documentElement.clientWidth - d.documentElement.scrollWidth, out: seen("body *").filter(wide).length,
           flat: seen("section").filter(e => box(e).height < 60).map(e => e.id), tables: seen("table").length,
           images: seen(".card img").filter(e => e.naturalWidth == 96).length,
           hidden: seen(".dot image").filter(e => box(e).width > 0).length, marks: seen(".dot use").length}) }</script>"""
@@ -120,7 +107,7 @@ def test_the_report_in_a_browser(evaluated, tmp_path, width):
                              "--virtual-time-budget=5000", f"file://{tmp_path}/look.html"], capture_output=True,
                             text=True, timeout=60)
     seen = json.loads(re.search("<title>(.*?)</title>", result.stdout)[1])
-    assert (seen["width"], seen["out"], seen["flat"]) == (width, 0, [])
+    assert (seen["spare"] >= 0, seen["out"], seen["flat"]) == (True, 0, [])
     assert seen["tables"] == 2 + 5 * 3 + 4
     assert (seen["images"], seen["marks"], seen["hidden"]) == (12, 72, 0)
     assert "CONSOLE" not in result.stderr
@@ -149,28 +136,34 @@ def test_other_classes_are_refused_with_both_lists(run, cohort_folder, tmp_path,
         command(monkeypatch, run, "--data", tmp_path)
 
 
+def small_cohort(folder, to, pattern, columns=5):
+    """The lines of a manifest that match, with so many of its columns."""
+    with open(os.path.join(folder, "manifest.csv")) as file:
+        lines = [",".join(line.split(",")[:columns]) for line in file.read().splitlines() if re.match(pattern, line)]
+    (to / "manifest.csv").write_text("\n".join(lines))
+    os.symlink(os.path.join(folder, "images"), to / "images")
+
+
 def test_from_the_checkpoint_alone(run, cohort_folder, tmp_path, monkeypatch, capsys):
     """One file, and images without labels, factors and the CLIP: what cannot be said is left out, with a reason."""
     checkpoint = torch.load(checkpoints(run)[-1], weights_only=True)
     checkpoint["config"] |= {"clip": "gone.pt", "bank": "gone.json", "data": "gone", "backbone": ""}
     torch.save(checkpoint, tmp_path / "moved.pt")
-    with open(os.path.join(cohort_folder, "manifest.csv")) as file:
-        lines = [",".join(line.split(",")[:3]) for line in file.read().splitlines()[:20]]
-    (tmp_path / "manifest.csv").write_text("\n".join(lines))
-    os.symlink(os.path.join(cohort_folder, "images"), tmp_path / "images")
+    small_cohort(cohort_folder, tmp_path, r"path|.*/high_grade-00", columns=3)
     command(monkeypatch, tmp_path / "moved.pt", "--data", tmp_path)
     printed = capsys.readouterr().out
     assert "nothing to probe" in printed
     assert "gone.json" in printed
-    assert len(np.load(tmp_path / "embeddings.npz")["z"]) == 19
+    assert len(np.load(tmp_path / "embeddings.npz")["z"]) == 6
     with pytest.raises(FileNotFoundError, match=r"--clip gone\.pt"):
         command(monkeypatch, tmp_path / "moved.pt", "--data", cohort_folder, "--against", "start")
 
 
-def test_against_itself_and_leaving_out_patients(run, tmp_path, monkeypatch):
-    command(monkeypatch, run, "--against", run, "--protocol", "lopo", "--out", tmp_path)
+def test_against_itself_and_leaving_out_patients(run, cohort_folder, tmp_path, monkeypatch):
+    small_cohort(cohort_folder, tmp_path, r"path|.*/\w+-0[01]/0-")
+    command(monkeypatch, run, "--data", tmp_path, "--against", run, "--protocol", "lopo", "--out", tmp_path)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["probes"]["attributes"]["patient"]["n"] == 20  # all, not only those of a split
+    assert metrics["probes"]["attributes"]["patient"]["n"] == 8  # all, not only those of a split
     assert {at["accuracy_gain"] for kind in metrics["probes"].values() for at in (kind["patch"], kind["slide"])} == {0}
 
 

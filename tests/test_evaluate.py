@@ -146,7 +146,8 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     for _ in range(200):
         correct = rng.random((40, 20)) < rng.beta(6, 4, (40, 1))
         scores = np.eye(2)[correct.ravel().astype(int)]
-        drawn = evaluate.rates(scores, np.ones(800, int), np.repeat(np.arange(40), 20), evaluate.patient_weights(40, 400))
+        weights = evaluate.patient_weights(40, 400)
+        drawn = evaluate.rates(scores, np.ones(800, int), np.repeat(np.arange(40), 20), weights)
         low, high = evaluate.estimate("accuracy", drawn["accuracy"])["accuracy_interval"]
         held += low <= 0.6 <= high
     assert 0.88 < held / 200 <= 0.99

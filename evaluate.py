@@ -74,8 +74,7 @@ def logistic(bank, labels, queries, classes):
     turn = axes / (spread.clamp(min=0) / classes + 1 / cost).sqrt()  # w = turn v: the loss curves alike along all v
     x = (bank.double() - centre) @ turn  # b takes up the centre. The same solution, found far sooner
     v = torch.zeros(bank.shape[1] + 1, len(present), dtype=torch.float64, requires_grad=True)
-    solver = torch.optim.LBFGS([v], max_iter=1000, tolerance_grad=1e-7, tolerance_change=1e-14, history_size=20,
-                               line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS([v], 1, 1000, tolerance_grad=1e-7, tolerance_change=1e-14, line_search_fn="strong_wolfe")
 
     def closure():
         solver.zero_grad()
@@ -451,10 +450,9 @@ def main():
     flag("--clip", default="", help="the CLIP that training started from, for start and --prompts, if it was moved")
     flag("--workers", type=int, default=2, help="decoding threads a process. The device waits for data: more")
     args = parser.parse_args()
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("gloo")  # nothing but finished embeddings is exchanged
-    evaluate(args, device)
+    evaluate(args, f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     if dist.is_initialized():
         dist.destroy_process_group()
 

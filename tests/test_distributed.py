@@ -156,7 +156,8 @@ def test_two_nodes_meet_over_c10d(flags):
     code, _, errors = finish(torchrun("--nproc_per_node=2", "--standalone", "evaluate.py", out))
     assert code == 0, errors
     with open(os.path.join(out, "metrics.json")) as file:
-        assert json.load(file)["probes"] == log_of(out)[-1]["probe"]
+        found = json.load(file)["probes"]["knn20"]["patch"]
+    assert found.items() >= log_of(out)[-1]["probe"]["knn20"]["patch"].items()
 
 
 def workers_of(agent):

@@ -79,7 +79,9 @@ def test_the_whole_road(flags, objective, capsys, monkeypatch):
     evaluate.main()  # from the checkpoint alone
     assert "step 4 knn200" in capsys.readouterr().out
     with open(os.path.join(config.out, "metrics.json")) as file:
-        assert json.load(file)["probes"] == lines[-1]["probe"]
+        probes = json.load(file)["probes"]  # which say more
+    for kind, at in lines[-1]["probe"].items():
+        assert all(probes[kind][level].items() >= at[level].items() for level in ("patch", "slide", "patient"))
 
 
 def test_a_finished_run_shows_its_table_again(flags, capsys):

@@ -74,14 +74,14 @@ def logistic(bank, labels, queries, classes):
     turn = axes / (spread.clamp(min=0) / classes + 1 / cost).sqrt()  # w = turn v: the loss curves alike along all v
     x = (bank.double() - centre) @ turn  # b takes up the centre. The same solution, found far sooner
     v = torch.zeros(bank.shape[1] + 1, len(present), dtype=torch.float64, requires_grad=True)
-    solver = torch.optim.LBFGS([v], 1, 1000, tolerance_grad=1e-7, tolerance_change=1e-14, line_search_fn="strong_wolfe")
+    lbfgs = torch.optim.LBFGS([v], 1, 1000, tolerance_grad=1e-7, tolerance_change=1e-14, line_search_fn="strong_wolfe")
 
     def closure():
-        solver.zero_grad()
+        lbfgs.zero_grad()
         loss = F.cross_entropy(x @ v[:-1] + v[-1], target) + (turn @ v[:-1]).square().sum() / (2 * cost)
         loss.backward()
         return loss
-    solver.step(closure)
+    lbfgs.step(closure)
     scores = torch.zeros(len(queries), classes)
     scores[:, present] = ((queries.double() - centre) @ turn @ v[:-1] + v[-1]).softmax(dim=1).detach().float()
     return scores
@@ -434,8 +434,7 @@ def finish(args, cohort, pairs, encoders, z, truth, notes):
     write_whole(os.path.join(out, "metrics.json"), lambda file: file.write(json.dumps(metrics, indent=1).encode()))
     write_whole(os.path.join(out, "report.html"), lambda file: file.write(page.encode()))
     write_whole(os.path.join(out, "embeddings.npz"), lambda file: np.savez(file, **arrays))
-    print("\n".join([*table({step: metrics["probes"]} if pairs else {}), *notes,
-                     f"report.html, metrics.json and embeddings.npz are in {out}"]))
+    print("\n".join([*table({step: metrics["probes"]} if pairs else {}), *notes, f"all is in {out}/report.html"]))
 
 
 def main():

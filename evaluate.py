@@ -16,6 +16,7 @@ import json
 import os
 import string
 import sys
+import warnings
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -82,6 +83,8 @@ def logistic(bank, labels, queries, classes):
         loss.backward()
         return loss
     lbfgs.step(closure)
+    if lbfgs.state[v]["n_iter"] == 1000:
+        warnings.warn("the linear probe has not converged after 1,000 steps of L-BFGS", stacklevel=2)
     scores = torch.zeros(len(queries), classes)
     scores[:, present] = ((queries.double() - centre) @ turn @ v[:-1] + v[-1]).softmax(dim=1).detach().float()
     return scores
@@ -269,12 +272,15 @@ def table(results):
 
 
 def html_table(rows):
-    """Dicts -> a table with their keys as header, in a box that scrolls sideways. Numbers have three digits."""
-    keys = [*dict.fromkeys(key for row in rows for key in row)]
-    lines = ["".join(f"<th>{escape(key.replace('_interval', ', 95%'))}</th>" for key in keys)]
-    for row in rows:
-        values = [np.round(v, 3).tolist() if isinstance(v, (float, list)) else v for v in map(row.get, keys)]
-        lines.append("".join(f"<td>{'-' if value is None else escape(str(value))}</td>" for value in values))
+    """Dicts -> a table with their keys as header, in a box that scrolls sideways; `x_interval` stands behind `x`."""
+    def text(row, key):
+        value, interval = row.get(key), row.get(f"{key}_interval")
+        value = "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+        return value + (" ({:.2f} to {:.2f})".format(*interval) if interval else "")
+
+    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if not key.endswith("_interval")]
+    lines = ["".join(f"<th>{escape(key)}</th>" for key in keys)]
+    lines += ["".join(f"<td>{escape(text(row, key))}</td>" for key in keys) for row in rows]
     return f'<div class="scroll"><table><tr>{"</tr><tr>".join(lines)}</tr></table></div>'
 
 
@@ -296,8 +302,11 @@ def curves(log):
 
 
 def thumbnail(path, size=48):
-    """A patch as the encoder sees it, as the address of a small JPEG that is part of the page."""
-    view = plain_view(torch.from_numpy(decode(path, size).copy())[None], size)[0].permute(1, 2, 0)
+    """A patch as the encoder sees it, as the address of a small JPEG that is part of the page; empty if unreadable."""
+    try:
+        view = plain_view(torch.from_numpy(decode(path, size).copy())[None], size)[0].permute(1, 2, 0)
+    except ValueError:
+        return "data:,"
     Image.fromarray((255 * view).round().byte().numpy()).save(file := io.BytesIO(), "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
@@ -333,8 +342,9 @@ def report(metrics, z, scores, names, rows, cohort, log, config):
         "results": html_table([at | {key: of[key] for key in of if key not in ("recall", "confusion") and
                                      "gain" not in key} for at, of in probes]),
         "gains": html_table([at | {key: of[key] for key in of if "gain" in key} for at, of in probes]),
-        "confusion": "".join(html_table([{", ".join(at.values()): name} | dict(zip(cohort.classes, row)) for name, row
-                                         in zip(cohort.classes, of.get("confusion", ()))]) for at, of in probes),
+        "confusion": "".join(html_table([
+            {", ".join(at.values()): name} | dict(zip(cohort.classes, row)) | of["recall"][name]
+            for name, row in zip(cohort.classes, of.get("confusion", ()))]) for at, of in probes),
         "legend": "".join(f'<span><svg width="16" height="16"><use href="#mark{c % 7}" x="8" y="8"/></svg>'
                           f"{escape(name)}</span> " for c, name in enumerate(cohort.classes)),
         **maps(z[rows].numpy(), rows, cohort), "against": escape(metrics["against"] or "no other encoder"),
@@ -422,8 +432,9 @@ def finish(args, cohort, pairs, encoders, z, truth, notes):
                "attributes_used": {level: attributes_used(z[step], t.cpu()) for level, t in model.bank.items()},
                **in_words(known, names, rows, cohort, *truth)}
     run = args.run if os.path.isdir(args.run) else os.path.dirname(os.path.abspath(args.run))
-    log, out = Path(run, "log.jsonl"), args.out or run
+    log, about, out = Path(run, "log.jsonl"), Path(run, "config.json"), args.out or run
     log = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    config = json.loads(about.read_text()) if about.exists() else config  # the command and the versions, too
     page = report(metrics, z[step], scores[step], names, rows, cohort, log, config)
     arrays = {"z": z[step].numpy(), "path": cohort.names, "label": cohort.label, "slide": cohort.slide,
               "patient": cohort.patient, "split": cohort.split, "classes": np.array(cohort.classes, dtype=str),

@@ -148,7 +148,7 @@ def small_cohort(folder, to, pattern, columns=5):
     with open(os.path.join(folder, "manifest.csv")) as file:
         lines = [",".join(line.split(",")[:columns]) for line in file.read().splitlines() if re.match(pattern, line)]
     (to / "manifest.csv").write_text("\n".join(lines))
-    os.symlink(os.path.join(folder, "images"), to / "images")
+    shutil.copytree(os.path.join(folder, "images"), to / "images")
 
 
 def test_from_the_checkpoint_alone(run, cohort_folder, tmp_path, monkeypatch, capsys):

@@ -174,6 +174,19 @@ def test_against_itself_and_leaving_out_patients(run, cohort_folder, tmp_path, m
     assert {at["accuracy_gain"] for kind in metrics["probes"].values() for at in (kind["patch"], kind["slide"])} == {0}
 
 
+def test_a_backbone_has_never_seen_language(cohort_folder, clip_file, tmp_path, monkeypatch, capsys):
+    config = train.parse_config(["--data", cohort_folder, "--clip", clip_file, "--out", str(tmp_path / "run"),
+                                 "--backbone", "resnet18", "--patients", "2", "--steps",
+                                 "1", "--image-size", "32", "--no-compile", "--no-amp", "--probe-every", "0"])
+    train.train(config)
+    command(monkeypatch, config.out)
+    assert "attribute names carry no meaning" in capsys.readouterr().out
+    assert "attribute names carry no meaning" in (tmp_path / "run/report.html").read_text()
+    start, _ = evaluate.starting_model(*evaluate.load_run(config.out))
+    expected, _ = train.build_model(config, torch.device("cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(start.tower.parameters(), expected.tower.parameters(), strict=True))
+
+
 def test_show_prints_the_top_attributes(run, evaluated, monkeypatch, capsys):
     with np.load(evaluated / "embeddings.npz") as data:
         path, best = data["path"][7].decode(), data["attributes_patch"][data["scores_patch"][7].argmax()]

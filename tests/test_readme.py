@@ -15,7 +15,7 @@ with open(os.path.join(ROOT, "README.md")) as _file:
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
 LINES = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
 COMMANDS = [line.split("#")[0].split("&&")[-1].strip() for line in LINES if re.search(r"\b\w+\.py\b", line)]
-COMMANDS = [command.replace("$objective", "hlss").replace("$seed", "0") for command in COMMANDS]
+COMMANDS = [command.replace("$objective", "hlss").replace("$seed", "0").split("; done")[0] for command in COMMANDS]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

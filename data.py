@@ -724,16 +724,21 @@ def write_manifest(path, cohort, rows, split=True):
 def path_pattern(pattern):
     """'{label}/{patient}/{slide}/*.png' -> a regular expression with these names; one that has names stays as it is.
 
-    {name} matches within a folder or file name, * too, and ** across folders. Raises ValueError without patient and
-    slide.
+    {name} matches within a folder or file name, and again only what it matched before; * matches there too, and **
+    across folders. Raises ValueError without patient and slide, and for what is no regular expression.
     """
     expression = pattern
     if "(?P<" not in pattern:
-        meaning = {"**": ".*", "*": "[^/]*"}
-        parts = re.split(r"(\{\w+\}|\*\*|\*)", pattern)
-        expression = "".join(meaning.get(part) or re.sub(r"^\\\{(\w+)\\\}$", r"(?P<\1>[^/]+?)", re.escape(part))
-                             for part in parts)
-    compiled = re.compile(expression)
+        expression, seen = "", set()
+        for part in re.split(r"(\{\w+\}|\*\*|\*)", pattern):
+            name = part[1:-1]
+            named = f"(?P={name})" if name in seen else f"(?P<{name}>[^/]+?)"
+            expression += {"**": ".*", "*": "[^/]*"}.get(part) or (named if part[:1] == "{" else re.escape(part))
+            seen.add(name)
+    try:
+        compiled = re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"--pattern {pattern!r} is no regular expression: {error}") from error
     if not {"patient", "slide"} <= set(compiled.groupindex) <= {"patient", "slide", "label", "split"}:
         raise ValueError(f"--pattern {pattern!r} must name patient and slide, and may name label and split; it names "
                          + (", ".join(compiled.groupindex) or "nothing"))
@@ -779,8 +784,8 @@ def check(cohort, workers=2):
             pixels = decode(cohort.path(row))
         except ValueError as error:
             return "truncated" if "truncated" in str(error) else "unreadable"
-        # Glass and empty field: a standard deviation below 1% of the range.
-        return "constant" if pixels.std() < 0.01 * np.iinfo(pixels.dtype).max else pixels.shape
+        # Glass varies by its noise alone. SRH uses a small part of its 65,536 levels: only what is flat is refused.
+        return "constant" if pixels.std() < (2.5 if pixels.dtype == np.uint8 else 64) else pixels.shape
 
     results = []
     with ThreadPoolExecutor(workers) as pool, tqdm(total=len(cohort), desc="check", unit="patch", leave=False) as bar:

@@ -172,6 +172,14 @@ def test_names_of_tcga(tmp_path):
     assert cohort.classes == []
 
 
+def test_a_name_may_stand_twice(tmp_path):
+    root = tiles(tmp_path, ["amy/amy_1/0.png", "amy/amy_2/0.png", "bob/bob_1/x/0.png"])
+    cohort = data.index(root, "{patient}/{patient}_{slide}/**.png", nested=True)
+    assert cohort.slides == ["amy/1", "amy/2", "bob/1"]
+    with pytest.raises(ValueError, match="not 1 others"):
+        data.index(root, "{patient}/{patient}_{slide}/*.png")
+
+
 def test_ambiguity_is_refused_with_examples(tmp_path):
     root = tiles(tmp_path, ["a/amy/1/x.png", "a/bob/1/x.png", "b/amy/2/x.png", "stray.png"])
     with pytest.raises(ValueError, match=r"matches 3 image files and not 1 others\n    stray\.png"):
@@ -183,6 +191,8 @@ def test_ambiguity_is_refused_with_examples(tmp_path):
         data.index(root, "{label}/{patient}/{slide}/*.png", "patient", partial=True, nested=True)
     with pytest.raises(ValueError, match="matches 0 image files"):
         data.index(root, "{patient}/{slide}.tif")
+    with pytest.raises(ValueError, match=r"'\(\?P<slide>\[' is no regular expression"):
+        data.index(root, "(?P<slide>[")
     with pytest.raises(ValueError, match="must name patient and slide, and may name label and split; it names case"):
         data.index(root, "{case}/*.png")
 

@@ -52,8 +52,7 @@ class Cohort:
     classes: list  # C names, sorted; empty without labels
 
     def __post_init__(self):
-        # Slide s holds the rows slide_rows[s] : slide_rows[s + 1], patient p the slides patient_slides[p] : ...[p +
-        # 1].
+        # Slide s holds the rows slide_rows[s] to slide_rows[s + 1], patient p the slides from patient_slides[p] on.
         self.slide_rows = np.searchsorted(self.slide, np.arange(len(self.slides) + 1))
         self.patient_slides = np.searchsorted(self.slide_patient, np.arange(len(self.patients) + 1))
         self.present = np.flatnonzero(np.diff(self.slide_rows[self.patient_slides]))  # the patients with patches here
@@ -170,7 +169,7 @@ def build_cohort(root, entries, val_fraction):
             raise ValueError(f"{where}: the split {split!r} is none of {', '.join(SPLITS)}")
         if owner != patient:
             raise ValueError(f"{where}: the slide {slide!r} is of patient {owner!r} above and of {patient!r} here; "
-                             "if these are two slides, name them differently")
+                             "if these are two slides, name them differently (data.py index --nested does)")
         if patients.setdefault(patient, split) != split:
             raise ValueError(f"{where}: the patient {patient!r} is in {patients[patient]!r} above and in {split!r} "
                              "here; all patches of a patient must be on one side")
@@ -210,7 +209,8 @@ def class_patients(cohort):
         labels = np.unique(cohort.label[first:last])
         if len(labels) > 1 or labels[0] < 0:
             raise ValueError(f"--balance-classes needs one class a patient; {cohort.patients[patient]!r} has "
-                             + (" and ".join(cohort.classes[c] for c in labels if c >= 0) or "none"))
+                             + (" and ".join(cohort.classes[c] for c in labels if c >= 0) or "none")
+                             + ": leave the flag out, or label by patient")
         groups.setdefault(labels[0], []).append(patient)
     return [np.array(group) for _, group in sorted(groups.items())]
 
@@ -361,8 +361,11 @@ def load_batches(cohort, batches, size, workers=2, ahead=3, skip=False):
                 if skip and candidate not in bad:
                     bad.add(candidate)
                     print(f"{error}. Another of its slide or patient stands in ({len(bad)} so far)", file=sys.stderr)
-                if not skip or len(bad) > max(1, len(cohort) / 100):
+                if not skip:
                     raise
+                if len(bad) > max(1, len(cohort) / 100):
+                    raise ValueError(f"{len(bad)} of {len(cohort)} patches cannot be read, more than 1%: data.py "
+                                     f"check --clean leaves them out. The last: {error}") from error
         raise ValueError(f"no patch of patient {cohort.patients[cohort.patient[row]]!r} can be read")
 
     def collect(futures):
@@ -436,8 +439,8 @@ _STRONG = {  # the paper's list, each with probability 1/2 as in its code
 AUGMENTATIONS = {
     "demo": _DEMO,
     "strong-srh": _STRONG,  # the channels of SRH are no colours: nothing mixes them
-    # H&E varies in its stains, not in hue as such; it stands on white: at 0.2 nearly all of it would be inverted.
-    "strong": _STRONG | {"stain": (0.5, 0.7, 1.3), "background": (0.5, -0.05, 0.05), "solarise": (0.5, 0.7, 0.7)},
+    # H&E varies in its stains, not in hue as such. On white, 0.2 would invert all of it, and 0.9 inverts the glass.
+    "strong": _STRONG | {"stain": (0.5, 0.7, 1.3), "background": (0.5, -0.05, 0.05), "solarise": (0.5, 0.9, 0.9)},
     "weak": {"flip": (0.5, 0, 0)},  # HiDisc's
 }
 
@@ -594,7 +597,7 @@ def _views(images, parameters, size, field):
 
 
 def plain_view(images, size):
-    """The view to evaluate: the whole patch, resized. Images of `decode` -> float32 [n, 3, size, size] in [0, 1]."""
+    """The view to evaluate: all that `decode` gave, resized. [n, ...] -> float32 [n, 3, size, size] in [0, 1]."""
     x = intensities(images)
     if x.shape[-1] != size:
         x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
@@ -752,6 +755,8 @@ def index(root, pattern, label_level="patch", nested=False, partial=False):
     that the pattern does not match. Raises ValueError, with examples, for such files, for nothing at all, for a slide
     under two patients, and for two labels within one slide or patient where label_level says that there is one.
     """
+    if not os.path.isdir(root):
+        raise FileNotFoundError(f"{root} is no folder")
     expression, known = path_pattern(pattern), Image.registered_extensions()
     found, others = [], []
     for folder, folders, files in os.walk(root):
@@ -765,7 +770,7 @@ def index(root, pattern, label_level="patch", nested=False, partial=False):
     if not found or (others and not partial):
         raise ValueError(f"{root}: {pattern!r} matches {len(found)} image files and not {len(others)} others"
                          + "".join(f"\n    {path}" for path in others[:3])
-                         + "\nMend the pattern, or leave those out with --partial")
+                         + "\nMend the pattern" + ", or leave those out with --partial" * bool(found))
     cohort = build_cohort(root, ((path, path, at["patient"], f"{at['patient']}/" * nested + at["slide"],
                                   at.get("label", ""), at.get("split", "")) for path, at in found), 0.2)
     groups = {"patient": cohort.patient, "slide": cohort.slide, "patch": np.arange(len(cohort))}[label_level]
@@ -785,7 +790,8 @@ def check(cohort, workers=2):
         except ValueError as error:
             return "truncated" if "truncated" in str(error) else "unreadable"
         # Glass varies by its noise alone. SRH uses a small part of its 65,536 levels: only what is flat is refused.
-        return "constant" if pixels.std() < (2.5 if pixels.dtype == np.uint8 else 64) else pixels.shape
+        flat = pixels.std(axis=(1, 2)).max() < (2.5 if pixels.dtype == np.uint8 else 64)
+        return "constant" if flat else pixels.shape
 
     results = []
     with ThreadPoolExecutor(workers) as pool, tqdm(total=len(cohort), desc="check", unit="patch", leave=False) as bar:
@@ -833,8 +839,8 @@ def main():
     index_.add_argument("--overwrite", action="store_true", help="replace a manifest.csv that is there")
     check_ = commands.add_parser("check", help="decode every patch; exit with 1 if some cannot be used")
     check_.add_argument("root", help="a cohort")
-    check_.add_argument("--clean", metavar="NAME.csv", help="write a manifest without them, in the cohort's folder")
-    check_.add_argument("--workers", type=int, default=os.cpu_count(), help="decoding threads")
+    check_.add_argument("--clean", metavar="NAME.csv", default="", help="write a manifest without them, in the cohort's folder")
+    check_.add_argument("--workers", type=int, default=os.cpu_count(), help="decoding threads, at least 1")
     show = commands.add_parser("show", help="draw a patient, two slides, their patches and views of them")
     show.add_argument("root", help="a cohort")
     show.add_argument("--out", default="views.png", help="the picture to write")
@@ -854,14 +860,17 @@ def main():
         print("\n".join([*summary(cohort), f"{path} is written"]))
     if args.command == "check":
         cohort = read_cohort(args.root)
+        path = os.path.join(cohort.root, args.clean)
+        if args.clean and (not path.endswith(".csv") or os.path.exists(path)):
+            check_.error(f"--clean {args.clean}: name a file NAME.csv that is not there yet")
         problems = check(cohort, args.workers)
         print("\n".join(summary(cohort)))
         for name, rows in problems.items():
             print(f"{name}: {len(rows)}" + "".join(f"\n    {cohort.names[row].decode()}" for row in rows[:5]))
         bad = set().union(*problems.values())
         if args.clean:
-            path = os.path.join(cohort.root, args.clean)
-            write_manifest(path, cohort, [row for row in range(len(cohort)) if row not in bad])
+            by_hash = (cohort.patient_split == hash_split(cohort.patients)).all()  # then it needs no column
+            write_manifest(path, cohort, [row for row in range(len(cohort)) if row not in bad], split=not by_hash)
             print(f"{path} holds the other {len(cohort) - len(bad)}")
         raise SystemExit(1 if bad else 0)
     if args.command == "show":

@@ -34,6 +34,8 @@ from losses import LEVELS, attributes_used
 from model import HLSS, backbone_tower, image_tower, load_run, load_state, text_tower, write_whole
 
 PROBES = ("knn200", "knn20", "linear", "attributes")  # the last: linear, too, but it sees only the attribute scores
+FEW = 5  # patients: fewer tell nothing about others, and have no interval
+
 
 @torch.no_grad()
 def embed(model, cohort, read_size, image_size, batch=128, workers=2, skip=False):
@@ -139,10 +141,11 @@ def pool(scores, labels, groups):
     return mean[same], labels[first[same]], first[same], int((~same).sum())
 
 
-def patient_weights(patients, resamples, seed=0):
-    """How often each patient counts, [1 + resamples, P]: once in row 0, then as drawn with replacement (bootstrap)."""
-    drawn = np.random.default_rng(seed).multinomial(patients, np.full(patients, 1 / patients), resamples)
-    return np.concatenate([np.ones((1, patients)), drawn])
+def patient_weights(P, resamples, seed=0):
+    """How often each of P patients counts, [1 + resamples, P]: once in row 0, then as drawn with replacement
+    (bootstrap)."""
+    drawn = np.random.default_rng(seed).multinomial(P, np.full(P, 1 / P), resamples)
+    return np.concatenate([np.ones((1, P)), drawn])
 
 
 def rates(scores, labels, patient, weights):
@@ -185,8 +188,9 @@ def assess(predictions, cohort, pairs, resamples=1000, other=None):
             at = metrics[kind][level] = {"n": len(labels), "left_out": left_out}
             if not at["n"]:
                 continue
-            drawn = rates(s, labels, patient[first], weights)
-            theirs = rates(pool(other[kind], y, groups)[0], labels, patient[first], weights) if other else None
+            w = weights if len(np.unique(patient[first])) >= FEW else weights[:1]
+            drawn = rates(s, labels, patient[first], w)
+            theirs = rates(pool(other[kind], y, groups)[0], labels, patient[first], w) if other else None
             for name in ("accuracy", "mca"):
                 gain = estimate(f"{name}_gain", drawn[name] - theirs[name]) if other else {}
                 at |= estimate(name, drawn[name]) | gain
@@ -237,8 +241,10 @@ def in_words(scores, names, rows, cohort, truth, factors):
     the score for the factor being above ("-": not above) its median, both averaged over patch, slide or patient."""
     found, ours, y = {"apart": [], "truth": []}, next(iter(scores.values())), cohort.label[rows]
     for level, groups in zip(LEVELS, cohort.ids(rows).T):
-        mean, label, *_ = pool(ours[level][rows].numpy(), np.maximum(y, 0), cohort.patient[rows])
-        for c, k, by in apart(mean, label, patient_weights(len(label), 1000)) if y.min() >= 0 else ():
+        # Classes differ by patient, whatever the level of the words: patients are what is independent.
+        mean, of_patient, *_ = pool(ours[level][rows].numpy(), np.maximum(y, 0), cohort.patient[rows])
+        there = y.min() >= 0 and len(of_patient)
+        for c, k, by in apart(mean, of_patient, patient_weights(len(of_patient), 1000)) if there else ():
             found["apart"].append({"class": cohort.classes[c], "level": level, "attribute": names[level][k],
                                    **estimate("difference", by)})
         for k, name in [(k, name) for k, name in enumerate(names[level]) if name in truth]:
@@ -265,7 +271,10 @@ def table(results):
             if not end or any(cells):
                 lines.append(head.ljust(width) + "".join(map("{:>9}{:>7}".format, texts[::2], texts[1::2])).rstrip())
         if "k" in at and kind != f"knn{at['k']}":
-            notes.append(f"{kind}: there are only {at['k']} training patches with a label, so k = {at['k']}")
+            notes.append(f"{kind}: there are only {at['k']} training patches with a label, so k = {at['k']}: all vote,"
+                         " and the commonest class is ahead")
+        notes.append("scored: " + ", ".join(f"{at[level]['n']} {level}{'es' * (level == 'patch') or 's'}"
+                                            for level in LEVELS))
         notes += [f"{level}: {at[level]['left_out']} of {at[level]['n'] + at[level]['left_out']} left out, having "
                   "patches of several labels" for level in LEVELS if at[level]["left_out"]]
     return lines + [f"  {note}" for note in dict.fromkeys(notes)]
@@ -314,14 +323,16 @@ def thumbnail(path, size=48):
 def maps(z, rows, cohort, most=300):
     """The first two principal components of z [n, D] of the cohort's rows -> for the template {"map_patch": SVG, ...}.
     A place is a patch, slide or patient, so many at most; hovering shows its name and its (first) patch."""
-    axes, sections, names = np.linalg.eigh(np.cov(z.T))[1][:, :-3:-1], {}, cohort.names.astype(str)
+    axes, sections, names = np.linalg.eigh(np.cov(z.T, bias=True))[1][:, :-3:-1], {}, cohort.names.astype(str)
+    label = cohort.label[rows]
     for level, groups, named in zip(LEVELS, cohort.ids(rows).T, (names, cohort.slides, cohort.patients)):
         mean, first = group_mean(z, groups)
+        alike = group_mean(label[:, None] == np.arange(-1, len(cohort.classes)), groups)[0].max(axis=1) == 1
         chosen, sections[f"map_{level}"] = np.linspace(0, len(mean) - 1, min(most, len(mean))).astype(int), ""
         places = mean[chosen] @ axes
         places = 8 + (324, 184) * (places - places.min(axis=0)) / np.ptp(places, axis=0).clip(1e-9)
-        for (x, y), i in zip(places, first[chosen]):
-            mark = cohort.label[rows[i]] % 7 if cohort.label[rows[i]] >= 0 else -1
+        for (x, y), i, one in zip(places, first[chosen], alike[chosen]):
+            mark = label[i] % 7 if one and label[i] >= 0 else -1  # several labels or none: grey
             sections[f"map_{level}"] += (
                 f'<g class="dot"><use href="#mark{mark}" x="{x:.0f}" y="{y:.0f}"/><g><image y="204" width="48" href="'
                 f'{thumbnail(cohort.path(rows[i]))}"/><text x="56" y="232">{escape(named[groups[i]])}</text></g></g>')
@@ -341,7 +352,8 @@ def report(metrics, z, scores, names, rows, cohort, log, config):
         "notes": "".join(f'<p class="note">{escape(note)}</p>' for note in metrics["notes"]),
         "results": html_table([at | {key: of[key] for key in of if key not in ("recall", "confusion") and
                                      "gain" not in key} for at, of in probes]),
-        "gains": html_table([at | {key: of[key] for key in of if "gain" in key} for at, of in probes]),
+        "gains": html_table([at | {key: of[key] for key in of if "gain" in key} for at, of in probes])
+                 if metrics["against"] else "<p>Name one with --against RUN, or --against start.</p>",
         "confusion": "".join(html_table([
             {", ".join(at.values()): name} | dict(zip(cohort.classes, row)) | of["recall"][name]
             for name, row in zip(cohort.classes, of.get("confusion", ()))]) for at, of in probes),
@@ -394,18 +406,25 @@ def evaluate(args, device):
     if args.show:
         return print("\n".join(notes))
     pairs, encoders = sides(cohort, args.protocol), {f"step {checkpoint['step']}": (model, checkpoint)}
-    try:
-        truth = read_truth(config["bank"], cohort)
-        if not args.against:  # then these two are told apart, whatever else is
+    if os.path.exists(os.path.join(cohort.root, "factors.csv")):
+        try:
+            truth = read_truth(config["bank"], cohort)
+        except (OSError, ValueError, KeyError) as error:
+            notes.append(f"attributes are not held against factors.csv: {error}")
+    if args.against not in ("", "start"):
+        encoders[args.against] = load_run(args.against)
+    elif args.against or truth[0]:  # where the truth is known, before and after training are told apart unasked
+        try:
             encoders["start"] = starting_model(model, checkpoint, args.clip)
-    except (OSError, ValueError, KeyError) as error:
-        notes.append(f"attributes are not held against the truth, or not before and after training: {error}")
-    if args.against:
-        start = args.against == "start"
-        encoders[args.against] = starting_model(model, checkpoint, args.clip) if start else load_run(args.against)
+        except (OSError, ValueError) as error:
+            if args.against:
+                raise
+            notes.append(f"the encoder that training started from is not here: {error}")
     for name, (_, other) in encoders.items():
         if cohort.classes and other["classes"] and other["classes"] != cohort.classes:
-            raise ValueError(f"{cohort.root} has the classes {cohort.classes}, {name} {other['classes']}: rename them")
+            differ = sorted({*other["classes"]} ^ {*cohort.classes})
+            raise ValueError(f"{cohort.root} has the classes {cohort.classes}, {name} {other['classes']}: rename "
+                             f"{', '.join(differ)} in the manifest, or take its column label out")
     z = {name: embedded(*encoder) for name, encoder in encoders.items()}
     if not dist.is_initialized() or dist.get_rank() == 0:
         finish(args, cohort, pairs, encoders, z, truth, notes)
@@ -425,12 +444,24 @@ def finish(args, cohort, pairs, encoders, z, truth, notes):
                                                      config["clip"], config["activation"], config["vocab"])
     few = [c for i, c in enumerate(cohort.classes) if len(np.unique(cohort.patient[cohort.label == i])) == 1]
     notes += [f"{c} has one patient: nothing shows it with that one out" for c in few if args.protocol == "lopo"]
+    if args.protocol == "lopo" and (seen := len(np.unique(cohort.patient[rows][cohort.split[rows] == 0]))):
+        notes.append(f"{seen} of the patients that are left out here are in the split train: if it was this cohort, "
+                     "pretraining has seen their images (no labels)")
+    if len(cohort.classes) == 1:
+        notes.append("there is one class alone: to be right about it says nothing")
+    other = predictions[1] if len(predictions) > 1 else None
+    probes = assess(predictions[0], cohort, pairs, other=other) if pairs else {}
+    notes += [f"{level}: of fewer than {FEW} patients, which is too few for an interval" for level in LEVELS
+              if pairs and "accuracy" in probes["knn20"][level] and "accuracy_interval" not in probes["knn20"][level]]
     known = {name: scores[name] for name, (_, other) in encoders.items() if other["attributes"] == names}
+    words = in_words(known, names, rows, cohort, *truth)
+    if pairs and not words["apart"]:
+        notes.append("no class is set apart: that takes patients of two classes whose patches share a label")
     metrics = {"command": " ".join(["python", *sys.argv]), "step": checkpoint["step"], "data": cohort.root,
-               "classes": cohort.classes, "protocol": args.protocol, "notes": notes, "against": [*encoders, ""][1],
-               "probes": assess(predictions[0], cohort, pairs, other=(*predictions, None)[1]) if pairs else {},
+               "classes": cohort.classes, "protocol": args.protocol, "notes": notes,
+               "against": "".join([*encoders][1:]), "probes": probes,
                "attributes_used": {level: attributes_used(z[step], t.cpu()) for level, t in model.bank.items()},
-               **in_words(known, names, rows, cohort, *truth)}
+               **words}
     run = args.run if os.path.isdir(args.run) else os.path.dirname(os.path.abspath(args.run))
     log, about, out = Path(run, "log.jsonl"), Path(run, "config.json"), args.out or run
     log = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
@@ -452,10 +483,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("run", help="a run folder (its newest checkpoint is taken) or a checkpoint file")
-    flag("--data", default="", help="another cohort than the one that was trained on")
+    flag("--data", default="", help="another cohort (a folder or a manifest .csv) than the one that was trained on")
     flag("--out", default="", help="folder to write to (default: the run's)")
     flag("--protocol", choices=("val", "test", "lopo"), default="val", help="probe that split with train as bank, or, "
-         "if the cohort is small, each patient with all others as bank (default: val)")
+         "if the cohort is small, leave one patient out: each with all others as bank (default: val)")
     flag("--against", default="", help="a run, or start (what training started from): adds the gain over it, with "
          "intervals. Default: start, where the factors behind the images are known")
     flag("--show", nargs="+", default=[], help="patients, slides or patch paths: print their top attributes and stop")

@@ -507,6 +507,8 @@ def newest_checkpoint(folder):
 def load_run(path):
     """A run folder (its newest whole checkpoint) or a checkpoint file -> (HLSS on the CPU in eval mode, the
     checkpoint's dict). Needs nothing but that file."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path} is neither a run folder nor a checkpoint file")
     checkpoint = newest_checkpoint(path) if os.path.isdir(path) else torch.load(path, "cpu", weights_only=True)
     if "config" not in checkpoint:
         raise ValueError(f"{path} holds no checkpoint of train.py (step-*.pt): train first, or name another")

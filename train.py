@@ -136,6 +136,10 @@ def parse_config(argv=None):
                             help=f"{f.metadata['help']} (default: {f.default!r})")
     typed = vars(parser.parse_args(argv))
     config = Config(**PRESETS[typed.pop("preset")] | typed)
+    for name, low, high in (("augmentation_probability", 0, 1), ("val_fraction", 0, 1), ("warmup", 0, 1),
+                            ("steps", 1, math.inf), ("workers", 1, math.inf), ("patients", 1, math.inf)):
+        if not low <= getattr(config, name) <= high:
+            parser.error(f"--{name.replace('_', '-')} {getattr(config, name)} is not between {low} and {high}")
     if config.views < 2:
         parser.error(f"--views {config.views}: a patch needs at least 2 views, or nothing attracts at patch level")
     return config
@@ -232,6 +236,10 @@ def average(*values, device="cpu"):
 
 def prepare_demo(config, rank):
     """Write what the demo needs and is not there yet: rank 0 does, the others wait. Fills in config.data and .clip."""
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), config.bank)
+    config.bank = config.bank if os.path.exists(config.bank) else beside  # from wherever this is run
+    if not os.path.exists(config.bank):
+        raise FileNotFoundError(f"--bank {config.bank} does not exist: name a bank file or a bank.pt")
     if rank == 0 and not (config.data and config.clip):
         os.makedirs(config.cache, exist_ok=True)
         threads = torch.get_num_threads()
@@ -292,7 +300,7 @@ def losses_of(model, images, ids, bank, config):
 # --------------------------------------------------------------------------------------------- checkpoints and the log
 
 
-def resume(config, model, optimizer):
+def resume(config, model, optimizer, attributes):
     """Load the run's newest checkpoint, if it has one, into model and optimizer. Returns the step to go on from.
 
     Raises ValueError when a flag contradicts the checkpoint's: that would be neither the old run nor a new one.
@@ -309,6 +317,11 @@ def resume(config, model, optimizer):
     if changed:
         raise ValueError(f"{config.out} holds a run with other settings: {', '.join(changed)}. Give the same flags to "
                          "go on with it, or another --out to start anew")
+    was = checkpoint["model"]
+    if attributes != checkpoint["attributes"] or not all(
+            torch.allclose(t.cpu(), was[f"bank_{level}"], atol=0.01) for level, t in model.bank.items()):
+        raise ValueError(f"{config.bank} is not the bank that {config.out} was trained with: restore it, or give "
+                         "another --out to start anew")
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     return step
@@ -364,10 +377,12 @@ def share_patients(config, cohort, world):
     if config.patients > len(cohort.present):
         config.patients = len(cohort.present)
         print(f"all {config.patients} training patients are in every batch: there are no more")
+    n = len(cohort.present)
     if config.balance_classes:
         data.class_patients(cohort)  # what it refuses is better refused now
-    else:
-        data.check_patients(cohort, config.patients)
+    elif (n + 1) // 2 < config.patients < n:
+        print(f"batches of {(n + 1) // 2} of the {n} training patients: larger ones cannot show each once an epoch")
+        config.patients = (n + 1) // 2
     if config.patients % world:
         sizes = [str(size) for size in range(1, config.patients + 1) if config.patients % size == 0]
         below = sum(int(size) < world for size in sizes)
@@ -384,11 +399,12 @@ def normalisation(config, cohort, read_size):
         return CLIP_MEAN, CLIP_STD
     try:
         *mean, r, g, b = map(float, kind.split(","))
-        if len(mean) == 3 and min(r, g, b) > 0:
+        if len(mean) == 3 and 0 <= min(mean) <= max(mean) <= 1 and 0 < min(r, g, b) <= max(r, g, b) <= 1:
             return mean, (r, g, b)
     except ValueError:
         pass
-    raise ValueError(f"--normalise {kind}: 'clip', 'data', or three means and three standard deviations above 0")
+    raise ValueError(f"--normalise {kind}: 'clip', 'data', or three means and three standard deviations in "
+                     "[0, 1]")
 
 
 def build_model(config, device):
@@ -460,7 +476,7 @@ def train(config):
         model.normalise(*normalisation(config, train_cohort, read_size))
         optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         os.makedirs(config.out, exist_ok=True)
-        first = resume(config, model, optimizer)
+        first = resume(config, model, optimizer, attributes)
         wrapped = wrap(model, config, world, device)
         n = config.patients * config.slides * config.patches * config.views
         if rank == 0:
@@ -469,6 +485,10 @@ def train(config):
             print(f"{config.objective} from step {first} on {world} x {device}: {train_cohort} to train on, of "
                   f"{cohort}\nbatches of {n} images; a contrast that learns nothing stays at log({n} - 1) = "
                   f"{math.log(n - 1):.2f}")
+            print(f"patches are read at {read_size} pixels and viewed at {image_size}; {config.clip}, {config.bank}")
+            if typed.data and (not typed.clip or typed.bank == Config.bank):
+                print("note: the demo's CLIP and bank know nothing but demo tissue: --clip RN50 and --bank "
+                      "attributes/tcga.json, or your own, are for real images")
 
         def probe_now(step):
             watchdog.at(step, "probing")

@@ -202,7 +202,7 @@ def test_check_finds_what_cannot_be_used(tmp_path, monkeypatch, capsys):
     whole = (tmp_path / "amy/s/0.png").read_bytes()
     (tmp_path / "amy/s/0.png").write_bytes(whole[:len(whole) // 2])
     (tmp_path / "amy/s/1.png").write_bytes(b"not an image")
-    Image.new("RGB", (16, 16), (240, 238, 241)).save(tmp_path / "amy/s/2.png")
+    Image.new("RGB", (16, 16), (235, 205, 225)).save(tmp_path / "amy/s/2.png")  # glass is tinted
     tiles(tmp_path, ["amy/s/tmp.png"])
     Image.open(tmp_path / "amy/s/tmp.png").resize((16, 20)).save(tmp_path / "amy/s/3.png")
     os.remove(tmp_path / "amy/s/tmp.png")
@@ -214,6 +214,11 @@ def test_check_finds_what_cannot_be_used(tmp_path, monkeypatch, capsys):
     for problem, i in {"truncated": 0, "unreadable": 1, "constant": 2, "odd-sized": 3}.items():
         assert f"{problem}: 1\n    amy/s/{i}.png" in printed
     assert len(data.read_cohort(str(tmp_path / "clean.csv"))) == 4
+    assert (tmp_path / "clean.csv").read_text().splitlines()[0] == "path,patient,slide"  # the hash needs no column
+    for name in ("clean.csv", "manifest.csv", "clean"):
+        with pytest.raises(SystemExit):
+            command(monkeypatch, "check", root, "--clean", name)
+        assert f"--clean {name}: name a file" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         command(monkeypatch, "check", str(tmp_path / "clean.csv"))
     assert stop.value.code == 0
@@ -264,7 +269,7 @@ def test_a_patch_of_the_same_slide_stands_in(cohort_folder, tmp_path, capsys):
 
 def test_more_than_one_percent_stops(cohort_folder, tmp_path):
     _, cohort = spoil(cohort_folder, tmp_path, 1 / 40)
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"of 120 patches cannot be read, more than 1%: .* The last: .*\.png"):
         list(data.load_batches(cohort, [np.arange(120)], 64, skip=True))
 
 
@@ -324,7 +329,7 @@ def test_normalise(cohort_folder):
     assert train.normalisation(config, cohort, 64) == data.channel_statistics(cohort, 64)
     config.normalise = "0.7,0.5,0.7,0.2,0.2,0.3"
     assert train.normalisation(config, cohort, 64) == ([0.7, 0.5, 0.7], (0.2, 0.2, 0.3))
-    for bad in ("imagenet", "1,2,3", "0,0,0,1,1,0"):
+    for bad in ("imagenet", "1,2,3", "0,0,0,1,1,0", "180,120,180,50,50,50"):
         config.normalise = bad
         with pytest.raises(ValueError, match=f"--normalise {bad}: 'clip', 'data'"):
             train.normalisation(config, cohort, 64)

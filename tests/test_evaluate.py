@@ -146,6 +146,24 @@ def test_probe_of_perfect_and_of_blind_embeddings(cohort_folder):
     assert "only 72 training patches" in text
 
 
+def test_a_few_patients_have_no_interval():
+    """Resampling one patient gives that patient again: an interval of no width would look like certainty."""
+    for patients, there in ((4, False), (5, True)):
+        names = [f"p{i}" for i in range(patients + 3) for _ in range(4)]
+        cohort = cohort_of(list("ABAB") * (patients + 3), names)
+        pairs = [(np.arange(12), np.arange(12, len(cohort)))]
+        at = evaluate.assess({"linear": RNG.random((4 * patients, 2))}, cohort, pairs)["linear"]["patch"]
+        assert ("accuracy_interval" in at) is there
+        assert at["confusion"]
+
+
+def test_no_class_is_set_apart_where_every_patient_has_several():
+    cohort = cohort_of(list("ABAB"), list("wwxx"))
+    scores = {"now": {level: torch.rand(4, 3) for level in LEVELS}}
+    names = {level: list("abc") for level in LEVELS}
+    assert evaluate.in_words(scores, names, np.arange(4), cohort, {}, {}) == {"apart": [], "truth": []}
+
+
 def test_labels_may_be_missing(cohort_folder):
     cohort = read_cohort(cohort_folder)
     cohort.label[:] = -1

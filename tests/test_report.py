@@ -157,6 +157,7 @@ def test_from_the_checkpoint_alone(run, cohort_folder, tmp_path, monkeypatch, ca
     checkpoint["config"] |= {"clip": "gone.pt", "bank": "gone.json", "data": "gone", "backbone": ""}
     torch.save(checkpoint, tmp_path / "moved.pt")
     small_cohort(cohort_folder, tmp_path, r"path|.*/high_grade-00", columns=3)
+    shutil.copy(os.path.join(cohort_folder, "factors.csv"), tmp_path)
     command(monkeypatch, tmp_path / "moved.pt", "--data", tmp_path)
     printed = capsys.readouterr().out
     assert "nothing to probe" in printed

@@ -92,6 +92,22 @@ def test_a_finished_run_shows_its_table_again(flags, capsys):
     assert all(torch.equal(v, before[k]) for k, v in weights_of(flags[flags.index("--out") + 1]).items())
 
 
+def test_another_bank_is_refused(flags, tmp_path):
+    """Its names would stand by the vectors of the old one."""
+    train.train(train.parse_config([*flags, "--steps", "1"]))
+    with open(os.path.join(ROOT, "attributes/demo.json")) as file:
+        (tmp_path / "other.json").write_text(file.read().replace('"sparse nuclei"', '"XXX"'))
+    with pytest.raises(ValueError, match=r"other\.json is not the bank that .*run was trained with"):
+        train.train(train.parse_config([*flags, "--steps", "1", "--bank", str(tmp_path / "other.json")]))
+
+
+def test_numbers_out_of_range_are_refused(capsys):
+    for words in (["--augmentation-probability", "2"], ["--val-fraction", "1.5"], ["--workers", "0"]):
+        with pytest.raises(SystemExit):
+            train.parse_config(words)
+        assert f"{words[0]} " in capsys.readouterr().err
+
+
 def test_a_contradicting_flag_is_refused(flags):
     train.train(train.parse_config([*flags, "--steps", "1"]))
     with pytest.raises(ValueError, match=r"--lr 0\.5 \(there: 0\.001\)"):

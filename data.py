@@ -839,7 +839,8 @@ def main():
     index_.add_argument("--overwrite", action="store_true", help="replace a manifest.csv that is there")
     check_ = commands.add_parser("check", help="decode every patch; exit with 1 if some cannot be used")
     check_.add_argument("root", help="a cohort")
-    check_.add_argument("--clean", metavar="NAME.csv", default="", help="write a manifest without them, in the cohort's folder")
+    check_.add_argument("--clean", metavar="NAME.csv", default="",
+                        help="write a manifest without them, in the cohort's folder")
     check_.add_argument("--workers", type=int, default=os.cpu_count(), help="decoding threads, at least 1")
     show = commands.add_parser("show", help="draw a patient, two slides, their patches and views of them")
     show.add_argument("root", help="a cohort")

@@ -535,9 +535,9 @@ def main():
     write.add_argument("--endpoint", default="", help="an OpenAI-compatible API, as http://localhost:11434/v1; the "
                        "environment variable OPENAI_API_KEY holds its key, if it needs one")
     write.add_argument("--model", help="the model's name there")
-    write.add_argument("--levels", nargs="+", choices=LEVELS, default=LEVELS)
-    write.add_argument("--attributes", type=int, default=128, help="a level")
-    write.add_argument("--sentences", type=int, default=4, help="an attribute")
+    write.add_argument("--levels", nargs="+", choices=LEVELS, default=LEVELS, help="write these alone")
+    write.add_argument("--attributes", type=int, default=128, help="how many each level gets (the paper: 128)")
+    write.add_argument("--sentences", type=int, default=4, help="how many each attribute gets (the paper: 4)")
     write.add_argument("--batch", type=int, default=8, help="attributes a request; fewer if replies are cut off")
     write.add_argument("--vocab", help="as for check")
     write.add_argument("--print-prompts", action="store_true", help="print what is asked next, for use by hand")

@@ -67,11 +67,12 @@ class Config:
     activation: str = flag("", "of the CLIP's transformers, where its file does not say it")
     vocab: str = flag("", "CLIP's bpe_simple_vocab_16e6.txt.gz; empty: an installed open_clip's copy, or a download")
     bank: str = flag("attributes/demo.json", "the attribute-text bank: a bank file, or the bank.pt that describe.py "
-                     "encode made of it")
+                     "encode made of it. The default is about demo tissue")
     backbone: str = flag("", "a torchvision classifier (resnet18) with new weights in place of the CLIP's image tower")
     objective: str = flag("hlss", "hlss: three text-tied projections and alignment; hidisc: one projection, three "
                           "levels; simclr: one projection, patch level only")
-    init: str = flag("text", "how hlss's projections start. text: as the bank, the paper's; random: an ablation")
+    init: str = flag("text", "how the projections of --objective hlss start. text: as the bank, the paper's; random: "
+                     "an ablation")
     steps: int = flag(800, "optimizer steps in all")
     seed: int = flag(0, "of batches, views and new weights")
     patients: int = flag(8, "patients in a global batch, each with slides x patches x views images. The loss "
@@ -80,8 +81,9 @@ class Config:
     patches: int = flag(2, "patches a slide")
     views: int = flag(2, "views a patch, at least 2")
     balance_classes: bool = flag(False, "draw patients evenly by class, as the paper's code does. It uses labels")
-    augmentation: str = flag("demo", "of the views. strong: the paper's list, for H&E; strong-srh: for stimulated "
-                             "Raman; weak: flips alone. python data.py show FOLDER draws them")
+    augmentation: str = flag("demo", "of the views. demo: geometry, light and stain, mostly mild; strong: the paper's "
+                             "list, for H&E; strong-srh: for stimulated Raman; weak: flips alone. python data.py show "
+                             "FOLDER draws them")
     augmentation_probability: float = flag(0.0, "of every transform, in place of its own; 0: its own")
     normalise: str = flag("", "mean and standard deviation of the channels. clip: CLIP's; data: estimated from "
                           "training patches; or six numbers in [0, 1], as 0.7,0.5,0.7,0.2,0.2,0.2; empty: clip with "

@@ -92,6 +92,14 @@ def test_a_finished_run_shows_its_table_again(flags, capsys):
     assert all(torch.equal(v, before[k]) for k, v in weights_of(flags[flags.index("--out") + 1]).items())
 
 
+def test_the_default_bank_is_found_from_any_folder(cohort_folder, clip_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.prepare_demo(config := train.Config(data=cohort_folder, clip=clip_file), 0)
+    assert config.bank == os.path.join(ROOT, "attributes/demo.json")
+    with pytest.raises(FileNotFoundError, match="--bank .*nowhere.json does not exist"):
+        train.prepare_demo(train.Config(data=cohort_folder, clip=clip_file, bank="nowhere.json"), 0)
+
+
 def test_another_bank_is_refused(flags, tmp_path):
     """Its names would stand by the vectors of the old one."""
     train.train(train.parse_config([*flags, "--steps", "1"]))

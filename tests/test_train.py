@@ -96,7 +96,7 @@ def test_the_default_bank_is_found_from_any_folder(cohort_folder, clip_file, tmp
     monkeypatch.chdir(tmp_path)
     train.prepare_demo(config := train.Config(data=cohort_folder, clip=clip_file), 0)
     assert config.bank == os.path.join(ROOT, "attributes/demo.json")
-    with pytest.raises(FileNotFoundError, match="--bank .*nowhere.json does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"--bank .*nowhere\.json does not exist"):
         train.prepare_demo(train.Config(data=cohort_folder, clip=clip_file, bank="nowhere.json"), 0)
 
 

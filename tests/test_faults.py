@@ -247,7 +247,7 @@ def test_ranks_that_see_different_checkpoints_are_told(flags, monkeypatch):
     monkeypatch.setattr(train, "average", lambda step, device: [step / 2])  # as if the other of two ranks found none
     monkeypatch.setattr(train, "newest_checkpoint", lambda folder: {"step": 4})
     with pytest.raises(ValueError, match="put it on a shared disk"):
-        train.resume(train.parse_config(flags), torch.nn.Linear(1, 1), None)
+        train.resume(train.parse_config(flags), torch.nn.Linear(1, 1), None, {})
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(flags, tmp_path):

@@ -75,6 +75,14 @@ def test_two_planes_are_tifffiles_bit_by_bit(tmp_path, how):
     assert (pixels == PLANES).all()
 
 
+def test_a_truncated_frame_is_refused(tmp_path):
+    tifffile.imwrite(tmp_path / "x.tif", PLANES)
+    whole = (tmp_path / "x.tif").read_bytes()
+    (tmp_path / "x.tif").write_bytes(whole[:-2000])
+    with pytest.raises(ValueError, match=r"x\.tif cannot be read \(.*truncated"):
+        data.decode(str(tmp_path / "x.tif"), 40)
+
+
 @pytest.mark.parametrize(("pixels", "layout"), [
     (np.moveaxis(PLANES, 0, -1), "40 frames of 2 x 40, I;16"),  # channels last: opens as forty narrow frames
     (PLANES[:1], "1 frames of 40 x 40, I;16"),

@@ -331,7 +331,7 @@ def decode(path, size=None):
                 raise ValueError(f"{getattr(image, 'n_frames', 1)} frames of {' and '.join(sorted(layout))}; beside "
                                  "8-bit images, only two 16-bit frames (I;16) of one size are understood")
             return np.stack(planes)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # whatever a damaged file does to Pillow: KeyError and TypeError have been seen
         raise ValueError(f"{path} cannot be read ({error}): restore it or take it out of the manifest") from error
 
 
@@ -341,7 +341,7 @@ def patch_size(cohort):
         try:
             with Image.open(cohort.path(row)) as image:
                 return min(image.size)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # as in `decode`, which names them
             reason = error
     raise ValueError(f"{cohort.path(0)} cannot be read, nor the patches after it ({reason})")
 

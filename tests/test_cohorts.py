@@ -75,11 +75,17 @@ def test_two_planes_are_tifffiles_bit_by_bit(tmp_path, how):
     assert (pixels == PLANES).all()
 
 
-def test_a_truncated_frame_is_refused(tmp_path):
-    tifffile.imwrite(tmp_path / "x.tif", PLANES)
+def test_a_damaged_tiff_is_refused_wherever_it_is_cut(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "x.tif") as file:
+        file.write(PLANES[0])
+        file.write(PLANES[1], contiguous=False)
     whole = (tmp_path / "x.tif").read_bytes()
-    (tmp_path / "x.tif").write_bytes(whole[:-2000])
-    with pytest.raises(ValueError, match=r"x\.tif cannot be read \(.*truncated"):
+    assert (data.decode(str(tmp_path / "x.tif")) == PLANES).all()
+    for kept in [*range(0, len(whole) - 1, 97), len(whole) - 10]:
+        (tmp_path / "x.tif").write_bytes(whole[:kept])
+        with pytest.raises(ValueError, match=r"x\.tif cannot be read \("):
+            data.decode(str(tmp_path / "x.tif"), 40)
+    with pytest.raises(ValueError, match="truncated"):
         data.decode(str(tmp_path / "x.tif"), 40)
 
 

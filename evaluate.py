@@ -243,8 +243,8 @@ def in_words(scores, names, rows, cohort, truth, factors):
     for level, groups in zip(LEVELS, cohort.ids(rows).T):
         # Classes differ by patient, whatever the level of the words: patients are what is independent.
         mean, of_patient, *_ = pool(ours[level][rows].numpy(), np.maximum(y, 0), cohort.patient[rows])
-        there = y.min() >= 0 and len(of_patient)
-        for c, k, by in apart(mean, of_patient, patient_weights(len(of_patient), 1000)) if there else ():
+        P = len(of_patient) if y.min() >= 0 else 0
+        for c, k, by in apart(mean, of_patient, patient_weights(P, 1000 if P >= FEW else 0)) if P else ():
             found["apart"].append({"class": cohort.classes[c], "level": level, "attribute": names[level][k],
                                    **estimate("difference", by)})
         for k, name in [(k, name) for k, name in enumerate(names[level]) if name in truth]:

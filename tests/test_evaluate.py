@@ -162,6 +162,10 @@ def test_no_class_is_set_apart_where_every_patient_has_several():
     scores = {"now": {level: torch.rand(4, 3) for level in LEVELS}}
     names = {level: list("abc") for level in LEVELS}
     assert evaluate.in_words(scores, names, np.arange(4), cohort, {}, {}) == {"apart": [], "truth": []}
+    alike = cohort_of(list("AABB"), list("wwxx"))
+    found = evaluate.in_words(scores, names, np.arange(4), alike, {}, {})["apart"]
+    assert len(found) == 2 * 3 * 3
+    assert not any("difference_interval" in row for row in found)  # two patients are too few
 
 
 def test_labels_may_be_missing(cohort_folder):

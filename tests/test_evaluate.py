@@ -29,6 +29,19 @@ def test_knn_is_scikit_learns(k):
     np.testing.assert_allclose(ours.numpy(), expected, atol=2e-5)
 
 
+def test_k_is_capped_at_the_bank():
+    y = torch.from_numpy(Y[:10])
+    torch.testing.assert_close(evaluate.knn(Z[:10], y, Z[10:], 4, k=200), evaluate.knn(Z[:10], y, Z[10:], 4, k=10))
+
+
+def test_a_class_that_the_bank_lacks_gets_nothing():
+    y = torch.from_numpy(Y[:100] % 2 * 2)  # classes 0 and 2 of 4
+    for probe in (evaluate.knn, evaluate.logistic):
+        scores = probe(Z[:100], y, Z[100:], 4)
+        assert (scores[:, [1, 3]] == 0).all()
+        torch.testing.assert_close(scores.sum(dim=1), torch.ones(200))
+
+
 def test_knn_holds_no_more_than_a_chunk_of_similarities():
     class Largest(TorchDispatchMode):
         size = 0

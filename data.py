@@ -55,7 +55,9 @@ class Cohort:
         # Slide s holds the rows slide_rows[s] to slide_rows[s + 1], patient p the slides from patient_slides[p] on.
         self.slide_rows = np.searchsorted(self.slide, np.arange(len(self.slides) + 1))
         self.patient_slides = np.searchsorted(self.slide_patient, np.arange(len(self.patients) + 1))
-        self.present = np.flatnonzero(np.diff(self.slide_rows[self.patient_slides]))  # the patients with patches here
+        self.present = np.flatnonzero(
+            np.diff(self.slide_rows[self.patient_slides])
+        )  # the patients with patches here
 
     def __len__(self):
         return len(self.slide)
@@ -67,7 +69,9 @@ class Cohort:
         """Where a patch is on disk. Raises ValueError if a link leads out of the cohort's folder."""
         path = os.path.join(self.root, self.names[row].decode())
         if not os.path.realpath(path).startswith(os.path.join(os.path.realpath(self.root), "")):
-            raise ValueError(f"{path} is a link that leaves {self.root}: put the patches there, or the manifest here")
+            raise ValueError(
+                f"{path} is a link that leaves {self.root}: put the patches there, or the manifest here"
+            )
         return path
 
     @property
@@ -88,7 +92,9 @@ class Cohort:
         """The patches of the patients in a split. Raises ValueError when there are none."""
         keep = np.flatnonzero(self.split == SPLITS.index(split))
         if len(keep) == 0:
-            raise ValueError(f"{self.root}: no patient is in the split {split!r}: add patients, or a split column")
+            raise ValueError(
+                f"{self.root}: no patient is in the split {split!r}: add patients, or a split column"
+            )
         return replace(self, names=self.names[keep], slide=self.slide[keep], label=self.label[keep])
 
 
@@ -98,7 +104,12 @@ def hash_split(patients, val_fraction=0.2):
     Returns int8 indices into SPLITS. If chance leaves no patient in val (in train), as it can with a handful of
     patients, the one with the lowest (highest) hash goes there.
     """
-    value = np.array([int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48 for name in patients])
+    value = np.array(
+        [
+            int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
+            for name in patients
+        ]
+    )
     split = (value < val_fraction).astype(np.int8)
     if len(patients) > 1 and not split.any():
         split[value.argmin()] = 1
@@ -117,19 +128,28 @@ def read_cohort(root, val_fraction=0.2):
     if not os.path.exists(manifest) and os.path.exists(os.path.join(root, "meta", "opensrh.json")):
         return build_cohort(str(root), opensrh_entries(root), val_fraction)
     if not os.path.exists(manifest):
-        raise FileNotFoundError(f"{manifest} does not exist: a cohort needs one, with columns path, patient, slide")
+        raise FileNotFoundError(
+            f"{manifest} does not exist: a cohort needs one, with columns path, patient, slide"
+        )
     with open(manifest, newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file)
         header = next(reader, [])
         if missing := [c for c in ("path", "patient", "slide") if c not in header]:
-            raise ValueError(f"{manifest}: no column {', '.join(missing)}; the first line is {','.join(header)!r}")
-        places = [header.index(c) if c in header else -1 for c in ("path", "patient", "slide", "label", "split")]
+            raise ValueError(
+                f"{manifest}: no column {', '.join(missing)}; the first line is {','.join(header)!r}"
+            )
+        places = [
+            header.index(c) if c in header else -1
+            for c in ("path", "patient", "slide", "label", "split")
+        ]
 
         def entries():
             for row in filter(None, reader):
                 where = f"{manifest}, line {reader.line_num}"
                 if len(row) != len(header):
-                    raise ValueError(f"{where}: {len(row)} fields, but the first line names {len(header)} columns")
+                    raise ValueError(
+                        f"{where}: {len(row)} fields, but the first line names {len(header)} columns"
+                    )
                 yield where, *(row[i].strip() if i >= 0 else "" for i in places)
 
         return build_cohort(os.path.dirname(os.path.abspath(manifest)), entries(), val_fraction)
@@ -138,7 +158,9 @@ def read_cohort(root, val_fraction=0.2):
 def opensrh_entries(root):
     """The patches of OpenSRH (Jiang et al. 2022) for `build_cohort`: tumour patches of tumour patients, normal ones of
     normal patients. Raises ValueError for other content than was released."""
-    meta, split_file = (os.path.join(root, "meta", name) for name in ("opensrh.json", "train_val_split.json"))
+    meta, split_file = (
+        os.path.join(root, "meta", name) for name in ("opensrh.json", "train_val_split.json")
+    )
     try:
         with open(meta) as file, open(split_file) as other:
             patients, splits = json.load(file), json.load(other)
@@ -147,15 +169,28 @@ def opensrh_entries(root):
             kind = "normal_patches" if entry["class"] == "normal" else "tumor_patches"
             for slide, patches in entry["slides"].items():
                 for path in patches[kind]:
-                    yield f"{meta}, {patient}", path, patient, f"{patient}/{slide}", entry["class"], split_of[patient]
+                    yield (
+                        f"{meta}, {patient}",
+                        path,
+                        patient,
+                        f"{patient}/{slide}",
+                        entry["class"],
+                        split_of[patient],
+                    )
     except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{meta} and {split_file} are not OpenSRH's ({type(error).__name__} {error})") from error
+        raise ValueError(
+            f"{meta} and {split_file} are not OpenSRH's ({type(error).__name__} {error})"
+        ) from error
 
 
 def build_cohort(root, entries, val_fraction):
     """An iterable of (where it stands, path, patient, slide, label or "", split or "") -> Cohort."""
     names, slide_of, label_of, seen = [], [], [], set()
-    slides, patients, labels = {}, {}, {}  # slide -> (number, patient), patient -> split, label -> number
+    slides, patients, labels = (
+        {},
+        {},
+        {},
+    )  # slide -> (number, patient), patient -> split, label -> number
     for where, path, patient, slide, label, split in entries:
         name = path.encode()
         number, owner = slides.setdefault(slide, (len(slides), patient))
@@ -168,11 +203,15 @@ def build_cohort(root, entries, val_fraction):
         if split and split not in SPLITS:
             raise ValueError(f"{where}: the split {split!r} is none of {', '.join(SPLITS)}")
         if owner != patient:
-            raise ValueError(f"{where}: the slide {slide!r} is of patient {owner!r} above and of {patient!r} here; "
-                             "if these are two slides, name them differently (data.py index --nested does)")
+            raise ValueError(
+                f"{where}: the slide {slide!r} is of patient {owner!r} above and of {patient!r} here; "
+                "if these are two slides, name them differently (data.py index --nested does)"
+            )
         if patients.setdefault(patient, split) != split:
-            raise ValueError(f"{where}: the patient {patient!r} is in {patients[patient]!r} above and in {split!r} "
-                             "here; all patches of a patient must be on one side")
+            raise ValueError(
+                f"{where}: the patient {patient!r} is in {patients[patient]!r} above and in {split!r} "
+                "here; all patches of a patient must be on one side"
+            )
         seen.add(name)
         names.append(name)
         slide_of.append(number)
@@ -194,8 +233,17 @@ def build_cohort(root, entries, val_fraction):
     if all(patients.values()):
         split = np.array([SPLITS.index(patients[name]) for name in patient_names], np.int8)
     slide_patient = np.array([patient_number[slides[name][1]] for name in slide_names], np.int32)
-    return Cohort(root, np.array(names)[order], slide[order], label[order], slide_patient, split,
-                  slide_names, patient_names, classes)
+    return Cohort(
+        root,
+        np.array(names)[order],
+        slide[order],
+        label[order],
+        slide_patient,
+        split,
+        slide_names,
+        patient_names,
+        classes,
+    )
 
 
 # ----------------------------------------------------------------------------------------------- batches and decoding
@@ -205,12 +253,14 @@ def class_patients(cohort):
     """The patients here by class, a list of arrays. Raises ValueError for a patient without or with several labels."""
     groups = {}
     for patient in cohort.present:
-        first, last = cohort.slide_rows[cohort.patient_slides[patient:patient + 2]]
+        first, last = cohort.slide_rows[cohort.patient_slides[patient : patient + 2]]
         labels = np.unique(cohort.label[first:last])
         if len(labels) > 1 or labels[0] < 0:
-            raise ValueError(f"--balance-classes needs one class a patient; {cohort.patients[patient]!r} has "
-                             + (" and ".join(cohort.classes[c] for c in labels if c >= 0) or "none")
-                             + ": leave the flag out, or label by patient")
+            raise ValueError(
+                f"--balance-classes needs one class a patient; {cohort.patients[patient]!r} has "
+                + (" and ".join(cohort.classes[c] for c in labels if c >= 0) or "none")
+                + ": leave the flag out, or label by patient"
+            )
         groups.setdefault(labels[0], []).append(patient)
     return [np.array(group) for _, group in sorted(groups.items())]
 
@@ -234,7 +284,9 @@ def check_patients(cohort, patients):
     """Raises ValueError unless batches of this many distinct patients can show every patient once an epoch."""
     n = len(cohort.present)
     if patients != n and 2 * patients - 1 > n:
-        raise ValueError(f"--patients {patients} of {n} training patients: use {n}, or at most {(n + 1) // 2}")
+        raise ValueError(
+            f"--patients {patients} of {n} training patients: use {n}, or at most {(n + 1) // 2}"
+        )
 
 
 def batch_patients(cohort, step, seed, patients):
@@ -249,16 +301,18 @@ def batch_patients(cohort, step, seed, patients):
 
     def epoch(number):
         order = np.random.default_rng((seed, number)).permutation(cohort.present)
-        if tail := number * n % patients:  # places of the first batch that the epoch before has filled
+        if (
+            tail := number * n % patients
+        ):  # places of the first batch that the epoch before has filled
             before = np.random.default_rng((seed, number - 1)).permutation(cohort.present)[-tail:]
             head = order[:patients]
             order[:patients] = head[np.argsort(np.isin(head, before), kind="stable")]
         return order
 
     number, place = divmod(step * patients, n)
-    batch = epoch(number)[place:place + patients]
+    batch = epoch(number)[place : place + patients]
     if len(batch) < patients:
-        batch = np.concatenate([batch, epoch(number + 1)[:patients - len(batch)]])
+        batch = np.concatenate([batch, epoch(number + 1)[: patients - len(batch)]])
     return batch
 
 
@@ -277,12 +331,18 @@ def hierarchical_batch(cohort, step, seed, patients, slides=2, patches=2, groups
     """
     rng = np.random.default_rng((seed, step, 1))
     rows = np.empty((patients, slides, patches), np.int64)
-    who = balanced_patients(groups, step, seed, patients) if groups else batch_patients(cohort, step, seed, patients)
+    who = (
+        balanced_patients(groups, step, seed, patients)
+        if groups
+        else batch_patients(cohort, step, seed, patients)
+    )
     for i, patient in enumerate(who):
-        drawn = _draw(rng, cohort.patient_slides[patient], cohort.patient_slides[patient + 1], slides)
+        drawn = _draw(
+            rng, cohort.patient_slides[patient], cohort.patient_slides[patient + 1], slides
+        )
         for slide in np.unique(drawn):
             places = drawn == slide
-            low, high = cohort.slide_rows[slide:slide + 2]
+            low, high = cohort.slide_rows[slide : slide + 2]
             rows[i, places] = _draw(rng, low, high, places.sum() * patches).reshape(-1, patches)
     return rows
 
@@ -306,7 +366,11 @@ def _fit(image, size):
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     image = Image.fromarray(pixels.astype(np.float32)) if deep else image
-    pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)))
+    pixels = np.asarray(
+        image.resize(
+            (size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)
+        )
+    )
     return pixels.clip(0, 65535).round().astype(np.uint16) if deep else pixels
 
 
@@ -319,7 +383,9 @@ def decode(path, size=None):
         with Image.open(path) as image:
             if image.mode[0] not in "IF" and (image.format != "TIFF" or image.n_frames == 1):
                 if size:
-                    image.draft("RGB", (size, size))  # a JPEG decodes at a half or a quarter, never below `size`
+                    image.draft(
+                        "RGB", (size, size)
+                    )  # a JPEG decodes at a half or a quarter, never below `size`
                 return _fit(image.convert("RGB"), size).transpose(2, 0, 1)
             planes, layout = [], set()
             with suppress(EOFError):  # to ask for n_frames first would read all the headers twice
@@ -328,11 +394,17 @@ def decode(path, size=None):
                     layout.add(f"{image.width} x {image.height}, {image.mode}")
                     planes.append(_fit(image, size))
             if len(planes) != 2 or len(layout) != 1 or "I;16" not in min(layout):
-                raise ValueError(f"{getattr(image, 'n_frames', 1)} frames of {' and '.join(sorted(layout))}; beside "
-                                 "8-bit images, only two 16-bit frames (I;16) of one size are understood")
+                raise ValueError(
+                    f"{getattr(image, 'n_frames', 1)} frames of {' and '.join(sorted(layout))}; beside "
+                    "8-bit images, only two 16-bit frames (I;16) of one size are understood"
+                )
             return np.stack(planes)
-    except Exception as error:  # whatever a damaged file does to Pillow: KeyError and TypeError have been seen
-        raise ValueError(f"{path} cannot be read ({error}): restore it or take it out of the manifest") from error
+    except (
+        Exception
+    ) as error:  # whatever a damaged file does to Pillow: KeyError and TypeError have been seen
+        raise ValueError(
+            f"{path} cannot be read ({error}): restore it or take it out of the manifest"
+        ) from error
 
 
 def patch_size(cohort):
@@ -349,9 +421,9 @@ def patch_size(cohort):
 def substitutes(cohort, row):
     """Patches to show in place of one: those of its slide, then those of the patient's other slides."""
     slide = cohort.slide[row]
-    low, high = cohort.slide_rows[slide:slide + 2]
+    low, high = cohort.slide_rows[slide : slide + 2]
     patient = cohort.slide_patient[slide]
-    first, last = cohort.slide_rows[cohort.patient_slides[patient:patient + 2]]
+    first, last = cohort.slide_rows[cohort.patient_slides[patient : patient + 2]]
     return [*range(row + 1, high), *range(low, row), *range(high, last), *range(first, low)]
 
 
@@ -371,19 +443,28 @@ def load_batches(cohort, batches, size, workers=2, ahead=3, skip=False):
             except ValueError as error:
                 if skip and candidate not in bad:
                     bad.add(candidate)
-                    print(f"{error}. Another of its slide or patient stands in ({len(bad)} so far)", file=sys.stderr)
+                    print(
+                        f"{error}. Another of its slide or patient stands in ({len(bad)} so far)",
+                        file=sys.stderr,
+                    )
                 if not skip:
                     raise
                 if len(bad) > max(1, len(cohort) / 100):
-                    raise ValueError(f"{len(bad)} of {len(cohort)} patches cannot be read, more than 1%: data.py "
-                                     f"check --clean leaves them out. The last: {error}") from error
-        raise ValueError(f"no patch of patient {cohort.patients[cohort.patient[row]]!r} can be read")
+                    raise ValueError(
+                        f"{len(bad)} of {len(cohort)} patches cannot be read, more than 1%: data.py "
+                        f"check --clean leaves them out. The last: {error}"
+                    ) from error
+        raise ValueError(
+            f"no patch of patient {cohort.patients[cohort.patient[row]]!r} can be read"
+        )
 
     def collect(futures):
         rows, images = zip(*(future.result() for future in futures))
         if len({image.dtype for image in images}) > 1:
             odd = next(row for row, image in zip(rows, images) if image.dtype != images[0].dtype)
-            raise ValueError(f"{cohort.path(rows[0])} and {cohort.path(odd)}: one has 8 bits, one 16: split them")
+            raise ValueError(
+                f"{cohort.path(rows[0])} and {cohort.path(odd)}: one has 8 bits, one 16: split them"
+            )
         return np.array(rows), torch.from_numpy(np.stack(images))
 
     with ThreadPoolExecutor(workers) as pool:
@@ -415,9 +496,13 @@ def channel_statistics(cohort, size, patches=256, workers=2, skip=False):
     """Mean and standard deviation of each channel over some patches, always the same: two lists of three numbers."""
     rows = np.sort(np.random.default_rng(0).permutation(len(cohort))[:patches])
     sums = torch.zeros(2, 3, dtype=torch.float64)
-    for _, images in load_batches(cohort, np.array_split(rows, -(-len(rows) // 16)), size, workers, skip=skip):
+    for _, images in load_batches(
+        cohort, np.array_split(rows, -(-len(rows) // 16)), size, workers, skip=skip
+    ):
         x = intensities(images).double()
-        sums += torch.stack([x.mean(dim=(2, 3)).sum(dim=0), x.square().mean(dim=(2, 3)).sum(dim=0)]) / len(rows)
+        sums += torch.stack(
+            [x.mean(dim=(2, 3)).sum(dim=0), x.square().mean(dim=(2, 3)).sum(dim=0)]
+        ) / len(rows)
     return sums[0].tolist(), (sums[1] - sums[0] ** 2).clamp(min=1e-6).sqrt().tolist()
 
 
@@ -440,18 +525,25 @@ _DEMO = {  # transform: (probability, lowest, highest)
     "erase": (0.1, 0.02, 0.15),  # share of the area
 }
 _STRONG = {  # the paper's list, each with probability 1/2 as in its code
-    "crop": (0.5, 0.2, 1.0), "flip": (0.5, 0, 0), "rotate": (0.5, -10, 10), "translate": (0.5, -0.1, 0.1),
-    "brightness": (0.5, 0.8, 1.2), "contrast": (0.5, 0.8, 1.2),
+    "crop": (0.5, 0.2, 1.0),
+    "flip": (0.5, 0, 0),
+    "rotate": (0.5, -10, 10),
+    "translate": (0.5, -0.1, 0.1),
+    "brightness": (0.5, 0.8, 1.2),
+    "contrast": (0.5, 0.8, 1.2),
     "autocontrast": (0.5, 1, 1),  # each channel stretched to [0, 1]
     "solarise": (0.5, 0.2, 0.2),  # what is above is inverted
     "sharpness": (0.5, 1, 1),  # how much of what a blur takes away is added
-    "blur": (0.5, 1, 1), "noise": (0.5, 0.01, 0.1), "erase": (0.5, 0.02, 0.33),
+    "blur": (0.5, 1, 1),
+    "noise": (0.5, 0.01, 0.1),
+    "erase": (0.5, 0.02, 0.33),
 }
 AUGMENTATIONS = {
     "demo": _DEMO,
     "strong-srh": _STRONG,  # the channels of SRH are no colours: nothing mixes them
     # H&E varies in its stains, not in hue as such. On white, 0.2 would invert all of it, and 0.9 inverts the glass.
-    "strong": _STRONG | {"stain": (0.5, 0.7, 1.3), "background": (0.5, -0.05, 0.05), "solarise": (0.5, 0.9, 0.9)},
+    "strong": _STRONG
+    | {"stain": (0.5, 0.7, 1.3), "background": (0.5, -0.05, 0.05), "solarise": (0.5, 0.9, 0.9)},
     "weak": {"flip": (0.5, 0, 0)},  # HiDisc's
 }
 
@@ -480,14 +572,31 @@ def view_parameters(n, seed, step, augmentation=_DEMO):
 
     area = draw("crop", 1)
     aspect = (4 / 3) ** ((2 * random() - 1) * (area < 1))
-    size = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], dim=1).clamp(max=1)  # width, height
+    size = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], dim=1).clamp(
+        max=1
+    )  # width, height
     flip, _, _ = augmentation.get("flip", (0, 0, 0))
-    parameters = {"size": size, "centre": (2 * random(2) - 1) * (1 - size) + 2 * draw("translate", 0, 2),
-                  "flip": 1 - 2 * (random(2) < flip).float(), "angle": draw("rotate", 0),
-                  "stain": draw("stain", 1, 3), "background": draw("background", 0, 3), "hole": random(2),
-                  "corner": (64 * random(2)).int(), "field": torch.full((n,), number)}
-    for name, neutral in {"brightness": 1, "contrast": 1, "autocontrast": 0, "solarise": 0,
-                          "sharpness": 0, "blur": 0, "noise": 0, "erase": 0}.items():
+    parameters = {
+        "size": size,
+        "centre": (2 * random(2) - 1) * (1 - size) + 2 * draw("translate", 0, 2),
+        "flip": 1 - 2 * (random(2) < flip).float(),
+        "angle": draw("rotate", 0),
+        "stain": draw("stain", 1, 3),
+        "background": draw("background", 0, 3),
+        "hole": random(2),
+        "corner": (64 * random(2)).int(),
+        "field": torch.full((n,), number),
+    }
+    for name, neutral in {
+        "brightness": 1,
+        "contrast": 1,
+        "autocontrast": 0,
+        "solarise": 0,
+        "sharpness": 0,
+        "blur": 0,
+        "noise": 0,
+        "erase": 0,
+    }.items():
         parameters[name] = draw(name, neutral)
     return parameters
 
@@ -496,11 +605,20 @@ def resample(x, size, parameters):
     """Crop, shift, flip and rotate as one affine map and one bilinear look-up. [n, 3, H, W] -> [n, 3, size, size]."""
     angle = torch.deg2rad(parameters["angle"])
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(-1, 2, 2)
-    affine = turn * (parameters["size"] * parameters["flip"])[:, None]  # output -> input coordinates, both in [-1, 1]
+    affine = (
+        turn * (parameters["size"] * parameters["flip"])[:, None]
+    )  # output -> input coordinates, both in [-1, 1]
     at = (2 * torch.arange(size, device=x.device) + 1) / size - 1
-    across, down = affine[:, :, 0, None] * at, affine[:, :, 1, None] * at + parameters["centre"][:, :, None]
-    grid = across[:, :, None, :] + down[:, :, :, None]  # [n, 2, size, size]; F.affine_grid takes 30 times as long
-    return F.grid_sample(x, grid.permute(0, 2, 3, 1), padding_mode="reflection", align_corners=False)
+    across, down = (
+        affine[:, :, 0, None] * at,
+        affine[:, :, 1, None] * at + parameters["centre"][:, :, None],
+    )
+    grid = (
+        across[:, :, None, :] + down[:, :, :, None]
+    )  # [n, 2, size, size]; F.affine_grid takes 30 times as long
+    return F.grid_sample(
+        x, grid.permute(0, 2, 3, 1), padding_mode="reflection", align_corners=False
+    )
 
 
 def stain_jitter(x, factor, shift):
@@ -509,8 +627,12 @@ def stain_jitter(x, factor, shift):
     Beer-Lambert: x = exp(-density), and the density of a pixel is a sum of stains.
     """
     stains = STAINS.to(x)
-    mix = torch.linalg.inv(stains) @ (factor[:, :, None] * stains)  # [n, 3, 3]: density -> stains -> scaled -> density
-    density = mix.transpose(1, 2) @ -x.clamp(min=1 / 255).log().flatten(2) + (shift @ stains)[:, :, None]  # [n, 3, HW]
+    mix = torch.linalg.inv(stains) @ (
+        factor[:, :, None] * stains
+    )  # [n, 3, 3]: density -> stains -> scaled -> density
+    density = (
+        mix.transpose(1, 2) @ -x.clamp(min=1 / 255).log().flatten(2) + (shift @ stains)[:, :, None]
+    )  # [n, 3, HW]
     return density.neg().exp().view_as(x)
 
 
@@ -523,17 +645,23 @@ def autocontrast(x):
 
 def solarise(x, threshold):
     """What is at the threshold [n] or above it is inverted. x: [n, C, H, W] in [0, 1]."""
-    above = x.clone().ge_(threshold[:, None, None, None])  # 0 or 1; torch.where takes several times as long
+    above = x.clone().ge_(
+        threshold[:, None, None, None]
+    )  # 0 or 1; torch.where takes several times as long
     return above.mul_(torch.rsub(x, 1, alpha=2)).add_(x)  # x + above (1 - 2 x)
 
 
 def blur(x, sigma):
     """Gaussian blur, 5 x 5, reflected at the border. x: [n, C, H, W]; sigma: [n] in pixels, above 0."""
-    weight = torch.exp(-torch.arange(3, device=x.device) ** 2 / (2 * sigma[:, None] ** 2))
-    weight = weight / (2 * weight.sum(dim=1, keepdim=True) - 1)  # of the middle, its neighbours and theirs
+    weight = torch.exp(-(torch.arange(3, device=x.device) ** 2) / (2 * sigma[:, None] ** 2))
+    weight = weight / (
+        2 * weight.sum(dim=1, keepdim=True) - 1
+    )  # of the middle, its neighbours and theirs
     a, b, c = weight.T[:, :, None, None, None]
     x = F.pad(x, (2, 2, 2, 2), mode="reflect")
-    for _ in range(2):  # along the rows, then along the columns; a grouped convolution takes several times as long
+    for _ in range(
+        2
+    ):  # along the rows, then along the columns; a grouped convolution takes several times as long
         y = a * x[..., 2:-2]
         y.addcmul_(b, x[..., 1:-3] + x[..., 3:-1]).addcmul_(c, x[..., :-4] + x[..., 4:])
         x = y.mT
@@ -565,13 +693,15 @@ def make_views(images, parameters, size):
     out = torch.empty(len(images) * views, 3, size, size, device=images.device)
     # One field of white noise serves the batch, and each view takes a window of it: to draw every pixel is slow.
     generator = torch.Generator().manual_seed(int(parameters["field"][0]))
-    field = torch.randn(3, size + 64, size + 64, generator=generator).to(images.device, non_blocking=True)
+    field = torch.randn(3, size + 64, size + 64, generator=generator).to(
+        images.device, non_blocking=True
+    )
     # A patch at a time stays in a CPU's cache, which is several times as fast; a GPU takes the batch at once.
     step = len(images) if out.is_cuda else max(1, 2**18 // (views * 3 * size * size))
     for first in range(0, len(images), step):
         part = slice(first * views, (first + step) * views)
         some = {name: value[part] for name, value in parameters.items()}
-        torch.clamp(_views(images[first:first + step], some, size, field), 0, 1, out=out[part])
+        torch.clamp(_views(images[first : first + step], some, size, field), 0, 1, out=out[part])
     return out
 
 
@@ -586,11 +716,17 @@ def _views(images, parameters, size, field):
         rows = parameters[name].nonzero()[:, 0]
         if len(rows):
             first, last = int(rows[0]), int(rows[-1]) + 1
-            neighbours = last - first == len(rows)  # as all of two views are: a slice need not be copied
+            neighbours = last - first == len(
+                rows
+            )  # as all of two views are: a slice need not be copied
             rows = slice(first, last) if neighbours else rows.to(x.device, non_blocking=True)
             x[rows] = transform(x[rows], *(to[other][rows] for other in (name, *others)))
 
-    x = intensities(images)[:, None].expand(-1, len(to["angle"]) // len(images), -1, -1, -1).flatten(0, 1)
+    x = (
+        intensities(images)[:, None]
+        .expand(-1, len(to["angle"]) // len(images), -1, -1, -1)
+        .flatten(0, 1)
+    )
     x = resample(x, size, to)
     if (parameters["stain"] != 1).any() or parameters["background"].any():
         x = stain_jitter(x, to["stain"], to["background"])
@@ -602,7 +738,10 @@ def _views(images, parameters, size, field):
     where_drawn("blur", blur)
     for row in parameters["noise"].nonzero()[:, 0].tolist():
         down, across = parameters["corner"][row].tolist()
-        x[row].add_(field[:, down:down + size, across:across + size], alpha=float(parameters["noise"][row]))
+        x[row].add_(
+            field[:, down : down + size, across : across + size],
+            alpha=float(parameters["noise"][row]),
+        )
     where_drawn("erase", erase, "hole")
     return x
 
@@ -611,94 +750,10 @@ def plain_view(images, size):
     """The view to evaluate: all that `decode` gave, resized. [n, ...] -> float32 [n, 3, size, size] in [0, 1]."""
     x = intensities(images)
     if x.shape[-1] != size:
-        x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
+        x = F.interpolate(
+            x, (size, size), mode="bilinear", antialias=True, align_corners=False
+        ).clamp(0, 1)
     return x
-
-
-# -------------------------------------------------------------------------------------------------------- demo tissue
-
-FACTORS = ("cellularity", "nuclear_size", "pleomorphism", "elongation", "vessels", "necrosis", "fibres")
-DEMO_CLASSES = {  # the mean of each factor
-    "high_grade": (0.60, 0.50, 0.80, 0.30, 0.45, 0.35, 0.30),
-    "low_grade": (0.55, 0.45, 0.25, 0.30, 0.40, 0.25, 0.30),
-    "normal": (0.35, 0.40, 0.25, 0.30, 0.35, 0.20, 0.40),
-    "spindle": (0.55, 0.45, 0.30, 0.80, 0.40, 0.25, 0.80),
-}
-
-
-def render(factors, rng, stain=(1.0, 1.0, 0.0), size=64):
-    """One procedural H&E-like patch, uint8 [size, size, 3].
-
-    factors: seven numbers in [0, 1], as FACTORS. stain: strength of haematoxylin, of eosin, shift of hue. Nuclei are
-    soft ellipses of haematoxylin, fibres a warped sine of eosin, vessels rings about a lumen, necrosis a pale blob.
-    """
-    cellularity, nuclear_size, pleomorphism, elongation, vessels, necrosis, fibres = factors
-    y, x = np.mgrid[:size, :size].astype(np.float32)
-    direction = rng.uniform(0, np.pi)
-    along, across = x * np.cos(direction) + y * np.sin(direction), y * np.cos(direction) - x * np.sin(direction)
-    warp = rng.uniform(1, 3) * np.sin(along * rng.uniform(0.05, 0.12) + rng.uniform(0, 6))
-    eosin = 0.35 + 0.3 * fibres * np.sin(across * rng.uniform(0.7, 1.0) + warp)
-
-    n = rng.poisson((6 + 54 * cellularity) * (size / 64) ** 2)
-    radius = (1.6 + 2.6 * nuclear_size) * np.exp(rng.normal(0, 0.05 + 0.55 * pleomorphism, n))
-    stretch = 1 + 3 * elongation * rng.uniform(0.6, 1.2, n)
-    angle = direction + rng.normal(0, 0.15 + 0.9 * (1 - elongation), n)
-    darkness = np.exp(rng.normal(0, 0.05 + 0.3 * pleomorphism, n)).astype(np.float32)
-    x0, y0 = rng.uniform(0, size, (2, n))
-    # The squared distance from a centre, in units of the radii, is a quadratic form in x and y: one product for all.
-    cos, sin, long, short = np.cos(angle), np.sin(angle), 1 / (radius**2 * stretch), stretch / radius**2
-    a, b, c = cos**2 * long + sin**2 * short, 2 * cos * sin * (long - short), sin**2 * long + cos**2 * short
-    form = np.stack([a, b, c, -2 * a * x0 - b * y0, -2 * c * y0 - b * x0, a * x0**2 + b * x0 * y0 + c * y0**2], axis=1)
-    distance = form.astype(np.float32) @ np.stack([x * x, x * y, y * y, x, y, np.ones_like(x)]).reshape(6, -1)
-    nuclei = (np.clip(1.8 - distance, 0, 1) * darkness[:, None]).max(axis=0, initial=0).reshape(size, size)
-
-    for _ in range(rng.poisson(4 * vessels)):
-        r, lumen = np.hypot(x - rng.uniform(0, size), y - rng.uniform(0, size)), rng.uniform(3, 7)
-        inside = np.clip(lumen - r, 0, 1)
-        nuclei = nuclei * (1 - inside)
-        eosin = eosin * (1 - 0.9 * inside) + 0.7 * np.exp(-np.square((r - lumen - 1) / 1.2))
-    ragged = np.hypot(x - rng.uniform(0, size), y - rng.uniform(0, size)) + 2 * np.sin(x * 0.6) + 2 * np.sin(y * 0.5)
-    dead = np.clip((size * 0.75 * necrosis * rng.uniform(0.6, 1.2) - ragged) / 4, 0, 1)
-    nuclei, eosin = nuclei * (1 - 0.85 * dead), eosin * (1 - 0.5 * dead) + 0.1 * dead * rng.random((size, size))
-
-    haematoxylin = STAINS[0].numpy() + np.array([stain[2], 0, -stain[2]])
-    density = stain[0] * (1.1 * nuclei + 0.06)[..., None] * haematoxylin + rng.normal(0, 0.03, (size, size, 3))
-    density += stain[1] * np.maximum(eosin, 0)[..., None] * STAINS[1].numpy()
-    return (255 * np.exp(-np.maximum(density, 0))).round().astype(np.uint8)
-
-
-def write_demo(out, patients=40, slides=3, patches=8, seed=0):
-    """Write demo tissue: so many patients a class, slides a patient and patches a slide. Returns the folder.
-
-    Factors vary by class, patient, slide and patch (factors.csv holds them); stain varies by patient and slide and
-    means nothing. A fifth of the patches of a tumour look normal but carry its label. Two of five patients are for
-    validation.
-    """
-    rng = np.random.default_rng(seed)
-    tables = {"factors.csv": [["path", *FACTORS]], "manifest.csv": [["path", "patient", "slide", "label", "split"]]}
-    with tqdm(total=len(DEMO_CLASSES) * patients * slides * patches, desc="demo tissue", unit="patch") as bar:
-        for label, mean in DEMO_CLASSES.items():
-            for p in range(patients):
-                patient, split = f"{label}-{p:02d}", "val" if p % 5 in (1, 3) else "train"
-                os.makedirs(os.path.join(out, "images", patient), exist_ok=True)
-                of_patient = rng.normal(0, 0.12, len(FACTORS))
-                patient_stain = np.array((1, 1, 0)) + rng.normal(0, (0.15, 0.15, 0.05))
-                for s in range(slides):
-                    of_slide = of_patient + rng.normal(0, 0.05, len(FACTORS))
-                    stain = patient_stain + rng.normal(0, (0.07, 0.07, 0.02))
-                    for b in range(patches):
-                        centre = DEMO_CLASSES["normal"] if rng.random() < 0.2 else mean
-                        factors = np.clip(centre + of_slide + rng.normal(0, 0.06, len(FACTORS)), 0, 1)
-                        path = f"images/{patient}/{s}-{b}.png"
-                        Image.fromarray(render(factors, rng, stain)).save(os.path.join(out, path))
-                        tables["factors.csv"].append([path, *factors.round(4)])
-                        tables["manifest.csv"].append([path, patient, f"{patient}-{s}", label, split])
-                        bar.update()
-    for name, rows in tables.items():  # the manifest comes last and whole: where it is, everything is
-        with open(os.path.join(out, f"{name}.part"), "w", newline="") as file:
-            csv.writer(file).writerows(rows)
-        os.replace(os.path.join(out, f"{name}.part"), os.path.join(out, name))
-    return out
 
 
 # ------------------------------------------------------------------------------------------------------- your own data
@@ -706,17 +761,24 @@ def write_demo(out, patients=40, slides=3, patches=8, seed=0):
 
 def summary(cohort):
     """What a person wants to see of a cohort before training on it, as lines."""
+
     def spread(counts, name):
         return f"{name}: {counts.min()} to {counts.max()}, median {np.median(counts):.0f}"
 
     patches, slides = np.diff(cohort.slide_rows), np.diff(cohort.patient_slides)
     by_class = [f"{name} {(cohort.label == c).sum()}" for c, name in enumerate(cohort.classes)]
     unlabelled = (cohort.label < 0).sum()
-    splits = [f"{name} {(cohort.patient_split[cohort.present] == i).sum()}" for i, name in enumerate(SPLITS)]
-    return [str(cohort), spread(slides[slides > 0], "slides a patient"),
-            spread(patches[patches > 0], "patches a slide"),
-            "patches by class: " + ", ".join(by_class + [f"without {unlabelled}"] * bool(unlabelled)),
-            "patients by split: " + ", ".join(splits)]
+    splits = [
+        f"{name} {(cohort.patient_split[cohort.present] == i).sum()}"
+        for i, name in enumerate(SPLITS)
+    ]
+    return [
+        str(cohort),
+        spread(slides[slides > 0], "slides a patient"),
+        spread(patches[patches > 0], "patches a slide"),
+        "patches by class: " + ", ".join(by_class + [f"without {unlabelled}"] * bool(unlabelled)),
+        "patients by split: " + ", ".join(splits),
+    ]
 
 
 def write_manifest(path, cohort, rows, split=True):
@@ -728,9 +790,13 @@ def write_manifest(path, cohort, rows, split=True):
         for row in rows:
             slide, label = cohort.slide[row], cohort.label[row]
             patient = cohort.slide_patient[slide]
-            values = {"path": cohort.names[row].decode(), "patient": cohort.patients[patient],
-                      "slide": cohort.slides[slide], "label": cohort.classes[label] if label >= 0 else "",
-                      "split": SPLITS[cohort.patient_split[patient]]}
+            values = {
+                "path": cohort.names[row].decode(),
+                "patient": cohort.patients[patient],
+                "slide": cohort.slides[slide],
+                "label": cohort.classes[label] if label >= 0 else "",
+                "split": SPLITS[cohort.patient_split[patient]],
+            }
             writer.writerow([values[name] for name in columns])
     os.replace(f"{path}.part", path)
 
@@ -747,15 +813,23 @@ def path_pattern(pattern):
         for part in re.split(r"(\{\w+\}|\*\*|\*)", pattern):
             name = part[1:-1]
             named = f"(?P={name})" if name in seen else f"(?P<{name}>[^/]+?)"
-            expression += {"**": ".*", "*": "[^/]*"}.get(part) or (named if part[:1] == "{" else re.escape(part))
+            expression += {"**": ".*", "*": "[^/]*"}.get(part) or (
+                named if part[:1] == "{" else re.escape(part)
+            )
             seen.add(name)
     try:
         compiled = re.compile(expression)
     except re.error as error:
         raise ValueError(f"--pattern {pattern!r} is no regular expression: {error}") from error
-    if not {"patient", "slide"} <= set(compiled.groupindex) <= {"patient", "slide", "label", "split"}:
-        raise ValueError(f"--pattern {pattern!r} must name patient and slide, and may name label and split; it names "
-                         + (", ".join(compiled.groupindex) or "nothing"))
+    if (
+        not {"patient", "slide"}
+        <= set(compiled.groupindex)
+        <= {"patient", "slide", "label", "split"}
+    ):
+        raise ValueError(
+            f"--pattern {pattern!r} must name patient and slide, and may name label and split; it names "
+            + (", ".join(compiled.groupindex) or "nothing")
+        )
     return compiled
 
 
@@ -779,22 +853,43 @@ def index(root, pattern, label_level="patch", nested=False, partial=False):
                 found += [(path, match.groupdict(""))] if match else []
                 others += [] if match else [path]
     if not found or (others and not partial):
-        raise ValueError(f"{root}: {pattern!r} matches {len(found)} image files and not {len(others)} others"
-                         + "".join(f"\n    {path}" for path in others[:3])
-                         + "\nMend the pattern" + ", or leave those out with --partial" * bool(found))
-    cohort = build_cohort(root, ((path, path, at["patient"], f"{at['patient']}/" * nested + at["slide"],
-                                  at.get("label", ""), at.get("split", "")) for path, at in found), 0.2)
-    groups = {"patient": cohort.patient, "slide": cohort.slide, "patch": np.arange(len(cohort))}[label_level]
+        raise ValueError(
+            f"{root}: {pattern!r} matches {len(found)} image files and not {len(others)} others"
+            + "".join(f"\n    {path}" for path in others[:3])
+            + "\nMend the pattern"
+            + ", or leave those out with --partial" * bool(found)
+        )
+    cohort = build_cohort(
+        root,
+        (
+            (
+                path,
+                path,
+                at["patient"],
+                f"{at['patient']}/" * nested + at["slide"],
+                at.get("label", ""),
+                at.get("split", ""),
+            )
+            for path, at in found
+        ),
+        0.2,
+    )
+    groups = {"patient": cohort.patient, "slide": cohort.slide, "patch": np.arange(len(cohort))}[
+        label_level
+    ]
     order = np.argsort(groups, kind="stable")
     torn = np.flatnonzero((np.diff(groups[order]) == 0) & (np.diff(cohort.label[order]) != 0))
     if len(torn):
-        examples = [" and ".join(cohort.names[row].decode() for row in order[i:i + 2]) for i in torn[:3]]
+        examples = [
+            " and ".join(cohort.names[row].decode() for row in order[i : i + 2]) for i in torn[:3]
+        ]
         raise ValueError(f"{root}: one {label_level} has two labels: " + "; ".join(examples))
     return cohort
 
 
 def check(cohort, workers=2):
     """Decode every patch. Returns {problem: rows}: unreadable, truncated, constant (background), odd-sized."""
+
     def look(row):
         try:
             pixels = decode(cohort.path(row))
@@ -805,7 +900,10 @@ def check(cohort, workers=2):
         return "constant" if flat else pixels.shape
 
     results = []
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(cohort), desc="check", unit="patch", leave=False) as bar:
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        tqdm(total=len(cohort), desc="check", unit="patch", leave=False) as bar,
+    ):
         for rows in np.array_split(np.arange(len(cohort)), -(-len(cohort) // 1024)):
             results += pool.map(look, rows)
             bar.update(len(rows))
@@ -824,51 +922,86 @@ def contact_sheet(cohort, augmentation, views=4, seed=0, size=160):
     _, patches = next(load_batches(cohort, [rows], 2 * size))
     parameters = view_parameters(len(rows) * views, seed, 0, AUGMENTATIONS[augmentation])
     sheet = make_views(patches, parameters, size).unflatten(0, (len(rows), views))
-    sheet = torch.cat([plain_view(patches, size)[:, None], sheet], dim=1)  # [patches, 1 + views, 3, size, size]
+    sheet = torch.cat(
+        [plain_view(patches, size)[:, None], sheet], dim=1
+    )  # [patches, 1 + views, 3, size, size]
     sheet = F.pad(sheet, (2, 2, 18, 2), value=1).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     image = Image.fromarray(sheet.mul(255).round().byte().numpy())
     draw = ImageDraw.Draw(image)
     for i, row in enumerate(rows):
         slide, label = cohort.slide[row], cohort.label[row]
-        text = f"patient {cohort.patients[cohort.patient[row]]}, slide {cohort.slides[slide]}, " + (
-            f"{cohort.classes[label]}, " if label >= 0 else "") + cohort.names[row].decode()
+        text = (
+            f"patient {cohort.patients[cohort.patient[row]]}, slide {cohort.slides[slide]}, "
+            + (f"{cohort.classes[label]}, " if label >= 0 else "")
+            + cohort.names[row].decode()
+        )
         draw.text((4, i * (size + 20) + 4), text, fill="black")
     return image
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     index_ = commands.add_parser("index", help="write a manifest from a folder tree")
     index_.add_argument("root", help="the folder; manifest.csv is written there")
-    index_.add_argument("--pattern", required=True, help="how paths below it are made, as '{label}/{patient}/{slide}/"
-                        "*.png', or a regular expression with groups patient, slide, and optionally label and split")
-    index_.add_argument("--label-level", choices=("patch", "slide", "patient"), default="patch",
-                        help="what a label belongs to; two in one are refused")
-    index_.add_argument("--nested", action="store_true", help="slides of different patients share names, as 1, 2, 3")
-    index_.add_argument("--partial", action="store_true", help="leave out the images that the pattern does not match")
-    index_.add_argument("--overwrite", action="store_true", help="replace a manifest.csv that is there")
-    check_ = commands.add_parser("check", help="decode every patch; exit with 1 if some cannot be used")
+    index_.add_argument(
+        "--pattern",
+        required=True,
+        help="how paths below it are made, as '{label}/{patient}/{slide}/"
+        "*.png', or a regular expression with groups patient, slide, and optionally label and split",
+    )
+    index_.add_argument(
+        "--label-level",
+        choices=("patch", "slide", "patient"),
+        default="patch",
+        help="what a label belongs to; two in one are refused",
+    )
+    index_.add_argument(
+        "--nested", action="store_true", help="slides of different patients share names, as 1, 2, 3"
+    )
+    index_.add_argument(
+        "--partial",
+        action="store_true",
+        help="leave out the images that the pattern does not match",
+    )
+    index_.add_argument(
+        "--overwrite", action="store_true", help="replace a manifest.csv that is there"
+    )
+    check_ = commands.add_parser(
+        "check", help="decode every patch; exit with 1 if some cannot be used"
+    )
     check_.add_argument("root", help="a cohort")
-    check_.add_argument("--clean", metavar="NAME.csv", default="",
-                        help="write a manifest without them, in the cohort's folder")
-    check_.add_argument("--workers", type=int, default=os.cpu_count(), help="decoding threads, at least 1")
-    show = commands.add_parser("show", help="draw a patient, two slides, their patches and views of them")
+    check_.add_argument(
+        "--clean",
+        metavar="NAME.csv",
+        default="",
+        help="write a manifest without them, in the cohort's folder",
+    )
+    check_.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="decoding threads, at least 1"
+    )
+    show = commands.add_parser(
+        "show", help="draw a patient, two slides, their patches and views of them"
+    )
     show.add_argument("root", help="a cohort")
     show.add_argument("--out", default="views.png", help="the picture to write")
-    show.add_argument("--augmentation", choices=AUGMENTATIONS, default="demo", help="as in train.py")
-    show.add_argument("--seed", type=int, default=0, help="another seed is another patient and other views")
-    demo = commands.add_parser("demo", help="write a cohort of procedural tissue with known truth")
-    demo.add_argument("out", help="folder to write to")
-    demo.add_argument("--patients", type=int, default=40, help="patients in each of the four classes")
-    demo.add_argument("--seed", type=int, default=0, help="another seed is another cohort of the same kind")
+    show.add_argument(
+        "--augmentation", choices=AUGMENTATIONS, default="demo", help="as in train.py"
+    )
+    show.add_argument(
+        "--seed", type=int, default=0, help="another seed is another patient and other views"
+    )
     args = parser.parse_args()
     if args.command == "index":
         path = os.path.join(args.root, "manifest.csv")
         if os.path.exists(path) and not args.overwrite:
             raise SystemExit(f"{path} is there already: --overwrite replaces it")
         cohort = index(args.root, args.pattern, args.label_level, args.nested, args.partial)
-        write_manifest(path, cohort, range(len(cohort)), split="split" in path_pattern(args.pattern).groupindex)
+        write_manifest(
+            path, cohort, range(len(cohort)), split="split" in path_pattern(args.pattern).groupindex
+        )
         print("\n".join([*summary(cohort), f"{path} is written"]))
     if args.command == "check":
         cohort = read_cohort(args.root)
@@ -878,18 +1011,26 @@ def main():
         problems = check(cohort, args.workers)
         print("\n".join(summary(cohort)))
         for name, rows in problems.items():
-            print(f"{name}: {len(rows)}" + "".join(f"\n    {cohort.names[row].decode()}" for row in rows[:5]))
+            print(
+                f"{name}: {len(rows)}"
+                + "".join(f"\n    {cohort.names[row].decode()}" for row in rows[:5])
+            )
         bad = set().union(*problems.values())
         if args.clean:
-            by_hash = (cohort.patient_split == hash_split(cohort.patients)).all()  # then it needs no column
-            write_manifest(path, cohort, [row for row in range(len(cohort)) if row not in bad], split=not by_hash)
+            by_hash = (
+                cohort.patient_split == hash_split(cohort.patients)
+            ).all()  # then it needs no column
+            write_manifest(
+                path,
+                cohort,
+                [row for row in range(len(cohort)) if row not in bad],
+                split=not by_hash,
+            )
             print(f"{path} holds the other {len(cohort) - len(bad)}")
         raise SystemExit(1 if bad else 0)
     if args.command == "show":
         contact_sheet(read_cohort(args.root), args.augmentation, seed=args.seed).save(args.out)
         print(f"{args.out}: each row a patch, as it is and in four views")
-    if args.command == "demo":
-        print(read_cohort(write_demo(args.out, patients=args.patients, seed=args.seed)))
 
 
 if __name__ == "__main__":

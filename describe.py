@@ -29,9 +29,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import FACTORS, render
 from losses import LEVELS
-from model import ACTIVATIONS, CLIP_MEAN, CLIP_STD, CLIPS, ModifiedResNet, TextTower, load_state, published, text_tower
+from model import ACTIVATIONS, text_tower
+from tools.weights import CLIPS, load_clip, published
 
 START, END = "<start_of_text>", "<end_of_text>"
 
@@ -42,8 +42,11 @@ START, END = "<start_of_text>", "<end_of_text>"
 def read_bank(path, partial=False):
     """A bank file -> its dict. Raises ValueError naming the file and what is wrong with its form; `check` measures its
     content. partial: while it is being written, a level or an attribute may be empty."""
+
     def unique(pairs):  # JSON would silently keep the last of two attributes of one name
-        if repeated := [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]:
+        if repeated := [
+            name for name, times in Counter(name for name, _ in pairs).items() if times > 1
+        ]:
             raise ValueError(f"{path}: {repeated[0]!r} stands twice in one level")
         return dict(pairs)
 
@@ -54,27 +57,42 @@ def read_bank(path, partial=False):
         raise ValueError(f"{path} is not JSON: {error}") from error
     levels = bank.get("levels") if isinstance(bank, dict) else None
     if not isinstance(levels, dict) or set(levels) != set(LEVELS):
-        raise ValueError(f"{path}: \"levels\" must hold {', '.join(LEVELS)} and nothing else")
+        raise ValueError(f'{path}: "levels" must hold {", ".join(LEVELS)} and nothing else')
     for level, attributes in levels.items():
         if not isinstance(attributes, dict) or not (attributes or partial):
-            raise ValueError(f"{path}: the level {level} must be {{attribute: [sentences]}} and not empty")
+            raise ValueError(
+                f"{path}: the level {level} must be {{attribute: [sentences]}} and not empty"
+            )
         for name, sentences in attributes.items():
-            if not isinstance(sentences, list) or not all(isinstance(s, str) for s in sentences) or (
-                    not sentences and not partial):
+            if (
+                not isinstance(sentences, list)
+                or not all(isinstance(s, str) for s in sentences)
+                or (not sentences and not partial)
+            ):
                 raise ValueError(f"{path}: {level} / {name}: must be a list of sentences")
     return bank
 
 
-STOP_WORDS = frozenset(re.findall(r"\w+", """a an the of and or in on with to is are at by from as that this its it be
-    their than while for into over through each where which no not but have has within across between around"""))
+STOP_WORDS = frozenset(
+    re.findall(
+        r"\w+",
+        """a an the of and or in on with to is are at by from as that this its it be
+    their than while for into over through each where which no not but have has within across between around""",
+    )
+)
 INVISIBLE = re.compile(
     r"\b(ph|acidity|(mi(cro-?)?)?rnas?|dna|gen(e|es|etic\w*|om\w*)|muta\w*|wild-?type|methyl\w*|idh\w*|egfr|tert|1p/?19q|"
     r"codelet\w*|ki-?67|mib-?1|p53|gfap|\w*kines?|interleukins?|receptors?|hormon\w*|enzym\w*|antibod\w*|"
     r"immuno(histo|stain)\w*|serum|oxygen\w*|hypoxi\w*|metaboli\w*|glucose|signal+ing|pathway|expression|biomarkers?|"
     r"prognos\w*|survival|outcome|recurren\w*|therap\w*|treat\w*|symptom\w*|headaches?|seizures?|age|sex|male|female|"
-    r"smok\w*|mri|radiolog\w*|enhanc\w*|temperature|electr\w*)\b", re.I)
-STAIN_WORDS = re.compile(r"\b(pink\w*|purple\w*|blue\w*|violet|magenta|red(dish)?|\w*eosin\w*|\w*sophil\w*|"
-                         r"ha?ematoxylin\w*|h(yper|ypo)chroma\w*|stain\w*|h&e|colou?r\w*)\b", re.I)
+    r"smok\w*|mri|radiolog\w*|enhanc\w*|temperature|electr\w*)\b",
+    re.I,
+)
+STAIN_WORDS = re.compile(
+    r"\b(pink\w*|purple\w*|blue\w*|violet|magenta|red(dish)?|\w*eosin\w*|\w*sophil\w*|"
+    r"ha?ematoxylin\w*|h(yper|ypo)chroma\w*|stain\w*|h&e|colou?r\w*)\b",
+    re.I,
+)
 
 
 def _words(text):
@@ -82,12 +100,16 @@ def _words(text):
 
 
 def _frames(text):
-    return {" ".join(_words(text)[i:i + 3]) for i in range(len(_words(text)) - 2)}
+    return {" ".join(_words(text)[i : i + 3]) for i in range(len(_words(text)) - 2)}
 
 
 def _plain(text):
     """Printable ASCII without HTML entities: what every tokenizer reads alike."""
-    return text.isascii() and text.isprintable() and all(html.unescape(t) == t for t in (text, text.lower()))
+    return (
+        text.isascii()
+        and text.isprintable()
+        and all(html.unescape(t) == t for t in (text, text.lower()))
+    )
 
 
 def _content(text):
@@ -117,9 +139,14 @@ def check_bank(bank, attributes=None, tokenizer=None, context=77, sentences=None
     named = [(level, name) for level in LEVELS for name in bank["levels"][level]]
     said = [(level, name, s) for level, name in named for s in bank["levels"][level][name]]
     if sentences is None:
-        sentences = Counter(len(bank["levels"][level][name]) for level, name in named).most_common(1)[0][0]
-    problems = {f"{level}: {len(bank['levels'][level])} attributes, not {attributes}": [] for level in LEVELS
-                if attributes and len(bank["levels"][level]) != attributes}
+        sentences = Counter(len(bank["levels"][level][name]) for level, name in named).most_common(
+            1
+        )[0][0]
+    problems = {
+        f"{level}: {len(bank['levels'][level])} attributes, not {attributes}": []
+        for level in LEVELS
+        if attributes and len(bank["levels"][level]) != attributes
+    }
     for level, name in named:
         number = len(bank["levels"][level][name])
         if number != sentences:
@@ -131,7 +158,10 @@ def check_bank(bank, attributes=None, tokenizer=None, context=77, sentences=None
         line = f"sentences alike ({overlap:.2f}): {' / '.join(said[i])} ~ {' / '.join(said[j])}"
         problems[line] = [said[i][:2], said[j][:2]]
     longest, raman = 0, "raman" in bank.get("tissue", "").lower()
-    for level, name, text in [*((*place, place[1]) for place in named), *said]:  # names are looked at as sentences are
+    for level, name, text in [
+        *((*place, place[1]) for place in named),
+        *said,
+    ]:  # names are looked at as sentences are
         if only not in (None, (level, name)):
             continue
         wrong, length = [], len(_words(text))
@@ -145,10 +175,18 @@ def check_bank(bank, attributes=None, tokenizer=None, context=77, sentences=None
             wrong += ["a name has 1 to 8 words"] if not 1 <= length <= 8 else []
         else:
             wrong += ["under 6 words"] if length < 6 else []
-            wrong += ["over 40 words"] if length > 40 else []  # some 60 tokens, for when they are not counted
+            wrong += (
+                ["over 40 words"] if length > 40 else []
+            )  # some 60 tokens, for when they are not counted
             wrong += ["restates its name"] if len(_content(text) - _content(name)) < 4 else []
-        wrong += [f"no image shows {unseen.group()!r}"] if (unseen := INVISIBLE.search(text)) else []
-        wrong += [f"unstained tissue has no {s.group()!r}"] if raman and (s := STAIN_WORDS.search(text)) else []
+        wrong += (
+            [f"no image shows {unseen.group()!r}"] if (unseen := INVISIBLE.search(text)) else []
+        )
+        wrong += (
+            [f"unstained tissue has no {s.group()!r}"]
+            if raman and (s := STAIN_WORDS.search(text))
+            else []
+        )
         problems |= {f"{what}: {level} / {name}: {text}": [(level, name)] for what in wrong}
     frames = Counter(frame for *_, s in said for frame in _frames(s))
     for frame, count in frames.items():
@@ -156,10 +194,17 @@ def check_bank(bank, attributes=None, tokenizer=None, context=77, sentences=None
             line = f"{frame!r} stands in {count / len(said):.0%} of the sentences"
             problems[line] = [(level, name) for level, name, s in said if frame in _frames(s)]
     frame, count = frames.most_common(1)[0] if frames else ("none", 0)
-    found = [f"{bank.get('name', '?')} ({bank.get('tissue', '?')}): {len(said)} sentences",
-             *(f"  {level}: {len(bank['levels'][level])} attributes x {sentences} sentences" for level in LEVELS),
-             f"  commonest three words: {frame!r} in {count / max(1, len(said)):.1%} of the sentences",
-             f"  longest sentence: {longest} tokens of {context}" if tokenizer else "  tokens not counted"]
+    found = [
+        f"{bank.get('name', '?')} ({bank.get('tissue', '?')}): {len(said)} sentences",
+        *(
+            f"  {level}: {len(bank['levels'][level])} attributes x {sentences} sentences"
+            for level in LEVELS
+        ),
+        f"  commonest three words: {frame!r} in {count / max(1, len(said)):.1%} of the sentences",
+        f"  longest sentence: {longest} tokens of {context}"
+        if tokenizer
+        else "  tokens not counted",
+    ]
     return found, problems
 
 
@@ -177,7 +222,12 @@ class Tokenizer:
     def __init__(self, merges=()):
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         bytes_ = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-        symbols = bytes_ + [b + "</w>" for b in bytes_] + ["".join(pair) for pair in merges] + [START, END]
+        symbols = (
+            bytes_
+            + [b + "</w>" for b in bytes_]
+            + ["".join(pair) for pair in merges]
+            + [START, END]
+        )
         self.vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
         self.rank = {pair: i for i, pair in enumerate(merges)}
 
@@ -191,8 +241,8 @@ class Tokenizer:
                 break
             merged, i = [], 0
             while i < len(symbols):
-                width = 2 if tuple(symbols[i:i + 2]) == best else 1
-                merged.append("".join(symbols[i:i + width]))
+                width = 2 if tuple(symbols[i : i + 2]) == best else 1
+                merged.append("".join(symbols[i : i + width]))
                 i += width
             symbols = merged
         return symbols
@@ -204,22 +254,34 @@ class Tokenizer:
         for found in re.findall(r"[^\t\n\f\r -~]|&#?\w+;", f"{text}\n{plain}"):
             entity = found.lower() if found.isupper() else found
             if found[0] != "&" or html.unescape(entity) != entity:
-                raise ValueError(f"only ASCII can be tokenized, and no HTML entity: not the {found!r} in {text!r}")
+                raise ValueError(
+                    f"only ASCII can be tokenized, and no HTML entity: not the {found!r} in {text!r}"
+                )
         text = " ".join(plain.split()).lower()
-        words = re.findall(rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+", text)
-        return [self.vocabulary[s] for word in words for s in ([word] if word in (START, END) else self.split(word))]
+        words = re.findall(
+            rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+", text
+        )
+        return [
+            self.vocabulary[s]
+            for word in words
+            for s in ([word] if word in (START, END) else self.split(word))
+        ]
 
     def __call__(self, texts, context):
         """Texts -> [n, context] int64, zero-padded; what is too long is cut, its end token kept."""
         tokens = torch.zeros(len(texts), context, dtype=torch.long)
         for row, text in zip(tokens, texts):
-            ids = [self.vocabulary[START], *self.encode(text)][:context - 1] + [self.vocabulary[END]]
-            row[:len(ids)] = torch.tensor(ids)
+            ids = [self.vocabulary[START], *self.encode(text)][: context - 1] + [
+                self.vocabulary[END]
+            ]
+            row[: len(ids)] = torch.tensor(ids)
         return tokens
 
 
-VOCABULARY = ("https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
-              "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a")
+VOCABULARY = (
+    "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
+    "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a",
+)
 
 
 def read_merges(path=""):
@@ -229,14 +291,16 @@ def read_merges(path=""):
         copy = os.path.join(os.path.dirname(installed.origin), os.path.basename(VOCABULARY[0]))
         path = copy if os.path.exists(copy) else ""
     with gzip.open(published(*VOCABULARY, path), "rt", encoding="utf-8") as file:
-        return [tuple(line.split()) for line in file.read().split("\n")[1:49408 - 512 - 2 + 1]]
+        return [tuple(line.split()) for line in file.read().split("\n")[1 : 49408 - 512 - 2 + 1]]
 
 
 def tokenizer_of(tower, vocab=""):
     """The Tokenizer that a text tower was trained with: CLIP's, or the demo's of bytes. ValueError for neither."""
     tokenizer = Tokenizer(read_merges(vocab) if tower.vocabulary > 514 else ())
     if len(tokenizer.vocabulary) != tower.vocabulary:
-        raise ValueError(f"this text tower has {tower.vocabulary} tokens, CLIP's {len(tokenizer.vocabulary)}")
+        raise ValueError(
+            f"this text tower has {tower.vocabulary} tokens, CLIP's {len(tokenizer.vocabulary)}"
+        )
     return tokenizer
 
 
@@ -251,11 +315,18 @@ def encode_bank(bank, tower, tokenizer, batch=64):
     texts = [s for sentences in attributes for s in sentences]
     encoded = []
     for start in tqdm(range(0, len(texts), batch), desc="bank", unit="batch", leave=False):
-        tokens = tokenizer(texts[start:start + batch], tower.context)
-        tokens = tokens[:, :int(tokens.argmax(dim=1).max()) + 1]  # to the last end token: more padding only costs time
+        tokens = tokenizer(texts[start : start + batch], tower.context)
+        tokens = tokens[
+            :, : int(tokens.argmax(dim=1).max()) + 1
+        ]  # to the last end token: more padding only costs time
         encoded.append(F.normalize(tower(tokens), dim=1))
-    means = [part.mean(dim=0) for part in torch.cat(encoded).split([len(sentences) for sentences in attributes])]
-    vectors = F.normalize(torch.stack(means), dim=1).split([len(bank["levels"][level]) for level in LEVELS])
+    means = [
+        part.mean(dim=0)
+        for part in torch.cat(encoded).split([len(sentences) for sentences in attributes])
+    ]
+    vectors = F.normalize(torch.stack(means), dim=1).split(
+        [len(bank["levels"][level]) for level in LEVELS]
+    )
     return dict(zip(LEVELS, vectors))
 
 
@@ -274,72 +345,6 @@ def save_bank(path, bank, vectors):
     """Write bank.pt: {"name", "attributes": {level: [names]}, "vectors": {level: [K_l, D]}}."""
     attributes = {level: list(bank["levels"][level]) for level in LEVELS}
     torch.save({"name": bank["name"], "attributes": attributes, "vectors": vectors}, path)
-
-
-# ----------------------------------------------------------------------------------------------------- the demo's CLIP
-
-# What the captions name: four of the seven factors, low and high. The others (pleomorphism, elongation, fibres) the
-# demo's CLIP never hears of, as a real CLIP never heard of much that a pathologist sees.
-PHRASES = {
-    "cellularity": (("sparse nuclei", "few cells", "low cellularity"),
-                    ("crowded nuclei", "many cells", "high cellularity")),
-    "nuclear_size": (("small nuclei", "tiny nuclei", "little nuclear area"),
-                     ("large nuclei", "big nuclei", "swollen nuclei")),
-    "vessels": (("no vessels", "without vessels", "avascular tissue"),
-                ("many vessels", "vessel rings", "rich in vessels")),
-    "necrosis": (("no necrosis", "viable tissue", "no dead area"),
-                 ("necrosis", "dead pale area", "necrotic tissue")),
-}
-FRAMES = ("{}", "a patch with {}", "the slide has {}", "{} across the field", "there is {}", "tissue with {}",
-          "{} in all slides of the patient", "{} everywhere", "mostly {}", "here we see {} in the tissue",
-          "{}, more than usual", "the case shows {}")
-
-
-def caption(factors, rng):
-    """A sentence or two about the captioned factors that are clearly low or high in this patch."""
-    clear = [f for f in PHRASES if abs(factors[FACTORS.index(f)] - 0.5) > 0.15]
-    chosen = rng.permutation(clear)[:rng.integers(1, 3)]
-    said = [rng.choice(FRAMES).format(rng.choice(PHRASES[f][int(factors[FACTORS.index(f)] > 0.5)])) for f in chosen]
-    return rng.choice((" and ", ", ", ". ")).join(said) or "tissue"
-
-
-def train_demo_clip(path, steps=300, patches=3072, batch=128, seed=0, size=64, width=16, dim=64, lr=2e-3):
-    """Train a small CLIP on generic captioned tissue: random factors, neutral stain, no patients. Writes its state
-    dict to `path`."""
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    factors = rng.random((patches, len(FACTORS)))
-    images = np.stack([render(f, rng, size=size) for f in tqdm(factors, desc="captioned tissue", unit="patch")])
-    images = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-    images = (images - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
-    tokenizer = Tokenizer()
-    image = ModifiedResNet((1, 1, 1, 1), width, dim, size).to(memory_format=torch.channels_last)
-    text = TextTower(len(tokenizer.vocabulary), 77, 64, 2, dim, "quickgelu")
-    scale = torch.nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))
-    parameters = [*image.parameters(), *text.parameters(), scale]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    bar = tqdm(range(steps), desc="demo CLIP", unit="step")
-    for _ in bar:
-        rows = rng.choice(patches, batch, replace=False)
-        tokens = tokenizer([caption(factors[r], rng) for r in rows], text.context)
-        tokens = tokens[:, :int((tokens != 0).sum(dim=1).max())]  # more padding changes nothing and costs time
-        x = images[rows]
-        x = x.flip(-1) if rng.random() < 0.5 else x
-        x = x.rot90(int(rng.integers(4)), (-2, -1)).contiguous(memory_format=torch.channels_last)
-        z, t = F.normalize(image(x), dim=1), F.normalize(text(tokens), dim=1)
-        logits = scale.exp().clamp(max=100) * z @ t.T
-        target = torch.arange(batch)
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.2f}")
-    state = {f"visual.{name}": value for name, value in image.state_dict().items()}
-    state |= text.state_dict() | {"logit_scale": scale.detach()}
-    torch.save({"state_dict": state, "activation": "quickgelu"}, path + ".part")
-    os.replace(path + ".part", path)
 
 
 # --------------------------------------------------------------------------------------- the bank, by a language model
@@ -366,7 +371,9 @@ They state the same finding in different ways, in this order: its form; a compar
 finding; its arrangement in space; a plain summary for a lay reader. Each has 8 to 25 words and does not lean on those
 of the attribute's name. No two begin alike or share a frame such as "the image shows". The attributes:
 {listed}"""
-PLAIN = str.maketrans("\u2018\u2019\u201c\u201d\u2010\u2011\u2013\u2014", "''''----")  # what models type for ' and -
+PLAIN = str.maketrans(
+    "\u2018\u2019\u201c\u201d\u2010\u2011\u2013\u2014", "''''----"
+)  # what models type for ' and -
 
 
 def next_prompt(bank, levels=LEVELS, attributes=128, sentences=4, batch=8):
@@ -377,7 +384,9 @@ def next_prompt(bank, levels=LEVELS, attributes=128, sentences=4, batch=8):
         names = [name for name in here if not here[name]][:batch]
         if len(here) < attributes:
             names, count = None, min(batch, attributes - len(here))
-            listed = "\n".join(f"{at}: {', '.join(taken) or 'none'}" for at, taken in bank["levels"].items())
+            listed = "\n".join(
+                f"{at}: {', '.join(taken) or 'none'}" for at, taken in bank["levels"].items()
+            )
             task = NAMES.format(count=count, shows=SHOWS[level], listed=listed)
             form = f"a JSON array of {count} strings"
         elif names:
@@ -385,8 +394,14 @@ def next_prompt(bank, levels=LEVELS, attributes=128, sentences=4, batch=8):
             form = f"a JSON object {{attribute as spelled above: [{sentences} strings]}}"
         else:
             continue
-        refused = "".join(f"- Refused in your last reply: {line}\n" for line in bank.get("refused", [])[:30])
-        return level, names, PROMPT.format(tissue=bank["tissue"], task=task, refused=refused, form=form)
+        refused = "".join(
+            f"- Refused in your last reply: {line}\n" for line in bank.get("refused", [])[:30]
+        )
+        return (
+            level,
+            names,
+            PROMPT.format(tissue=bank["tissue"], task=task, refused=refused, form=form),
+        )
     return None
 
 
@@ -397,19 +412,27 @@ def take_reply(bank, level, names, reply, attributes=128, sentences=4, tokenizer
     reply = reply.rpartition("</think>")[2]
     first, last = "{}" if names else "[]"
     try:  # code fences and talk stand outside the outermost brackets
-        answer = json.loads(reply[reply.find(first):reply.rfind(last) + 1])
+        answer = json.loads(reply[reply.find(first) : reply.rfind(last) + 1])
     except (ValueError, RecursionError):
         answer, refused = [], [f"not the JSON asked for: {reply[:80]!r}"]
     if names:
         answer = {name.strip().lower(): texts for name, texts in dict(answer).items()}
         answer = {name: answer.get(name.lower()) for name in names if not refused}
     else:
-        answer = {" ".join(name.translate(PLAIN).lower().split()): [] for name in answer if isinstance(name, str)}
+        answer = {
+            " ".join(name.translate(PLAIN).lower().split()): []
+            for name in answer
+            if isinstance(name, str)
+        }
         refused += [f"{level} / {name}: is taken" for name in answer if name in here]
-        answer = dict([item for item in answer.items() if item[0] not in here][:attributes - len(here)])
+        answer = dict(
+            [item for item in answer.items() if item[0] not in here][: attributes - len(here)]
+        )
     for name, texts in answer.items():
         texts = texts if isinstance(texts, list) else []
-        here[name] = [" ".join(s.translate(PLAIN).split()) for s in texts if isinstance(s, str)][:sentences]
+        here[name] = [" ".join(s.translate(PLAIN).split()) for s in texts if isinstance(s, str)][
+            :sentences
+        ]
         number = sentences if names else 0
         _, problems = check_bank(bank, tokenizer=tokenizer, sentences=number, only=(level, name))
         found = [line for line, places in problems.items() if (level, name) in places]
@@ -429,12 +452,16 @@ def ask(endpoint, model, prompt, key="", timeout=600, tries=8, wait=2):
     What may pass (429, 5xx, time-outs, lost connections, half an answer) is asked again after wait, 2 wait, 4 wait ...
     seconds, or what Retry-After says. Raises ConnectionError when that has not helped or cannot help.
     """
-    key = "".join(key.split())  # urllib's complaint about a line break in a header would show the key
+    key = "".join(
+        key.split()
+    )  # urllib's complaint about a line break in a header would show the key
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": prompt}]}).encode()
     headers = {"Content-Type": "application/json", "User-Agent": "hlss"}
     request = urllib.request.Request(endpoint.rstrip("/") + "/chat/completions", body, headers)
     if key:
-        request.add_unredirected_header("Authorization", f"Bearer {key}")  # a redirect must not carry it elsewhere
+        request.add_unredirected_header(
+            "Authorization", f"Bearer {key}"
+        )  # a redirect must not carry it elsewhere
     for attempt in itertools.count():
         pause, status = min(wait * 2**attempt, 60), 0
         try:
@@ -458,7 +485,9 @@ def ask(endpoint, model, prompt, key="", timeout=600, tries=8, wait=2):
         time.sleep(pause)
 
 
-def generate(path, answer, tissue=None, levels=LEVELS, attributes=128, sentences=4, batch=8, tokenizer=None):
+def generate(
+    path, answer, tissue=None, levels=LEVELS, attributes=128, sentences=4, batch=8, tokenizer=None
+):
     """Have a bank file written, or go on with it; it is saved after every reply. Returns whether it is whole.
 
     answer: prompt -> reply, or None to stop there. Raises ValueError for a file about another tissue, RuntimeError
@@ -490,8 +519,10 @@ def generate(path, answer, tissue=None, levels=LEVELS, attributes=128, sentences
             bar.update(taken)
             idle = 0 if taken else idle + 1
             if idle == 4:
-                raise RuntimeError(f"{path}: four replies in a row brought nothing. Take a better model or a smaller "
-                                   "--batch, or edit the file. Refused:\n" + "\n".join(bank["refused"]))
+                raise RuntimeError(
+                    f"{path}: four replies in a row brought nothing. Take a better model or a smaller "
+                    "--batch, or edit the file. Refused:\n" + "\n".join(bank["refused"])
+                )
     return next_prompt(bank, LEVELS, *counts) is None
 
 
@@ -500,7 +531,9 @@ def run_generate(args, tokenizer, error):
     if args.from_reply:
         with open(args.from_reply, encoding="utf-8") as file:
             replies = [file.read()]
-    elif not args.print_prompts and not (args.endpoint.startswith(("http://", "https://")) and args.model):
+    elif not args.print_prompts and not (
+        args.endpoint.startswith(("http://", "https://")) and args.model
+    ):
         error("needs --endpoint http://... and --model, or --print-prompts, or --from-reply")
 
     def answer(prompt):
@@ -512,63 +545,112 @@ def run_generate(args, tokenizer, error):
         return ask(args.endpoint, args.model, prompt, os.environ.get("OPENAI_API_KEY", ""))
 
     try:
-        whole = generate(args.bank, answer, args.tissue, args.levels, args.attributes, args.sentences, args.batch,
-                         tokenizer)
+        whole = generate(
+            args.bank,
+            answer,
+            args.tissue,
+            args.levels,
+            args.attributes,
+            args.sentences,
+            args.batch,
+            tokenizer,
+        )
     except (ConnectionError, RuntimeError, ValueError) as reason:
-        raise SystemExit(f"{reason}\nThe same command goes on from what is in {args.bank}") from reason
+        raise SystemExit(
+            f"{reason}\nThe same command goes on from what is in {args.bank}"
+        ) from reason
     if not whole and not args.print_prompts:
-        print(f"{args.bank} is not whole yet: --print-prompts shows what is asked next and what was refused")
+        print(
+            f"{args.bank} is not whole yet: --print-prompts shows what is asked next and what was refused"
+        )
     return whole
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="measure a bank file, fail with the offending lines")
     check.add_argument("bank", help="a bank file (JSON)")
-    check.add_argument("--attributes", type=int, help="how many attributes each level must have (the paper: 128)")
-    check.add_argument("--sentences", type=int, help="how many each attribute must have (the paper: 4)")
-    check.add_argument("--vocab", help="count tokens: CLIP's bpe_simple_vocab_16e6.txt.gz, or 'bytes' (the demo's)")
-    write = commands.add_parser("generate", help="have a language model write a bank file; run again to go on with it")
-    write.add_argument("--out", dest="bank", default="bank.json", help="the bank file, made or gone on with")
-    write.add_argument("--tissue", help="what the images show, for instance \"H&E of colorectal cancer\"")
-    write.add_argument("--endpoint", default="", help="an OpenAI-compatible API, as http://localhost:11434/v1; the "
-                       "environment variable OPENAI_API_KEY holds its key, if it needs one")
+    check.add_argument(
+        "--attributes", type=int, help="how many attributes each level must have (the paper: 128)"
+    )
+    check.add_argument(
+        "--sentences", type=int, help="how many each attribute must have (the paper: 4)"
+    )
+    check.add_argument(
+        "--vocab", help="count tokens: CLIP's bpe_simple_vocab_16e6.txt.gz, or 'bytes' (the demo's)"
+    )
+    write = commands.add_parser(
+        "generate", help="have a language model write a bank file; run again to go on with it"
+    )
+    write.add_argument(
+        "--out", dest="bank", default="bank.json", help="the bank file, made or gone on with"
+    )
+    write.add_argument(
+        "--tissue", help='what the images show, for instance "H&E of colorectal cancer"'
+    )
+    write.add_argument(
+        "--endpoint",
+        default="",
+        help="an OpenAI-compatible API, as http://localhost:11434/v1; the "
+        "environment variable OPENAI_API_KEY holds its key, if it needs one",
+    )
     write.add_argument("--model", help="the model's name there")
-    write.add_argument("--levels", nargs="+", choices=LEVELS, default=LEVELS, help="write these alone")
-    write.add_argument("--attributes", type=int, default=128, help="how many each level gets (the paper: 128)")
-    write.add_argument("--sentences", type=int, default=4, help="how many each attribute gets (the paper: 4)")
-    write.add_argument("--batch", type=int, default=8, help="attributes a request; fewer if replies are cut off")
+    write.add_argument(
+        "--levels", nargs="+", choices=LEVELS, default=LEVELS, help="write these alone"
+    )
+    write.add_argument(
+        "--attributes", type=int, default=128, help="how many each level gets (the paper: 128)"
+    )
+    write.add_argument(
+        "--sentences", type=int, default=4, help="how many each attribute gets (the paper: 4)"
+    )
+    write.add_argument(
+        "--batch", type=int, default=8, help="attributes a request; fewer if replies are cut off"
+    )
     write.add_argument("--vocab", help="as for check")
-    write.add_argument("--print-prompts", action="store_true", help="print what is asked next, for use by hand")
-    write.add_argument("--from-reply", metavar="FILE", help="read the reply to what --print-prompts printed")
+    write.add_argument(
+        "--print-prompts", action="store_true", help="print what is asked next, for use by hand"
+    )
+    write.add_argument(
+        "--from-reply", metavar="FILE", help="read the reply to what --print-prompts printed"
+    )
     encode = commands.add_parser("encode", help="a bank file and a CLIP -> bank.pt")
     encode.add_argument("bank", help="a bank file (JSON)")
-    encode.add_argument("--clip", required=True, help="a CLIP with a text tower: a file, or " + ", ".join(CLIPS))
-    encode.add_argument("--activation", choices=ACTIVATIONS, help="of the CLIP, where its file does not say it")
-    encode.add_argument("--vocab", help="CLIP's bpe_simple_vocab_16e6.txt.gz (default: open_clip's, or a download)")
+    encode.add_argument(
+        "--clip", required=True, help="a CLIP with a text tower: a file, or " + ", ".join(CLIPS)
+    )
+    encode.add_argument(
+        "--activation", choices=ACTIVATIONS, help="of the CLIP, where its file does not say it"
+    )
+    encode.add_argument(
+        "--vocab", help="CLIP's bpe_simple_vocab_16e6.txt.gz (default: open_clip's, or a download)"
+    )
     encode.add_argument("--out", default="bank.pt", help="file to write")
-    demo = commands.add_parser("demo", help="train the demo's CLIP on captioned demo tissue")
-    demo.add_argument("out", help="file to write")
-    demo.add_argument("--steps", type=int, default=300, help="more steps know more of the captioned factors")
-    demo.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.command in ("check", "generate"):
-        tokenizer = Tokenizer(() if args.vocab == "bytes" else read_merges(args.vocab)) if args.vocab else None
+        tokenizer = (
+            Tokenizer(() if args.vocab == "bytes" else read_merges(args.vocab))
+            if args.vocab
+            else None
+        )
         if args.command == "generate" and not run_generate(args, tokenizer, write.error):
             return
-        found, problems = check_bank(read_bank(args.bank), args.attributes, tokenizer, sentences=args.sentences)
+        found, problems = check_bank(
+            read_bank(args.bank), args.attributes, tokenizer, sentences=args.sentences
+        )
         print("\n".join([*found, *problems]))
         raise SystemExit(f"{args.bank}: {len(problems)} problems" if problems else 0)
     if args.command == "encode":
-        state = load_state(args.clip, args.activation)
+        state = load_clip(args.clip, args.activation)
         _, vectors = open_bank(args.bank, state, args.vocab)
         save_bank(args.out, read_bank(args.bank), vectors)
-        print(f"{args.out}, {args.clip}, {state['activation']}: "
-              + ", ".join(f"{level} {tuple(v.shape)}" for level, v in vectors.items()))
-    if args.command == "demo":
-        os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
-        train_demo_clip(args.out, steps=args.steps, seed=args.seed)
+        print(
+            f"{args.out}, {args.clip}, {state['activation']}: "
+            + ", ".join(f"{level} {tuple(v.shape)}" for level, v in vectors.items())
+        )
 
 
 if __name__ == "__main__":

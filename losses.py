@@ -73,17 +73,21 @@ def supcon(features, ids, temperature=0.07):
     """
     n = len(features)
     rank = dist.get_rank() if dist.is_initialized() else 0
-    with torch.autocast(features.device.type, enabled=False):  # 1/tau = 14 amplifies what bf16 would round away
+    with torch.autocast(
+        features.device.type, enabled=False
+    ):  # 1/tau = 14 amplifies what bf16 would round away
         features = _float32(features)
         all_features, all_ids = gather(features), gather(ids)
         column = torch.arange(len(all_ids), device=ids.device)
-        itself = column == column[rank * n:(rank + 1) * n, None]  # [n, W n]
+        itself = column == column[rank * n : (rank + 1) * n, None]  # [n, W n]
         positive = (ids[:, None] == all_ids) & ~itself
         positives = positive.sum(dim=1)
         if (positives == 0).any():
             row = int((positives == 0).nonzero()[0])
-            raise ValueError(f"row {row} (id {int(ids[row])}) has no other row with its id, so nothing attracts it: "
-                             "draw at least 2 views a patch")
+            raise ValueError(
+                f"row {row} (id {int(ids[row])}) has no other row with its id, so nothing attracts it: "
+                "draw at least 2 views a patch"
+            )
         logits = (features @ all_features.T / temperature).masked_fill(itself, float("-inf"))
         log_probability = logits.log_softmax(dim=1)
         return -(log_probability.masked_fill(~positive, 0).sum(dim=1) / positives).mean()
@@ -97,7 +101,10 @@ def hvc(projections, ids, temperature=0.07):
     projections: {level: [n, K_l]}, L2-normalised, levels out of LEVELS. ids: [n, 3], the patch, slide and patient of
     each row. Returns {level: scalar}; the caller weights and sums them.
     """
-    return {level: supcon(p, ids[:, LEVELS.index(level)], temperature) for level, p in projections.items()}
+    return {
+        level: supcon(p, ids[:, LEVELS.index(level)], temperature)
+        for level, p in projections.items()
+    }
 
 
 def nearest_attribute(z, t):
@@ -110,7 +117,7 @@ def nearest_attribute(z, t):
 def attributes_used(z, t):
     """The perplexity of the nearest attributes, from 1 (collapse) to K. z: [n, D] and t: [K, D], L2-normalised.
 
-        exp(-sum_k share_k log share_k),    share_k = how many of z have t_k as nearest / n
+    exp(-sum_k share_k log share_k),    share_k = how many of z have t_k as nearest / n
     """
     share = torch.bincount(nearest_attribute(z, t), minlength=len(t)) / len(z)
     return torch.special.entr(share).sum().exp().item()
@@ -142,4 +149,7 @@ def ha(z, bank, temperature=1.0):
     gather: a row needs no other row. At temperature 1 (the paper's) the softmax over D unit-vector entries is almost
     flat and the loss near zero; a lower one (about 1/sqrt(D)) makes it felt.
     """
-    return {level: symmetric_kl(z, t.detach()[nearest_attribute(z, t)], temperature) for level, t in bank.items()}
+    return {
+        level: symmetric_kl(z, t.detach()[nearest_attribute(z, t)], temperature)
+        for level, t in bank.items()
+    }

@@ -9,12 +9,7 @@ so that the demo's small CLIP and the real RN50 are built by the same lines:
 """
 
 import glob
-import hashlib
-import json
 import os
-import pickle
-import re
-import warnings
 import zipfile
 from collections import OrderedDict
 
@@ -27,22 +22,6 @@ from losses import LEVELS
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, RGB in [0, 1]
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-OPENAI = "https://openaipublic.azureedge.net/clip/models"
-CLIPS = {  # what --clip knows by name: an address that holds the file's SHA-256, or its first eight digits
-    "RN50": f"{OPENAI}/afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762/RN50.pt",
-    "RN101": f"{OPENAI}/8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599/RN101.pt",
-    "RN50x4": f"{OPENAI}/7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd/RN50x4.pt",
-    "ViT-B/32": f"{OPENAI}/40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
-    "ViT-B/16": f"{OPENAI}/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
-    "ViT-L/14": f"{OPENAI}/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
-    "RN50-cc12m": "https://github.com/mlfoundations/open_clip/releases/download/v0.2-weights/rn50-quickgelu-cc12m-"
-                  "f000538c.pt",  # the paper's start
-}
-# What TorchScript archives call types and functions, and .safetensors types.
-DTYPES = {"HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "FloatStorage": torch.float32,
-          "LongStorage": torch.int64, "IntStorage": torch.int32,
-          "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64, "I32": torch.int32}
-TORCHSCRIPT = {("torch._utils", "_rebuild_tensor_v2"), ("collections", "OrderedDict")}
 # Which levels an objective contrasts. hlss has a projection a level, the other two share one.
 OBJECTIVES = {"hlss": LEVELS, "hidisc": LEVELS, "simclr": LEVELS[:1]}
 
@@ -54,14 +33,26 @@ class Bottleneck(nn.Module):
     def __init__(self, channels, planes, stride):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(channels, planes, 1, bias=False), nn.BatchNorm2d(planes)
-        self.conv2, self.bn2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False), nn.BatchNorm2d(planes)
-        self.conv3, self.bn3 = nn.Conv2d(planes, 4 * planes, 1, bias=False), nn.BatchNorm2d(4 * planes)
+        self.conv2, self.bn2 = (
+            nn.Conv2d(planes, planes, 3, padding=1, bias=False),
+            nn.BatchNorm2d(planes),
+        )
+        self.conv3, self.bn3 = (
+            nn.Conv2d(planes, 4 * planes, 1, bias=False),
+            nn.BatchNorm2d(4 * planes),
+        )
         self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.downsample = None
         if stride > 1 or channels != 4 * planes:
-            self.downsample = nn.Sequential(OrderedDict({
-                "-1": nn.AvgPool2d(stride) if stride > 1 else nn.Identity(),
-                "0": nn.Conv2d(channels, 4 * planes, 1, bias=False), "1": nn.BatchNorm2d(4 * planes)}))
+            self.downsample = nn.Sequential(
+                OrderedDict(
+                    {
+                        "-1": nn.AvgPool2d(stride) if stride > 1 else nn.Identity(),
+                        "0": nn.Conv2d(channels, 4 * planes, 1, bias=False),
+                        "1": nn.BatchNorm2d(4 * planes),
+                    }
+                )
+            )
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)))
@@ -77,16 +68,22 @@ class AttentionPool(nn.Module):
     def __init__(self, grid, channels, heads, dim):
         super().__init__()
         self.heads = heads
-        self.positional_embedding = nn.Parameter(torch.randn(grid * grid + 1, channels) / channels**0.5)
+        self.positional_embedding = nn.Parameter(
+            torch.randn(grid * grid + 1, channels) / channels**0.5
+        )
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(channels, channels) for _ in range(3))
         self.c_proj = nn.Linear(channels, dim)
 
     def forward(self, x):
         N, C, H, W = x.shape
         x = x.flatten(2).transpose(1, 2)  # [N, HW, C]
-        x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding  # [N, 1 + HW, C]
+        x = (
+            torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding
+        )  # [N, 1 + HW, C]
         q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
-        q, k, v = (y.view(N, -1, self.heads, C // self.heads).transpose(1, 2) for y in (q, k, v))  # [N, heads, *, *]
+        q, k, v = (
+            y.view(N, -1, self.heads, C // self.heads).transpose(1, 2) for y in (q, k, v)
+        )  # [N, heads, *, *]
         x = F.scaled_dot_product_attention(q, k, v)  # [N, heads, 1, C / heads]
         return self.c_proj(x.transpose(1, 2).reshape(N, C))  # [N, dim]
 
@@ -101,22 +98,38 @@ class ModifiedResNet(nn.Module):
     def __init__(self, layers, width, dim, image_size):
         super().__init__()
         self.image_size, self.dim = image_size, dim
-        self.conv1, self.bn1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width // 2)
-        self.conv2, self.bn2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False), nn.BatchNorm2d(width // 2)
-        self.conv3, self.bn3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv1, self.bn1 = (
+            nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(width // 2),
+        )
+        self.conv2, self.bn2 = (
+            nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width // 2),
+        )
+        self.conv3, self.bn3 = (
+            nn.Conv2d(width // 2, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+        )
         self.avgpool = nn.AvgPool2d(2)
         channels = width
         for stage, blocks in enumerate(layers):
             planes = width * 2**stage
-            blocks = [Bottleneck(channels, planes, stride=2 if stage else 1),
-                      *(Bottleneck(4 * planes, planes, stride=1) for _ in range(blocks - 1))]
+            blocks = [
+                Bottleneck(channels, planes, stride=2 if stage else 1),
+                *(Bottleneck(4 * planes, planes, stride=1) for _ in range(blocks - 1)),
+            ]
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
             channels = 4 * planes
         self.attnpool = AttentionPool(image_size // 32, channels, max(1, channels // 64), dim)
         for name, parameter in self.named_parameters():  # as CLIP: a block starts as its shortcut
             if name.endswith("bn3.weight") and name.startswith("layer"):
                 nn.init.zeros_(parameter)
-        for projection in (self.attnpool.q_proj, self.attnpool.k_proj, self.attnpool.v_proj, self.attnpool.c_proj):
+        for projection in (
+            self.attnpool.q_proj,
+            self.attnpool.k_proj,
+            self.attnpool.v_proj,
+            self.attnpool.c_proj,
+        ):
             nn.init.normal_(projection.weight, std=channels**-0.5)
 
     def forward(self, x):
@@ -145,20 +158,32 @@ class Block(nn.Module):
         self.causal = causal
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = nn.MultiheadAttention(width, max(1, width // 64), batch_first=True)
-        self.mlp = nn.Sequential(OrderedDict(
-            c_fc=nn.Linear(width, 4 * width), gelu=ACTIVATIONS[activation](), c_proj=nn.Linear(4 * width, width)))
+        self.mlp = nn.Sequential(
+            OrderedDict(
+                c_fc=nn.Linear(width, 4 * width),
+                gelu=ACTIVATIONS[activation](),
+                c_proj=nn.Linear(4 * width, width),
+            )
+        )
 
     def forward(self, x):
         L, y = x.shape[1], self.ln_1(x)
-        mask = torch.full((L, L), float("-inf"), dtype=y.dtype, device=y.device).triu(1) if self.causal else None
+        mask = (
+            torch.full((L, L), float("-inf"), dtype=y.dtype, device=y.device).triu(1)
+            if self.causal
+            else None
+        )
         x = x + self.attn(y, y, y, attn_mask=mask, need_weights=False)[0]
         return x + self.mlp(self.ln_2(x))
 
 
 def transformer(width, layers, activation, causal=False):
     """A stack of blocks, named as in CLIP: `transformer.resblocks.0`, ..."""
-    return nn.Sequential(OrderedDict(resblocks=nn.Sequential(*(Block(width, activation, causal)
-                                                               for _ in range(layers)))))
+    return nn.Sequential(
+        OrderedDict(
+            resblocks=nn.Sequential(*(Block(width, activation, causal) for _ in range(layers)))
+        )
+    )
 
 
 class VisionTransformer(nn.Module):
@@ -169,7 +194,9 @@ class VisionTransformer(nn.Module):
         self.image_size, self.dim = image_size, dim
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
-        self.positional_embedding = nn.Parameter(torch.randn((image_size // patch) ** 2 + 1, width) * width**-0.5)
+        self.positional_embedding = nn.Parameter(
+            torch.randn((image_size // patch) ** 2 + 1, width) * width**-0.5
+        )
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
         self.transformer = transformer(width, layers, activation)
         self.proj = nn.Parameter(torch.randn(width, dim) * width**-0.5)
@@ -177,7 +204,9 @@ class VisionTransformer(nn.Module):
     def forward(self, x):
         N = len(x)
         x = self.conv1(x).flatten(2).transpose(1, 2)  # [N, L - 1, width]
-        x = torch.cat([self.class_embedding.expand(N, 1, -1), x], dim=1) + self.positional_embedding  # [N, L, width]
+        x = (
+            torch.cat([self.class_embedding.expand(N, 1, -1), x], dim=1) + self.positional_embedding
+        )  # [N, L, width]
         return self.ln_post(self.transformer(self.ln_pre(x))[:, 0]) @ self.proj
 
 
@@ -205,131 +234,13 @@ class TextTower(nn.Module):
         return x[torch.arange(N, device=tokens.device), tokens.argmax(dim=1)] @ self.text_projection
 
 
-# ------------------------------------------------------------------------------------------------- weights from files
-
-
-def published(url, sha256, path=""):
-    """The path of a published file: `path`, or torch.hub's cache, where it is downloaded on first use.
-
-    sha256: how its checksum begins. Raises ConnectionError when it cannot be had, ValueError when it is another file.
-    """
-    cached = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
-    if not path and not os.path.exists(path := cached):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, path, sha256)
-        except (OSError, RuntimeError) as error:  # no network; another checksum
-            raise ConnectionError(f"no {url} ({error}): download it where you can and put it at {path}") from error
-    with open(path, "rb") as file:
-        found = hashlib.sha256(file.read()).hexdigest()
-    if not found.startswith(sha256):
-        raise ValueError(f"{path} is not {url} (SHA-256 {found}, not {sha256}): delete it and try again")
-    return path
-
-
-def find_clip(source):
-    """What --clip says, a name in CLIPS or a file -> path."""
-    if source in CLIPS:
-        return published(CLIPS[source], re.search(r"[0-9a-f]{64}|[0-9a-f]{8}(?=.pt)", CLIPS[source])[0])
-    if not os.path.isfile(source):
-        raise FileNotFoundError(f"--clip {source}: neither a file nor one of {', '.join(CLIPS)}")
-    return source
-
-
-def read_torchscript(path):
-    """The tensors of a TorchScript archive: (dotted name, tensor) one by one.
-
-    torch.jit.load would compile the archive's code and run parts of it. This reads the data alone: every name in its
-    pickle becomes inert here, or is refused.
-    """
-    class Data:  # a module, with attributes, or a tensor, with arguments
-        arguments = ()
-
-        def __init__(self, *arguments):
-            self.arguments = arguments
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            if module == "torch" and name in DTYPES:
-                return DTYPES[name]
-            if not (module.startswith("__torch__") or (module, name) in TORCHSCRIPT):
-                raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
-            return Data
-
-        def persistent_load(self, storage):
-            return storage
-
-    def walk(module, prefix):
-        for name, value in vars(module).items():
-            if isinstance(value, Data) and not value.arguments:
-                yield from walk(value, f"{prefix}{name}.")
-            elif isinstance(value, Data):
-                (_, dtype, key, *_), offset, size, stride, *_ = value.arguments
-                data = bytearray(archive.read(f"{root}/data/{key}"))
-                yield prefix + name, torch.frombuffer(data, dtype=dtype).as_strided(size, stride, offset)
-
-    with zipfile.ZipFile(path) as archive:
-        root = archive.namelist()[0].split("/")[0]
-        with archive.open(f"{root}/data.pkl") as file:
-            yield from walk(Unpickler(file).load(), "")
-
-
-def read_safetensors(path):
-    """The tensors of a .safetensors file, (name, tensor) one by one: its header's length, the header (JSON), data."""
-    with open(path, "rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(start - 8))
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            file.seek(start + begin)
-            data = torch.frombuffer(bytearray(file.read(end - begin)), dtype=DTYPES[entry["dtype"]])
-            yield name, data.view(entry["shape"])
-
-
-def load_state(source, activation=""):
-    """The state dict of a CLIP: float32 on the CPU, and under "activation" that of its transformers.
-
-    source: a name in CLIPS or a file: OpenAI's TorchScript archive, a checkpoint or state dict of open_clip,
-    .safetensors, or our own checkpoint (which has no text tower). activation: a key of ACTIVATIONS; warns if it
-    contradicts the file, or if neither says it. Raises ValueError for other files; nothing in a file is executed.
-    """
-    path = find_clip(source)
-    known = "quickgelu" if os.path.basename(path) in map(os.path.basename, CLIPS.values()) else ""
-    with open(path, "rb") as file:
-        head = file.read(9)
-    try:
-        if head[8:] == b"{":
-            tensors = read_safetensors(path)
-        elif head[:2] == b"PK" and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
-            tensors = read_torchscript(path)
-        else:  # mmap leaves the optimizer of a training checkpoint on the disk
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=head[:2] == b"PK")
-            known = checkpoint.get("config", checkpoint).get("activation") or known
-            tensors = checkpoint.get("state_dict", checkpoint.get("model", checkpoint)).items()
-        state = {name.removeprefix("module."): value.float() if value.is_floating_point() else value
-                 for name, value in tensors if isinstance(value, torch.Tensor)}
-    except Exception as error:  # whatever a damaged or foreign file does to its reader
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"asks for {asked[1]}, which was not run" if asked else f"damaged? {type(error).__name__}"
-        raise ValueError(f"{path} is not a checkpoint of tensors alone ({reason})") from None
-    if not any(name.startswith(("visual.", "tower.")) for name in state):
-        raise ValueError(f"{path} is not a CLIP: its tensors are {', '.join([*state][:3])}, ... and not visual.*")
-    if not (activation or known):
-        warnings.warn(f"{path} does not say its activation, quickgelu is taken. The wrong one fails silently: "
-                      "open_clip's models without quickgelu in their name are gelu", stacklevel=2)
-    if activation and known and activation != known:
-        warnings.warn(f"{path} was trained with {known}, not with --activation {activation}", stacklevel=2)
-    return state | {"activation": activation or known or "quickgelu"}
-
-
 def _part(state, prefix):
-    return {name[len(prefix):]: value for name, value in state.items() if name.startswith(prefix)}
+    return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
 
 
 def _count(state, prefix):
     """How many numbered children `prefix0.`, `prefix1.`, ... a state dict has."""
-    return len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
+    return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
 
 
 def resize_positions(positions, grid):
@@ -337,7 +248,11 @@ def resize_positions(positions, grid):
     first, rest = positions[:1], positions[1:]
     g = round(len(rest) ** 0.5)
     rest = rest.T.reshape(1, -1, g, g)
-    rest = F.interpolate(rest, size=(grid, grid), mode="bicubic", antialias=True) if g != grid else rest
+    rest = (
+        F.interpolate(rest, size=(grid, grid), mode="bicubic", antialias=True)
+        if g != grid
+        else rest
+    )
     return torch.cat([first, rest[0].flatten(1).T])
 
 
@@ -350,7 +265,9 @@ def image_tower(state, image_size=None):
     part = _part(state, "visual.") or _part(state, "tower.")
     resnet = "attnpool.positional_embedding" in part
     if not resnet and ("class_embedding" not in part or len(part["class_embedding"]) > 1024):
-        raise ValueError("the image tower is neither CLIP's ResNet nor its ViT (B or L: heads of 64 channels)")
+        raise ValueError(
+            "the image tower is neither CLIP's ResNet nor its ViT (B or L: heads of 64 channels)"
+        )
     positions = "attnpool.positional_embedding" if resnet else "positional_embedding"
     stride = 32 if resnet else part["conv1.weight"].shape[-1]
     image_size = image_size or stride * round((len(part[positions]) - 1) ** 0.5)
@@ -360,26 +277,46 @@ def image_tower(state, image_size=None):
     with torch.device("meta"):  # shapes alone: the weights come next
         if resnet:
             layers = [_count(part, f"layer{stage}.") for stage in (1, 2, 3, 4)]
-            tower = ModifiedResNet(layers, len(part["conv3.weight"]), len(part["attnpool.c_proj.weight"]), image_size)
+            tower = ModifiedResNet(
+                layers, len(part["conv3.weight"]), len(part["attnpool.c_proj.weight"]), image_size
+            )
         else:
             width, dim = part["proj"].shape
             layers = _count(part, "transformer.resblocks.")
-            tower = VisionTransformer(stride, width, layers, dim, image_size, state.get("activation", "quickgelu"))
-    tower.load_state_dict({k: v.clone(memory_format=torch.contiguous_format) for k, v in part.items()}, assign=True)
+            tower = VisionTransformer(
+                stride, width, layers, dim, image_size, state.get("activation", "quickgelu")
+            )
+    tower.load_state_dict(
+        {k: v.clone(memory_format=torch.contiguous_format) for k, v in part.items()}, assign=True
+    )
     return tower
 
 
 def text_tower(state):
     """The text tower of a CLIP state dict, sizes read off the tensors, which it shares; frozen and in eval mode."""
-    parts = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")
+    parts = (
+        "transformer.",
+        "token_embedding.",
+        "positional_embedding",
+        "ln_final.",
+        "text_projection",
+    )
     part = {name: value for name, value in state.items() if name.startswith(parts)}
     if "token_embedding.weight" not in part:
-        raise ValueError("no text tower here (our own checkpoints have none): encode the bank with the CLIP that they "
-                         "started from (describe.py encode) and give --bank bank.pt")
+        raise ValueError(
+            "no text tower here (our own checkpoints have none): encode the bank with the CLIP that they "
+            "started from (describe.py encode) and give --bank bank.pt"
+        )
     vocabulary, width = part["token_embedding.weight"].shape
     with torch.device("meta"):
-        tower = TextTower(vocabulary, len(part["positional_embedding"]), width, _count(part, "transformer.resblocks."),
-                          part["text_projection"].shape[1], state.get("activation", "quickgelu"))
+        tower = TextTower(
+            vocabulary,
+            len(part["positional_embedding"]),
+            width,
+            _count(part, "transformer.resblocks."),
+            part["text_projection"].shape[1],
+            state.get("activation", "quickgelu"),
+        )
     tower.load_state_dict(part, assign=True)
     return tower.eval().requires_grad_(False)
 
@@ -388,11 +325,15 @@ def backbone_tower(name, dim):
     """A classifier of torchvision with new weights, a linear layer to `dim` in place of its last. [N, 3, S, S] -> [N,
     dim]."""
     if name not in torchvision.models.list_models(module=torchvision.models):
-        raise ValueError(f"--backbone {name}: no classifier of torchvision, as resnet18 or convnext_tiny are")
+        raise ValueError(
+            f"--backbone {name}: no classifier of torchvision, as resnet18 or convnext_tiny are"
+        )
     tower = torchvision.models.get_model(name, weights=None)
     *_, linear = (name for name, module in tower.named_modules() if isinstance(module, nn.Linear))
     parent, _, last = linear.rpartition(".")
-    setattr(tower.get_submodule(parent), last, nn.Linear(tower.get_submodule(linear).in_features, dim))
+    setattr(
+        tower.get_submodule(parent), last, nn.Linear(tower.get_submodule(linear).in_features, dim)
+    )
     tower.image_size, tower.dim = 224, dim
     return tower
 
@@ -411,8 +352,10 @@ class HLSS(nn.Module):
         super().__init__()
         self.tower, self.objective = tower, objective
         if bank["patch"].shape[1] != tower.dim:
-            raise ValueError(f"the bank's vectors have {bank['patch'].shape[1]} dimensions and the image tower's "
-                             f"{tower.dim}: encode the bank with the text tower of the same CLIP")
+            raise ValueError(
+                f"the bank's vectors have {bank['patch'].shape[1]} dimensions and the image tower's "
+                f"{tower.dim}: encode the bank with the text tower of the same CLIP"
+            )
         self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(CLIP_STD).view(3, 1, 1))
         for level in LEVELS:
@@ -420,8 +363,12 @@ class HLSS(nn.Module):
         if objective != "hlss":
             self.projections = nn.ModuleDict({"shared": nn.Linear(tower.dim, 128)})
             return
-        self.projections = nn.ModuleDict({level: nn.Linear(tower.dim, len(bank[level])) for level in LEVELS})
-        if init == "text":  # W_l starts as the bank, b_l as 0: p_l starts as the similarity to each attribute
+        self.projections = nn.ModuleDict(
+            {level: nn.Linear(tower.dim, len(bank[level])) for level in LEVELS}
+        )
+        if (
+            init == "text"
+        ):  # W_l starts as the bank, b_l as 0: p_l starts as the similarity to each attribute
             for level, projection in self.projections.items():
                 projection.weight.data.copy_(bank[level])
                 projection.bias.data.zero_()
@@ -445,7 +392,9 @@ class HLSS(nn.Module):
         """images [N, 3, S, S] in [0, 1] -> z [N, D] and {level: p_l = norm(W_l z + b_l) [N, K_l]}."""
         z = self.encode(images)
         if self.objective == "hlss":
-            return z, {level: F.normalize(self.projections[level](z).float(), dim=1) for level in LEVELS}
+            return z, {
+                level: F.normalize(self.projections[level](z).float(), dim=1) for level in LEVELS
+            }
         p = F.normalize(self.projections["shared"](z).float(), dim=1)
         return z, {level: p for level in OBJECTIVES[self.objective]}
 
@@ -454,7 +403,11 @@ def hlss_from_state(state, objective, activation="quickgelu", backbone=""):
     """HLSS rebuilt from its own state dict: no CLIP file, no text tower, no bank file is needed."""
     bank = {level: state[f"bank_{level}"] for level in LEVELS}
     dim = bank["patch"].shape[1]
-    tower = backbone_tower(backbone, dim) if backbone else image_tower(state | {"activation": activation})
+    tower = (
+        backbone_tower(backbone, dim)
+        if backbone
+        else image_tower(state | {"activation": activation})
+    )
     model = HLSS(tower, bank, objective)
     model.load_state_dict(state)
     return model
@@ -481,7 +434,10 @@ def checkpoints(run):
 
 def save_checkpoint(folder, checkpoint):
     """Write step-N.pt; keep the newest two."""
-    write_whole(os.path.join(folder, f"step-{checkpoint['step']:07d}.pt"), lambda file: torch.save(checkpoint, file))
+    write_whole(
+        os.path.join(folder, f"step-{checkpoint['step']:07d}.pt"),
+        lambda file: torch.save(checkpoint, file),
+    )
     for old in checkpoints(folder)[:-2]:
         os.remove(old)
 
@@ -509,9 +465,17 @@ def load_run(path):
     checkpoint's dict). Needs nothing but that file."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path} is neither a run folder nor a checkpoint file")
-    checkpoint = newest_checkpoint(path) if os.path.isdir(path) else torch.load(path, "cpu", weights_only=True)
+    checkpoint = (
+        newest_checkpoint(path)
+        if os.path.isdir(path)
+        else torch.load(path, "cpu", weights_only=True)
+    )
     if "config" not in checkpoint:
-        raise ValueError(f"{path} holds no checkpoint of train.py (step-*.pt): train first, or name another")
+        raise ValueError(
+            f"{path} holds no checkpoint of train.py (step-*.pt): train first, or name another"
+        )
     config = checkpoint["config"]
-    options = {name: config[name] for name in ("objective", "activation", "backbone") if name in config}
+    options = {
+        name: config[name] for name in ("objective", "activation", "backbone") if name in config
+    }
     return hlss_from_state(checkpoint["model"], **options).eval(), checkpoint

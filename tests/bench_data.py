@@ -1,6 +1,6 @@
 """What the data costs, on one core: opening a cohort, drawing a batch, and making views beside torchvision.
 
-    python tests/bench_data.py
+python tests/bench_data.py
 """
 
 import argparse
@@ -29,8 +29,15 @@ def scale(folder):
             writer = csv.writer(file)
             writer.writerow(["path", "patient", "slide", "label"])
             for p in range(patients):
-                writer.writerows([f"tiles/TCGA-02-{p:05d}/DX{i // 25}/{i:05d}_{i * 224:06d}.jpg", f"TCGA-02-{p:05d}",
-                                  f"TCGA-02-{p:05d}-DX{i // 25}", "ab"[p % 2]] for i in range(100))
+                writer.writerows(
+                    [
+                        f"tiles/TCGA-02-{p:05d}/DX{i // 25}/{i:05d}_{i * 224:06d}.jpg",
+                        f"TCGA-02-{p:05d}",
+                        f"TCGA-02-{p:05d}-DX{i // 25}",
+                        "ab"[p % 2],
+                    ]
+                    for i in range(100)
+                )
         before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
         cohort = data.read_cohort(folder, val_fraction=0.01)
         opened = time.perf_counter() - start
@@ -38,7 +45,10 @@ def scale(folder):
         start = time.perf_counter()
         for step in range(200):
             data.hierarchical_batch(cohort, step, 0, 50)
-        print(f"{len(cohort):10d}{opened:11.2f}{added:13.0f}{(time.perf_counter() - start) * 5:15.2f}", flush=True)
+        print(
+            f"{len(cohort):10d}{opened:11.2f}{added:13.0f}{(time.perf_counter() - start) * 5:15.2f}",
+            flush=True,
+        )
 
 
 class Noise(torch.nn.Module):
@@ -54,14 +64,26 @@ def per_sample(path, pipeline):
 
 def speed(folder, patches=64, views=2, rounds=5):
     """Views a second of 300 -> 224 pixel SRH patches, decoding included; the two take turns."""
+
     def half(transform):
         return T.RandomApply([transform], p=0.5)
 
-    pipeline = T.Compose([
-        T.RandomHorizontalFlip(), T.RandomVerticalFlip(), half(Noise()), half(T.ColorJitter(0.2, 0.2)),
-        T.RandomAutocontrast(), T.RandomSolarize(0.2), T.RandomAdjustSharpness(2), half(T.GaussianBlur(5, 1.0)),
-        half(T.RandomAffine(10, (0.1, 0.1))), half(T.RandomResizedCrop(300, (0.2, 1.0))), T.RandomErasing(),
-        T.Resize(224)])
+    pipeline = T.Compose(
+        [
+            T.RandomHorizontalFlip(),
+            T.RandomVerticalFlip(),
+            half(Noise()),
+            half(T.ColorJitter(0.2, 0.2)),
+            T.RandomAutocontrast(),
+            T.RandomSolarize(0.2),
+            T.RandomAdjustSharpness(2),
+            half(T.GaussianBlur(5, 1.0)),
+            half(T.RandomAffine(10, (0.1, 0.1))),
+            half(T.RandomResizedCrop(300, (0.2, 1.0))),
+            T.RandomErasing(),
+            T.Resize(224),
+        ]
+    )
     rng = np.random.default_rng(0)
     paths = [os.path.join(folder, f"{i}.tif") for i in range(patches)]
     for path in paths:
@@ -76,7 +98,9 @@ def speed(folder, patches=64, views=2, rounds=5):
         start = time.perf_counter()
         for some in np.array_split(paths, patches // 16):
             images = torch.from_numpy(np.stack([data.decode(path, 300) for path in some]))
-            parameters = data.view_parameters(len(some) * views, 0, step, data.AUGMENTATIONS["strong-srh"])
+            parameters = data.view_parameters(
+                len(some) * views, 0, step, data.AUGMENTATIONS["strong-srh"]
+            )
             data.make_views(images, parameters, 224)
         times["data.py, batched"].append(time.perf_counter() - start)
     for name, seconds in times.items():

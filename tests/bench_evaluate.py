@@ -27,14 +27,24 @@ def bare():
         (part @ bank.T).topk(200, dim=1)
 
 
-alone, ours = zip(*((seconds(bare), seconds(lambda: knn(bank, labels, queries, 10))) for _ in range(2)))
-print(f"kNN {min(ours):.1f} s, its matrix product and top-k alone {min(alone):.1f} s: {min(ours) / min(alone):.2f} x")
+alone, ours = zip(
+    *((seconds(bare), seconds(lambda: knn(bank, labels, queries, 10))) for _ in range(2))
+)
+print(
+    f"kNN {min(ours):.1f} s, its matrix product and top-k alone {min(alone):.1f} s: {min(ours) / min(alone):.2f} x"
+)
 
 patches, patients, classes = 60_000, 60, 10
 patient, slide = np.arange(patches) // (patches // patients), np.arange(patches) // 200
-cohort = SimpleNamespace(patient=patient, label=patient % classes, classes=[str(c) for c in range(classes)],
-                         ids=lambda rows: np.stack([rows, slide[rows], patient[rows]], axis=1))
+cohort = SimpleNamespace(
+    patient=patient,
+    label=patient % classes,
+    classes=[str(c) for c in range(classes)],
+    ids=lambda rows: np.stack([rows, slide[rows], patient[rows]], axis=1),
+)
 scores = np.random.default_rng(0).random((patches, classes))
 pairs = [(np.arange(1), np.arange(patches))]
-print(f"metrics and 1,000 resamples at 3 levels, {patients} patients, {patches} patches: "
-      f"{seconds(lambda: assess({'linear': scores}, cohort, pairs)):.2f} s")
+print(
+    f"metrics and 1,000 resamples at 3 levels, {patients} patients, {patches} patches: "
+    f"{seconds(lambda: assess({'linear': scores}, cohort, pairs)):.2f} s"
+)

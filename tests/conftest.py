@@ -13,14 +13,16 @@ import torch.multiprocessing as mp
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 torch.set_num_threads(2)
-mp.set_forkserver_preload(["train"])  # new processes start as copies of one that has imported it: it takes seconds
+mp.set_forkserver_preload(
+    ["train"]
+)  # new processes start as copies of one that has imported it: it takes seconds
 
 
 @pytest.fixture(scope="session")
 def cohort_folder(tmp_path_factory):
     """Demo tissue: 4 classes x 5 patients x 2 slides x 3 patches of 64 pixels; of each 5 patients 2 are for
     validation."""
-    from data import write_demo
+    from demo.tissue import write_demo
 
     return str(write_demo(tmp_path_factory.mktemp("cohort"), patients=5, slides=2, patches=3))
 
@@ -28,7 +30,7 @@ def cohort_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def clip_file(tmp_path_factory):
     """The demo's CLIP after one step of training: all the machinery, none of the knowledge."""
-    from describe import train_demo_clip
+    from demo.clip import train_demo_clip
 
     path = str(tmp_path_factory.mktemp("clip") / "clip.pt")
     train_demo_clip(path, steps=4, patches=32, batch=8)
@@ -38,15 +40,34 @@ def clip_file(tmp_path_factory):
 @pytest.fixture
 def flags(cohort_folder, clip_file, tmp_path):
     """Flags of a run that takes seconds."""
-    return ["--data", cohort_folder, "--clip", clip_file, "--bank", os.path.join(ROOT, "attributes/demo.json"),
-            "--out", str(tmp_path / "run"), "--patients", "4", "--steps", "4", "--log-every", "1",
-            "--save-every", "2", "--no-compile", "--no-amp"]
+    return [
+        "--data",
+        cohort_folder,
+        "--clip",
+        clip_file,
+        "--bank",
+        os.path.join(ROOT, "demo/attributes.json"),
+        "--out",
+        str(tmp_path / "run"),
+        "--patients",
+        "4",
+        "--steps",
+        "4",
+        "--log-every",
+        "1",
+        "--save-every",
+        "2",
+        "--no-compile",
+        "--no-amp",
+    ]
 
 
 def _process(rank, world, folder, function, arguments):
     sys.path.insert(0, ROOT)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world
+    )
     torch.save(function(rank, world, *arguments), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -54,5 +75,7 @@ def _process(rank, world, folder, function, arguments):
 def on_processes(world, function, *arguments):
     """function(rank, world, *arguments) on `world` gloo processes; returns their results by rank."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_process, (world, folder, function, arguments), nprocs=world, start_method="forkserver")
+        mp.start_processes(
+            _process, (world, folder, function, arguments), nprocs=world, start_method="forkserver"
+        )
         return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world)]

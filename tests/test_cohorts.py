@@ -33,7 +33,11 @@ def write_opensrh(root, patients=3, slides=2, patches=3, size=40):
         meta[patient] = {"patient_id": patient, "class": kind, "slides": {}}
         split["val" if i < 2 else "train"].append(patient)
         for slide in map(str, range(1, slides + 1)):
-            lists = meta[patient]["slides"][slide] = {"slide_id": slide, "tumor_patches": [], "normal_patches": []}
+            lists = meta[patient]["slides"][slide] = {
+                "slide_id": slide,
+                "tumor_patches": [],
+                "normal_patches": [],
+            }
             own = "normal_patches" if kind == "normal" else "tumor_patches"
             for b in range(patches):
                 path = f"studies/{patient}/{slide}/patches/{patient}-{slide}-{b}.tif"
@@ -52,7 +56,11 @@ def test_opensrh_as_released(tmp_path):
     cohort = data.read_cohort(write_opensrh(tmp_path))
     assert str(cohort) == "6 patients, 12 slides, 36 patches"
     assert cohort.classes == ["hgg", "normal"]
-    assert cohort.slides[:3] == ["NIO_000/1", "NIO_000/2", "NIO_001/1"]  # slides of all patients are called 1 and 2
+    assert cohort.slides[:3] == [
+        "NIO_000/1",
+        "NIO_000/2",
+        "NIO_001/1",
+    ]  # slides of all patients are called 1 and 2
     assert str(cohort.restrict("val")) == "2 patients, 4 slides, 12 patches"
     assert not any(b"other-kind" in name for name in cohort.names)
 
@@ -60,13 +68,25 @@ def test_opensrh_as_released(tmp_path):
 def test_opensrh_of_another_form_is_refused(tmp_path):
     root = write_opensrh(tmp_path)
     (tmp_path / "meta/train_val_split.json").write_text('{"train": ["NIO_000"]}')
-    with pytest.raises(ValueError, match=r"train_val_split\.json are not OpenSRH's \(KeyError 'NIO_001'\)"):
+    with pytest.raises(
+        ValueError, match=r"train_val_split\.json are not OpenSRH's \(KeyError 'NIO_001'\)"
+    ):
         data.read_cohort(root)
 
 
-@pytest.mark.parametrize("how", [
-    {}, {"compression": "zlib"}, {"compression": "zlib", "predictor": 2}, {"tile": (16, 16)}, {"bigtiff": True},
-    {"byteorder": ">"}, {"byteorder": ">", "compression": "zlib"}, {"photometric": "minisblack", "metadata": None}])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"compression": "zlib"},
+        {"compression": "zlib", "predictor": 2},
+        {"tile": (16, 16)},
+        {"bigtiff": True},
+        {"byteorder": ">"},
+        {"byteorder": ">", "compression": "zlib"},
+        {"photometric": "minisblack", "metadata": None},
+    ],
+)
 def test_two_planes_are_tifffiles_bit_by_bit(tmp_path, how):
     tifffile.imwrite(tmp_path / "x.tif", PLANES, **how)
     pixels = data.decode(str(tmp_path / "x.tif"), 40)
@@ -89,13 +109,19 @@ def test_a_damaged_tiff_is_refused_wherever_it_is_cut(tmp_path):
         data.decode(str(tmp_path / "x.tif"), 40)
 
 
-@pytest.mark.parametrize(("pixels", "layout"), [
-    (np.moveaxis(PLANES, 0, -1), "40 frames of 2 x 40, I;16"),  # channels last: opens as forty narrow frames
-    (PLANES[:1], "1 frames of 40 x 40, I;16"),
-    (np.concatenate([PLANES, PLANES]), "4 frames of 40 x 40, I;16"),
-    (PLANES.astype(np.float32), "2 frames of 40 x 40, F"),
-    ((PLANES >> 8).astype(np.uint8), "2 frames of 40 x 40, L"),
-])
+@pytest.mark.parametrize(
+    ("pixels", "layout"),
+    [
+        (
+            np.moveaxis(PLANES, 0, -1),
+            "40 frames of 2 x 40, I;16",
+        ),  # channels last: opens as forty narrow frames
+        (PLANES[:1], "1 frames of 40 x 40, I;16"),
+        (np.concatenate([PLANES, PLANES]), "4 frames of 40 x 40, I;16"),
+        (PLANES.astype(np.float32), "2 frames of 40 x 40, F"),
+        ((PLANES >> 8).astype(np.uint8), "2 frames of 40 x 40, L"),
+    ],
+)
 def test_another_layout_is_refused_by_name(tmp_path, pixels, layout):
     tifffile.imwrite(tmp_path / "x.tif", pixels, photometric="minisblack")
     with pytest.raises(ValueError, match=rf"x\.tif cannot be read \({layout}; beside 8-bit"):
@@ -138,8 +164,23 @@ def test_a_cohort_is_of_one_depth(tmp_path):
 
 def test_opensrh_trains(tmp_path, flags, capsys):
     root = write_opensrh(tmp_path / "srh")
-    train.train(config := train.parse_config([
-        "--preset", "opensrh", *flags, "--data", root, "--steps", "2", "--image-size", "0", "--normalise", "data"]))
+    train.train(
+        config := train.parse_config(
+            [
+                "--preset",
+                "opensrh",
+                *flags,
+                "--data",
+                root,
+                "--steps",
+                "2",
+                "--image-size",
+                "0",
+                "--normalise",
+                "data",
+            ]
+        )
+    )
     assert config.augmentation == "strong-srh"
     assert log_of(config.out)[-1]["probe"]["knn20"]["patient"]["n"] == 2
     mean = torch.load(checkpoints(config.out)[-1])["model"]["mean"]
@@ -162,10 +203,25 @@ def command(monkeypatch, *words):
 
 
 def test_a_folder_tree_becomes_a_manifest(tmp_path, monkeypatch, capsys):
-    root = tiles(tmp_path, [f"{label}/{patient}/s{s}-{patient}/{b}.png" for label, patient in
-                            [("glioma", "amy"), ("normal", "bob")] for s in range(2) for b in range(3)])
+    root = tiles(
+        tmp_path,
+        [
+            f"{label}/{patient}/s{s}-{patient}/{b}.png"
+            for label, patient in [("glioma", "amy"), ("normal", "bob")]
+            for s in range(2)
+            for b in range(3)
+        ],
+    )
     (tmp_path / "notes.txt").write_text("no image")
-    command(monkeypatch, "index", root, "--pattern", "{label}/{patient}/{slide}/*.png", "--label-level", "patient")
+    command(
+        monkeypatch,
+        "index",
+        root,
+        "--pattern",
+        "{label}/{patient}/{slide}/*.png",
+        "--label-level",
+        "patient",
+    )
     printed = capsys.readouterr().out
     assert "2 patients, 4 slides, 12 patches" in printed
     assert "patches a slide: 3 to 3, median 3" in printed
@@ -178,11 +234,21 @@ def test_a_folder_tree_becomes_a_manifest(tmp_path, monkeypatch, capsys):
 
 
 def test_names_of_tcga(tmp_path):
-    root = tiles(tmp_path, ["TCGA-02-0001-01Z-00-DX1_12_34.jpg", "TCGA-02-0001-01Z-00-DX2_0_0.jpg",
-                            "TCGA-06-0125-01A-01-TS1_7_8.jpg"])
+    root = tiles(
+        tmp_path,
+        [
+            "TCGA-02-0001-01Z-00-DX1_12_34.jpg",
+            "TCGA-02-0001-01Z-00-DX2_0_0.jpg",
+            "TCGA-06-0125-01A-01-TS1_7_8.jpg",
+        ],
+    )
     cohort = data.index(root, r"(?P<slide>(?P<patient>TCGA-\w{2}-\w{4})-.*)_\d+_\d+\.jpg")
     assert cohort.patients == ["TCGA-02-0001", "TCGA-06-0125"]
-    assert cohort.slides == ["TCGA-02-0001-01Z-00-DX1", "TCGA-02-0001-01Z-00-DX2", "TCGA-06-0125-01A-01-TS1"]
+    assert cohort.slides == [
+        "TCGA-02-0001-01Z-00-DX1",
+        "TCGA-02-0001-01Z-00-DX2",
+        "TCGA-06-0125-01A-01-TS1",
+    ]
     assert cohort.classes == []
 
 
@@ -200,21 +266,28 @@ def test_ambiguity_is_refused_with_examples(tmp_path):
         data.index(root, "{label}/{patient}/{slide}/*.png")
     with pytest.raises(ValueError, match="'1' is of patient 'amy' above and of 'bob' here"):
         data.index(root, "{label}/{patient}/{slide}/*.png", partial=True)
-    assert len(data.index(root, "{label}/{patient}/{slide}/*.png", partial=True, nested=True).slides) == 3
-    with pytest.raises(ValueError, match=r"one patient has two labels: a/amy/1/x\.png and b/amy/2/x\.png"):
+    assert (
+        len(data.index(root, "{label}/{patient}/{slide}/*.png", partial=True, nested=True).slides)
+        == 3
+    )
+    with pytest.raises(
+        ValueError, match=r"one patient has two labels: a/amy/1/x\.png and b/amy/2/x\.png"
+    ):
         data.index(root, "{label}/{patient}/{slide}/*.png", "patient", partial=True, nested=True)
     with pytest.raises(ValueError, match="matches 0 image files"):
         data.index(root, "{patient}/{slide}.tif")
     with pytest.raises(ValueError, match=r"'\(\?P<slide>\[' is no regular expression"):
         data.index(root, "(?P<slide>[")
-    with pytest.raises(ValueError, match="must name patient and slide, and may name label and split; it names case"):
+    with pytest.raises(
+        ValueError, match="must name patient and slide, and may name label and split; it names case"
+    ):
         data.index(root, "{case}/*.png")
 
 
 def test_check_finds_what_cannot_be_used(tmp_path, monkeypatch, capsys):
     root = tiles(tmp_path, [f"amy/s/{i}.png" for i in range(8)])
     whole = (tmp_path / "amy/s/0.png").read_bytes()
-    (tmp_path / "amy/s/0.png").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "amy/s/0.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "amy/s/1.png").write_bytes(b"not an image")
     Image.new("RGB", (16, 16), (235, 205, 225)).save(tmp_path / "amy/s/2.png")  # glass is tinted
     tiles(tmp_path, ["amy/s/tmp.png"])
@@ -228,7 +301,9 @@ def test_check_finds_what_cannot_be_used(tmp_path, monkeypatch, capsys):
     for problem, i in {"truncated": 0, "unreadable": 1, "constant": 2, "odd-sized": 3}.items():
         assert f"{problem}: 1\n    amy/s/{i}.png" in printed
     assert len(data.read_cohort(str(tmp_path / "clean.csv"))) == 4
-    assert (tmp_path / "clean.csv").read_text().splitlines()[0] == "path,patient,slide"  # the hash needs no column
+    assert (tmp_path / "clean.csv").read_text().splitlines()[
+        0
+    ] == "path,patient,slide"  # the hash needs no column
     for name in ("clean.csv", "manifest.csv", "clean"):
         with pytest.raises(SystemExit):
             command(monkeypatch, "check", root, "--clean", name)
@@ -252,7 +327,15 @@ def test_paths_that_leave_the_root_and_bombs_are_refused(tmp_path, monkeypatch):
 
 
 def test_a_contact_sheet(cohort_folder, tmp_path, monkeypatch):
-    command(monkeypatch, "show", cohort_folder, "--out", str(tmp_path / "views.png"), "--augmentation", "strong")
+    command(
+        monkeypatch,
+        "show",
+        cohort_folder,
+        "--out",
+        str(tmp_path / "views.png"),
+        "--augmentation",
+        "strong",
+    )
     image = Image.open(tmp_path / "views.png")
     assert image.size == (5 * 164, 4 * 180)  # a patch and four views; two slides of two patches
     assert np.asarray(image)[20:178, 2:162].std() > 10
@@ -272,18 +355,26 @@ def spoil(folder, tmp_path, share):
 
 def test_a_patch_of_the_same_slide_stands_in(cohort_folder, tmp_path, capsys):
     folder, cohort = spoil(cohort_folder, tmp_path, 1 / 120)
-    (rows, images), = data.load_batches(cohort, [np.arange(6)], 64, skip=True)
+    ((rows, images),) = data.load_batches(cohort, [np.arange(6)], 64, skip=True)
     assert rows.tolist() == [1, 1, 2, 3, 4, 5]
     assert (images[0] == images[1]).all()
-    (again, _), = data.load_batches(cohort, [np.arange(6)], 64, skip=True)
+    ((again, _),) = data.load_batches(cohort, [np.arange(6)], 64, skip=True)
     assert (again == rows).all()
     assert "0-0.png cannot be read" in capsys.readouterr().err
-    assert data.substitutes(cohort, 4) == [5, 3, 0, 1, 2]  # first of its slide (3, 4, 5), then of the patient (0 to 5)
+    assert data.substitutes(cohort, 4) == [
+        5,
+        3,
+        0,
+        1,
+        2,
+    ]  # first of its slide (3, 4, 5), then of the patient (0 to 5)
 
 
 def test_more_than_one_percent_stops(cohort_folder, tmp_path):
     _, cohort = spoil(cohort_folder, tmp_path, 1 / 40)
-    with pytest.raises(ValueError, match=r"of 120 patches cannot be read, more than 1%: .* The last: .*\.png"):
+    with pytest.raises(
+        ValueError, match=r"of 120 patches cannot be read, more than 1%: .* The last: .*\.png"
+    ):
         list(data.load_batches(cohort, [np.arange(120)], 64, skip=True))
 
 
@@ -300,8 +391,12 @@ def test_training_skips_or_stops(cohort_folder, flags, tmp_path):
 
 def test_classes_are_balanced(tmp_path):
     """Nine patients of class a, three of b: half of every batch is b, and each class goes through its own epochs."""
-    cohort = data.read_cohort(manifest(tmp_path, [f"{p}/{s}.png,p{p:02d},p{p}s{s},{'ab'[p >= 9]}"
-                                                  for p in range(12) for s in range(2)]))
+    cohort = data.read_cohort(
+        manifest(
+            tmp_path,
+            [f"{p}/{s}.png,p{p:02d},p{p}s{s},{'ab'[p >= 9]}" for p in range(12) for s in range(2)],
+        )
+    )
     groups = data.class_patients(cohort)
     assert [group.tolist() for group in groups] == [list(range(9)), [9, 10, 11]]
     drawn = np.array([data.balanced_patients(groups, step, 0, 4) for step in range(18)])
@@ -310,7 +405,9 @@ def test_classes_are_balanced(tmp_path):
     assert (np.sort(of_a) == np.arange(9)).all()
     assert (np.sort(of_b) == np.arange(9, 12)).all()
     assert (data.balanced_patients(groups, 5, 0, 4) == drawn[5]).all()
-    rows = data.hierarchical_batch(cohort, 0, 0, 16, groups=groups)  # more than there are: by repetition
+    rows = data.hierarchical_batch(
+        cohort, 0, 0, 16, groups=groups
+    )  # more than there are: by repetition
     assert rows.shape == (16, 2, 2)
     assert {len(np.unique(cohort.patient[patient])) for patient in rows} == {1}
 
@@ -363,4 +460,6 @@ def test_a_batch_costs_the_same_in_a_large_cohort(tmp_path):
     cohort = many(tmp_path, 3000, slides=2, patches=2)
     rows = data.hierarchical_batch(cohort, 10**6, 0, 64)
     assert rows.shape == (64, 2, 2)
-    assert cohort.names.itemsize * len(cohort) + cohort.slide.nbytes < 300 * len(cohort)  # arrays, not objects
+    assert cohort.names.itemsize * len(cohort) + cohort.slide.nbytes < 300 * len(
+        cohort
+    )  # arrays, not objects

@@ -22,8 +22,17 @@ def manifest(folder, lines, header="path,patient,slide,label"):
 
 def many(folder, patients, slides=3, patches=4):
     """A cohort whose files do not exist: nothing but decoding looks at them."""
-    return data.read_cohort(manifest(folder, [f"{p}/{s}/{b}.png,p{p:03d},p{p}s{s},c{p % 2}" for p in range(patients)
-                                                for s in range(slides) for b in range(patches)]))
+    return data.read_cohort(
+        manifest(
+            folder,
+            [
+                f"{p}/{s}/{b}.png,p{p:03d},p{p}s{s},c{p % 2}"
+                for p in range(patients)
+                for s in range(slides)
+                for b in range(patches)
+            ],
+        )
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- cohort
@@ -31,28 +40,47 @@ def many(folder, patients, slides=3, patches=4):
 
 def test_a_manifest_becomes_a_cohort(tmp_path):
     """Rows in any order; patches end up in the order of slides, slides in the order of patients."""
-    cohort = data.read_cohort(manifest(tmp_path, [
-        "b/1.png,bob,b-2,tumour", "a/1.png,amy,a-1,normal", "b/0.png,bob,b-1,", "b/2.png,bob,b-2,tumour"]))
+    cohort = data.read_cohort(
+        manifest(
+            tmp_path,
+            [
+                "b/1.png,bob,b-2,tumour",
+                "a/1.png,amy,a-1,normal",
+                "b/0.png,bob,b-1,",
+                "b/2.png,bob,b-2,tumour",
+            ],
+        )
+    )
     assert cohort.patients == ["amy", "bob"]
     assert cohort.slides == ["a-1", "b-1", "b-2"]
     assert cohort.classes == ["normal", "tumour"]
     assert [os.path.relpath(cohort.path(i), tmp_path) for i in range(4)] == [
-        "a/1.png", "b/0.png", "b/1.png", "b/2.png"]
+        "a/1.png",
+        "b/0.png",
+        "b/1.png",
+        "b/2.png",
+    ]
     assert cohort.slide.tolist() == [0, 1, 2, 2]
     assert cohort.patient.tolist() == [0, 1, 1, 1]
     assert cohort.label.tolist() == [0, -1, 1, 1]
     assert cohort.ids(np.array([3, 0])).tolist() == [[3, 2, 1], [0, 0, 0]]
 
 
-@pytest.mark.parametrize(("lines", "message"), [
-    (["x.png,amy,s1,a", "x.png,amy,s1,a"], "line 3.*a second time"),
-    (["x.png,amy,s1,a", "y.png,bob,s1,a"], "line 3.*'s1' is of patient 'amy' above and of 'bob' here"),
-    (["../x.png,amy,s1,a"], "line 2.*leaves"),
-    (["/etc/x.png,amy,s1,a"], "line 2.*leaves"),
-    (["x.png,,s1,a"], "line 2.*must not be empty"),
-    (["x.png,amy,s1"], "line 2: 3 fields"),
-    ([], "no patches"),
-])
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["x.png,amy,s1,a", "x.png,amy,s1,a"], "line 3.*a second time"),
+        (
+            ["x.png,amy,s1,a", "y.png,bob,s1,a"],
+            "line 3.*'s1' is of patient 'amy' above and of 'bob' here",
+        ),
+        (["../x.png,amy,s1,a"], "line 2.*leaves"),
+        (["/etc/x.png,amy,s1,a"], "line 2.*leaves"),
+        (["x.png,,s1,a"], "line 2.*must not be empty"),
+        (["x.png,amy,s1"], "line 2: 3 fields"),
+        ([], "no patches"),
+    ],
+)
 def test_a_bad_manifest_is_refused_by_line(tmp_path, lines, message):
     with pytest.raises(ValueError, match=message):
         data.read_cohort(manifest(tmp_path, lines))
@@ -67,10 +95,14 @@ def test_a_missing_column_or_file_is_named(tmp_path):
 
 def test_splits(tmp_path):
     header = "path,patient,slide,label,split"
-    cohort = data.read_cohort(manifest(tmp_path, ["x.png,amy,s1,a,val", "y.png,bob,s2,a,train"], header))
+    cohort = data.read_cohort(
+        manifest(tmp_path, ["x.png,amy,s1,a,val", "y.png,bob,s2,a,train"], header)
+    )
     assert len(cohort.restrict("train")) == 1
     assert cohort.restrict("val").path(0).endswith("x.png")
-    assert cohort.restrict("train").ids(np.array([0])).tolist() == [[0, 1, 1]]  # bob and his slide keep their numbers
+    assert cohort.restrict("train").ids(np.array([0])).tolist() == [
+        [0, 1, 1]
+    ]  # bob and his slide keep their numbers
     with pytest.raises(ValueError, match="no patient is in the split 'test'"):
         cohort.restrict("test")
     with pytest.raises(ValueError, match="on one side"):
@@ -84,20 +116,33 @@ def test_the_hash_split_does_not_move():
     split = data.hash_split(names)
     assert 0.15 < split.mean() < 0.25
     assert (data.hash_split([*names, "one more"])[:1000] == split).all()
-    assert split[:30].nonzero()[0].tolist() == [9, 15, 24, 26, 27, 28]  # on every machine, with every version
+    assert split[:30].nonzero()[0].tolist() == [
+        9,
+        15,
+        24,
+        26,
+        27,
+        28,
+    ]  # on every machine, with every version
     for few in (["a", "b"], ["Case-3", "Case-4", "Case-48", "P5"]):
-        assert 0 < data.hash_split(few, 0.01).sum() < len(few) > data.hash_split(few, 0.99).sum() > 0
+        assert (
+            0 < data.hash_split(few, 0.01).sum() < len(few) > data.hash_split(few, 0.99).sum() > 0
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
 
 
-@pytest.mark.parametrize(("n", "patients"), [(12, 4), (13, 4), (7, 4), (4, 4), (101, 32), (9, 5), (5, 1)])
+@pytest.mark.parametrize(
+    ("n", "patients"), [(12, 4), (13, 4), (7, 4), (4, 4), (101, 32), (9, 5), (5, 1)]
+)
 def test_every_patient_once_an_epoch_and_none_twice_a_batch(tmp_path, n, patients):
     cohort = many(tmp_path, n, 1, 1)
-    drawn = np.concatenate([data.batch_patients(cohort, step, 3, patients) for step in range(5 * n)])
+    drawn = np.concatenate(
+        [data.batch_patients(cohort, step, 3, patients) for step in range(5 * n)]
+    )
     assert all(len(set(batch)) == patients for batch in drawn.reshape(-1, patients))
-    for epoch in drawn[:len(drawn) // n * n].reshape(-1, n):
+    for epoch in drawn[: len(drawn) // n * n].reshape(-1, n):
         assert sorted(epoch) == list(range(n))
 
 
@@ -116,7 +161,10 @@ def test_a_batch_has_the_hierarchy(tmp_path):
     ids = cohort.ids(rows.reshape(-1)).reshape(4, 2, 3, 3)
     assert len(np.unique(ids[..., 0])) == 24
     assert all(len(np.unique(slide[:, 1])) == 1 for patient in ids for slide in patient)
-    assert all(len(np.unique(patient[..., 1])) == 2 and len(np.unique(patient[..., 2])) == 1 for patient in ids)
+    assert all(
+        len(np.unique(patient[..., 1])) == 2 and len(np.unique(patient[..., 2])) == 1
+        for patient in ids
+    )
 
 
 def test_too_few_slides_and_patches_are_repeated(tmp_path):
@@ -129,7 +177,9 @@ def test_too_few_slides_and_patches_are_repeated(tmp_path):
 
 
 def test_too_many_patients_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="--patients 8 of 12 training patients: use 12, or at most 6"):
+    with pytest.raises(
+        ValueError, match="--patients 8 of 12 training patients: use 12, or at most 6"
+    ):
         data.batch_patients(many(tmp_path, 12), 0, 0, 8)
 
 
@@ -149,7 +199,7 @@ def test_an_unreadable_file_is_named_and_ends_the_loader(tmp_path, cohort_folder
     folder = shutil.copytree(cohort_folder, tmp_path / "cohort")
     cohort = data.read_cohort(str(folder))
     whole = open(cohort.path(3), "rb").read()
-    for content in (whole[:len(whole) // 2], b"not an image", b""):
+    for content in (whole[: len(whole) // 2], b"not an image", b""):
         open(cohort.path(3), "wb").write(content)
         with pytest.raises(ValueError, match=os.path.basename(cohort.path(3))):
             list(data.load_batches(cohort, [[0, 1], [2, 3]], 64))
@@ -166,12 +216,16 @@ def test_batches_come_in_order(cohort_folder):
 # -------------------------------------------------------------------------------------------------------- augmentation
 
 STILL = data.with_probability(data.AUGMENTATIONS["demo"], 0)
-PATCHES = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+PATCHES = torch.randint(
+    0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+)
 
 
 def views(n=2, **transforms):
     """Views of PATCHES under the named transforms alone, each (lowest, highest) and always drawn."""
-    parameters = data.view_parameters(3 * n, 0, 0, STILL | {name: (1.0, *r) for name, r in transforms.items()})
+    parameters = data.view_parameters(
+        3 * n, 0, 0, STILL | {name: (1.0, *r) for name, r in transforms.items()}
+    )
     return data.make_views(PATCHES, parameters, 32), parameters
 
 
@@ -192,14 +246,22 @@ def test_geometry_is_exact_where_it_falls_on_pixels():
     torch.testing.assert_close(x[..., :24, :24], SOURCE[..., 8:, 8:], atol=1e-4, rtol=0)
     x, parameters = views(crop=(0.25, 0.25))
     assert torch.allclose(parameters["size"].prod(dim=1), torch.tensor(0.25))
-    assert (parameters["centre"].abs() + parameters["size"] <= 1 + 1e-6).all()  # the crop lies inside the patch
+    assert (
+        parameters["centre"].abs() + parameters["size"] <= 1 + 1e-6
+    ).all()  # the crop lies inside the patch
 
 
 def test_the_affine_map_is_torchs():
     parameters = data.view_parameters(6, 3, 0)
     angle = torch.deg2rad(parameters["angle"])
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(-1, 2, 2)
-    affine = torch.cat([turn * (parameters["size"] * parameters["flip"])[:, None], parameters["centre"][..., None]], 2)
+    affine = torch.cat(
+        [
+            turn * (parameters["size"] * parameters["flip"])[:, None],
+            parameters["centre"][..., None],
+        ],
+        2,
+    )
     grid = F.affine_grid(affine, [6, 3, 20, 20], align_corners=False)
     expected = F.grid_sample(SOURCE, grid, padding_mode="reflection", align_corners=False)
     torch.testing.assert_close(data.resample(SOURCE, 20, parameters), expected, atol=1e-4, rtol=0)
@@ -211,8 +273,10 @@ def test_many_views_are_made_a_few_at_a_time():
     parameters = data.view_parameters(80, 0, 0, data.AUGMENTATIONS["strong"])
     whole = data.make_views(images, parameters, 64)
     for i in (0, 17, 39):
-        alone = data.make_views(images[i:i + 1], {k: v[2 * i:2 * i + 2] for k, v in parameters.items()}, 64)
-        torch.testing.assert_close(whole[2 * i:2 * i + 2], alone, atol=1e-6, rtol=0)
+        alone = data.make_views(
+            images[i : i + 1], {k: v[2 * i : 2 * i + 2] for k, v in parameters.items()}, 64
+        )
+        torch.testing.assert_close(whole[2 * i : 2 * i + 2], alone, atol=1e-6, rtol=0)
 
 
 def test_each_view_has_its_own_numbers():
@@ -224,30 +288,48 @@ def test_each_view_has_its_own_numbers():
 
 def test_a_probability_is_respected():
     """The released code ignores one that its configuration names."""
-    for name, key in {"blur": "blur", "rotate": "angle", "erase": "erase", "noise": "noise", "solarise": "solarise",
-                      "autocontrast": "autocontrast", "sharpness": "sharpness", "brightness": "brightness"}.items():
+    for name, key in {
+        "blur": "blur",
+        "rotate": "angle",
+        "erase": "erase",
+        "noise": "noise",
+        "solarise": "solarise",
+        "autocontrast": "autocontrast",
+        "sharpness": "sharpness",
+        "brightness": "brightness",
+    }.items():
         drawn = data.view_parameters(4000, 0, 0, STILL | {name: (0.3, 0.5, 0.9)})[key]
-        assert ((drawn >= 0.5) & (drawn <= 0.9)).float().mean().item() == pytest.approx(0.3, abs=0.03)
+        assert ((drawn >= 0.5) & (drawn <= 0.9)).float().mean().item() == pytest.approx(
+            0.3, abs=0.03
+        )
 
 
 def test_a_probability_for_all():
     half = data.with_probability(data.AUGMENTATIONS["strong"], 0.5)
-    assert {name: p for name, (p, _, _) in half.items()} == dict.fromkeys(data.AUGMENTATIONS["strong"], 0.5)
+    assert {name: p for name, (p, _, _) in half.items()} == dict.fromkeys(
+        data.AUGMENTATIONS["strong"], 0.5
+    )
     parameters = data.view_parameters(4000, 0, 0, half)
     assert (parameters["size"] < 1).any(dim=1).float().mean().item() == pytest.approx(0.5, abs=0.03)
 
 
 def test_weak_views_are_flips():
-    x = data.make_views(PATCHES, data.view_parameters(24, 0, 0, data.AUGMENTATIONS["weak"]), 32).unflatten(0, (3, 8))
+    x = data.make_views(
+        PATCHES, data.view_parameters(24, 0, 0, data.AUGMENTATIONS["weak"]), 32
+    ).unflatten(0, (3, 8))
     for patch, of_patch in zip(PATCHES.float() / 255, x):
         flips = [patch, patch.flip(-1), patch.flip(-2), patch.flip(-1, -2)]
-        assert all(any(torch.allclose(view, flip, atol=1e-5) for flip in flips) for view in of_patch)
+        assert all(
+            any(torch.allclose(view, flip, atol=1e-5) for flip in flips) for view in of_patch
+        )
 
 
 def test_colours():
     torch.testing.assert_close(views(brightness=(0.5, 0.5))[0], SOURCE / 2, atol=1e-5, rtol=0)
     mean = SOURCE.mean(dim=(1, 2, 3), keepdim=True)
-    torch.testing.assert_close(views(contrast=(0.5, 0.5))[0], (SOURCE + mean) / 2, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        views(contrast=(0.5, 0.5))[0], (SOURCE + mean) / 2, atol=1e-5, rtol=0
+    )
     # Twice the density of every stain is the square of the light that passes.
     source = SOURCE.clamp(min=1 / 255)  # black has no finite density
     torch.testing.assert_close(views(stain=(2, 2))[0], source**2, atol=1e-4, rtol=0)
@@ -261,12 +343,20 @@ def test_autocontrast_solarise_and_sharpness():
     dull = SOURCE * 0.4 + 0.3
     dull[2, 1] = 0.5  # a constant channel stays
     torch.testing.assert_close(data.autocontrast(dull), TF.autocontrast(dull), atol=1e-5, rtol=0)
-    torch.testing.assert_close(data.solarise(SOURCE, torch.full((6,), 0.3)), TF.solarize(SOURCE, 0.3))
-    torch.testing.assert_close(data.blur(SOURCE, torch.full((6,), 1.3)), TF.gaussian_blur(SOURCE, 5, 1.3))
+    torch.testing.assert_close(
+        data.solarise(SOURCE, torch.full((6,), 0.3)), TF.solarize(SOURCE, 0.3)
+    )
+    torch.testing.assert_close(
+        data.blur(SOURCE, torch.full((6,), 1.3)), TF.gaussian_blur(SOURCE, 5, 1.3)
+    )
     binomial = torch.tensor([[1, 2, 1], [2, 4, 2], [1, 2, 1]]).expand(3, 1, 3, 3) / 16
     smooth = F.conv2d(F.pad(SOURCE, (1, 1, 1, 1), mode="reflect"), binomial, groups=3)
-    torch.testing.assert_close(data.sharpen(SOURCE, torch.full((6,), 0.5)), 1.5 * SOURCE - 0.5 * smooth)
-    torch.testing.assert_close(views(solarise=(0.3, 0.3))[0], TF.solarize(SOURCE, 0.3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        data.sharpen(SOURCE, torch.full((6,), 0.5)), 1.5 * SOURCE - 0.5 * smooth
+    )
+    torch.testing.assert_close(
+        views(solarise=(0.3, 0.3))[0], TF.solarize(SOURCE, 0.3), atol=1e-5, rtol=0
+    )
     changed = (views(n=8, blur=(1, 1))[0] - views(n=8)[0]).abs().amax(dim=(1, 2, 3)) > 0
     assert changed.all()
 
@@ -276,8 +366,10 @@ def test_blur_noise_and_erasing():
     torch.testing.assert_close(data.blur(flat, torch.tensor([0.5, 2.0])), flat)
     point = torch.zeros(1, 1, 9, 9)
     point[..., 4, 4] = 1
-    weights = torch.exp(-torch.arange(-2, 3) ** 2 / 2.0)
-    torch.testing.assert_close(data.blur(point, torch.tensor([1.0]))[0, 0, 4, 2:7], weights / weights.sum() ** 2)
+    weights = torch.exp(-(torch.arange(-2, 3) ** 2) / 2.0)
+    torch.testing.assert_close(
+        data.blur(point, torch.tensor([1.0]))[0, 0, 4, 2:7], weights / weights.sum() ** 2
+    )
     noisy, plain = views(noise=(0.02, 0.02))[0], views()[0]
     inner = (plain > 0.1) & (plain < 0.9)
     assert (noisy - plain)[inner].std().item() == pytest.approx(0.02, rel=0.1)
@@ -287,13 +379,17 @@ def test_blur_noise_and_erasing():
 
 def test_views_do_not_depend_on_the_number_of_processes():
     whole = data.view_parameters(12, seed=1, step=7)
-    assert torch.equal(whole["angle"].chunk(4)[2], data.view_parameters(12, seed=1, step=7)["angle"][6:9])
+    assert torch.equal(
+        whole["angle"].chunk(4)[2], data.view_parameters(12, seed=1, step=7)["angle"][6:9]
+    )
     assert not torch.equal(whole["angle"], data.view_parameters(12, seed=1, step=8)["angle"])
 
 
 def test_plain_view():
     assert torch.equal(data.plain_view(PATCHES, 32), PATCHES.float() / 255)
-    torch.testing.assert_close(data.plain_view(PATCHES, 16).mean(), PATCHES.float().mean() / 255, atol=2e-3, rtol=0)
+    torch.testing.assert_close(
+        data.plain_view(PATCHES, 16).mean(), PATCHES.float().mean() / 255, atol=2e-3, rtol=0
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- demo tissue
@@ -301,6 +397,7 @@ def test_plain_view():
 
 def test_demo_tissue_shows_its_factors():
     """Dark haematoxylin covers more where there are more or larger nuclei, less where tissue is dead."""
+
     def dark(**factors):
         rng = np.random.default_rng(0)
         values = [factors.get(name, 0.3) for name in data.FACTORS]

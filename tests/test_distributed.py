@@ -44,11 +44,15 @@ def _gradients(rank, world, flags, images, ids):
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = 1.0
         with torch.no_grad():
-            model(images)  # the averages that batch norm then keeps: those of the global batch, on every rank
+            model(
+                images
+            )  # the averages that batch norm then keeps: those of the global batch, on every rank
         model.eval()
         wrapped = train.wrap(model, config, world, torch.device("cpu"))
         optimizer = torch.optim.AdamW(model.parameters())
-        numbers, *_ = train.backward(wrapped, optimizer, images[mine], ids[mine], model.bank, config, 0)
+        numbers, *_ = train.backward(
+            wrapped, optimizer, images[mine], ids[mine], model.bank, config, 0
+        )
         result[objective] = numbers["loss"], {name: p.grad for name, p in model.named_parameters()}
     return result
 
@@ -56,9 +60,11 @@ def _gradients(rank, world, flags, images, ids):
 def test_1_2_and_4_processes_train_as_one(flags):
     """Same global batch, float32, batch norm in eval mode. The loss agrees to 1e-6 of itself and the gradient of every
     parameter to 1e-5 of the norm of the whole gradient: what float32 resolves."""
-    (images, ids), = views(flags)
-    one, = on_processes(1, _gradients, flags, images, ids)
-    print(f"\n{'':9}{'processes':>9}{'loss':>13}{'difference':>12}{'gradient norm':>15}{'largest difference':>20}")
+    ((images, ids),) = views(flags)
+    (one,) = on_processes(1, _gradients, flags, images, ids)
+    print(
+        f"\n{'':9}{'processes':>9}{'loss':>13}{'difference':>12}{'gradient norm':>15}{'largest difference':>20}"
+    )
     for world in (1, 2, 4):
         for rank, result in enumerate(on_processes(world, _gradients, flags, images, ids)):
             for objective, (loss, gradients) in result.items():
@@ -66,8 +72,10 @@ def test_1_2_and_4_processes_train_as_one(flags):
                 norm = torch.nn.utils.get_total_norm(expected.values()).item()
                 worst = max((gradients[name] - g).norm().item() for name, g in expected.items())
                 if rank == 0:
-                    print(f"{objective:9}{world:9}{loss:13.7f}{abs(loss - expected_loss):12.1e}{norm:15.5f}"
-                          f"{worst:20.1e}")
+                    print(
+                        f"{objective:9}{world:9}{loss:13.7f}{abs(loss - expected_loss):12.1e}{norm:15.5f}"
+                        f"{worst:20.1e}"
+                    )
                 assert gradients.keys() == expected.keys()
                 assert loss == pytest.approx(expected_loss, rel=1e-6)
                 assert worst < 1e-5 * norm
@@ -85,7 +93,9 @@ def test_the_contrast_costs_1_over_w_a_rank():
     print(f"\n{'processes':>9}{'MFLOP of the contrast, a rank':>32}")
     for world in (1, 2, 4):
         for flops in on_processes(world, _contrast_flops, 512):
-            assert flops == 3 * 2 * 512 * 512 * 128 // world  # forward, and backward to rows and to columns
+            assert (
+                flops == 3 * 2 * 512 * 512 * 128 // world
+            )  # forward, and backward to rows and to columns
         print(f"{world:9}{flops / 1e6:32.1f}")
 
 
@@ -105,16 +115,25 @@ def test_the_shares_are_the_batch_of_one_process(flags, world):
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_every_patient_once_an_epoch_on_any_number_of_processes(flags, world):
-    epoch = [views(flags, 0, rank, world, steps=3) for rank in range(world)]  # 12 training patients, 4 a batch
+    epoch = [
+        views(flags, 0, rank, world, steps=3) for rank in range(world)
+    ]  # 12 training patients, 4 a batch
     patients = torch.cat([ids[:, 2] for share in epoch for _, ids in share])
-    assert (patients.unique(return_counts=True)[1] == 2 * 2 * 2).all()  # slides x patches x views: none twice
+    assert (
+        patients.unique(return_counts=True)[1] == 2 * 2 * 2
+    ).all()  # slides x patches x views: none twice
     assert len(patients.unique()) == 12
 
 
-@pytest.mark.parametrize(("patients", "world", "sizes"), [(4, 3, "2 or 4"), (8, 6, "4 or 8"), (4, 8, "4")])
+@pytest.mark.parametrize(
+    ("patients", "world", "sizes"), [(4, 3, "2 or 4"), (8, 6, "4 or 8"), (4, 8, "4")]
+)
 def test_patients_that_cannot_be_shared_are_refused(cohort_folder, patients, world, sizes):
     cohort = read_cohort(cohort_folder)
-    with pytest.raises(ValueError, match=f"--patients {patients} cannot be shared by {world} processes: use {sizes},"):
+    with pytest.raises(
+        ValueError,
+        match=f"--patients {patients} cannot be shared by {world} processes: use {sizes},",
+    ):
         train.share_patients(train.Config(patients=patients), cohort, world)
 
 
@@ -129,7 +148,9 @@ def free_port():
 
 def torchrun(*arguments):
     command = [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def finish(process):
@@ -144,15 +165,24 @@ def finish(process):
 
 def test_two_nodes_meet_over_c10d(flags):
     """Two torchrun agents as on two machines, then the probe, on one machine with as many processes."""
-    meet = ["--nnodes=2", "--nproc_per_node=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}",
-            "--rdzv-id=hlss", "--local-addr=127.0.0.1"]
+    meet = [
+        "--nnodes=2",
+        "--nproc_per_node=2",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=127.0.0.1:{free_port()}",
+        "--rdzv-id=hlss",
+        "--local-addr=127.0.0.1",
+    ]
     agents = [torchrun(*meet, "train.py", *flags) for _ in range(2)]
     done = [finish(agent) for agent in agents]
     assert [code for code, *_ in done] == [0, 0], done
     assert sum(output.count("step 4 knn200") for _, output, _ in done) == 1  # rank 0 writes
     out = flags[flags.index("--out") + 1]
     assert [line["step"] for line in log_of(out)] == [0, 1, 2, 3, 4, 4]
-    assert not any(name.startswith(("module.", "_orig_mod.")) or "._orig_mod." in name for name in weights_of(out))
+    assert not any(
+        name.startswith(("module.", "_orig_mod.")) or "._orig_mod." in name
+        for name in weights_of(out)
+    )
     code, _, errors = finish(torchrun("--nproc_per_node=2", "--standalone", "evaluate.py", out))
     assert code == 0, errors
     with open(os.path.join(out, "metrics.json")) as file:
@@ -168,8 +198,19 @@ def workers_of(agent):
 @pytest.mark.slow
 def test_torchrun_starts_again_by_itself(flags):
     """A worker dies by kill -9; torchrun --max-restarts starts all anew, and they go on from the checkpoint."""
-    agent = torchrun("--nproc_per_node=2", "--standalone", "--max-restarts=1", "train.py", *flags, "--steps", "30",
-                     "--probe-every", "0", "--save-every", "1")
+    agent = torchrun(
+        "--nproc_per_node=2",
+        "--standalone",
+        "--max-restarts=1",
+        "train.py",
+        *flags,
+        "--steps",
+        "30",
+        "--probe-every",
+        "0",
+        "--save-every",
+        "1",
+    )
     out = flags[flags.index("--out") + 1]
     while agent.poll() is None and len(checkpoints(out)) < 2:
         time.sleep(0.02)

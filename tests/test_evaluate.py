@@ -7,14 +7,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, recall_score, roc_auc_score
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    confusion_matrix,
+    recall_score,
+    roc_auc_score,
+)
 from sklearn.neighbors import KNeighborsClassifier
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate
 from data import build_cohort, decode, plain_view, read_cohort
 from losses import LEVELS
-from model import HLSS, image_tower, load_state
+from model import HLSS, image_tower
+from tools.weights import load_clip
 
 RNG = np.random.default_rng(0)
 Z = F.normalize(torch.from_numpy(RNG.normal(size=(300, 8))).float(), dim=1)
@@ -24,14 +31,18 @@ Y = RNG.integers(0, 4, 300)
 @pytest.mark.parametrize("k", [1, 20, 200])
 def test_knn_is_scikit_learns(k):
     ours = evaluate.knn(Z[:240], torch.from_numpy(Y[:240]), Z[240:], 4, k=k, chunk=17)
-    theirs = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07))
+    theirs = KNeighborsClassifier(
+        k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)
+    )
     expected = theirs.fit(Z[:240].double().numpy(), Y[:240]).predict_proba(Z[240:].double().numpy())
     np.testing.assert_allclose(ours.numpy(), expected, atol=2e-5)
 
 
 def test_k_is_capped_at_the_bank():
     y = torch.from_numpy(Y[:10])
-    torch.testing.assert_close(evaluate.knn(Z[:10], y, Z[10:], 4, k=200), evaluate.knn(Z[:10], y, Z[10:], 4, k=10))
+    torch.testing.assert_close(
+        evaluate.knn(Z[:10], y, Z[10:], 4, k=200), evaluate.knn(Z[:10], y, Z[10:], 4, k=10)
+    )
 
 
 def test_a_class_that_the_bank_lacks_gets_nothing():
@@ -49,11 +60,15 @@ def test_knn_holds_no_more_than_a_chunk_of_similarities():
         def __torch_dispatch__(self, function, types, arguments=(), options=None):
             result = function(*arguments, **(options or {}))
             for part in result if isinstance(result, (tuple, list)) else [result]:
-                self.size = max(self.size, part.numel() if function is not torch.ops.aten.split.Tensor else 0)
+                self.size = max(
+                    self.size, part.numel() if function is not torch.ops.aten.split.Tensor else 0
+                )
             return result
 
     with Largest() as largest:
-        evaluate.knn(torch.randn(5000, 4), torch.zeros(5000).long(), torch.randn(900, 4), 2, chunk=64)
+        evaluate.knn(
+            torch.randn(5000, 4), torch.zeros(5000).long(), torch.randn(900, 4), 2, chunk=64
+        )
     assert largest.size == 64 * 5000
 
 
@@ -62,8 +77,12 @@ def test_the_linear_probe_is_scikit_learns(scale):
     """Also where features share a large mean, as embeddings do, and hardly differ."""
     rng = np.random.default_rng(1)
     y = rng.integers(0, 3, 400)
-    x = torch.from_numpy(scale * (np.eye(3)[y] @ rng.normal(size=(3, 16)) + 2 * rng.normal(size=(400, 16))) + 1)
-    theirs = LogisticRegression(C=16 * 3 / 100, tol=1e-10, max_iter=100000).fit(x[:300].numpy(), y[:300])
+    x = torch.from_numpy(
+        scale * (np.eye(3)[y] @ rng.normal(size=(3, 16)) + 2 * rng.normal(size=(400, 16))) + 1
+    )
+    theirs = LogisticRegression(C=16 * 3 / 100, tol=1e-10, max_iter=100000).fit(
+        x[:300].numpy(), y[:300]
+    )
     ours = evaluate.logistic(x[:300], torch.from_numpy(y[:300]), x[300:], 3)
     np.testing.assert_allclose(ours, theirs.predict_proba(x[300:].numpy()), atol=1e-3)
 
@@ -71,8 +90,10 @@ def test_the_linear_probe_is_scikit_learns(scale):
 def cohort_of(labels, patients):
     """A cohort of so many patches, every patient in train but the last two, which are for validation."""
     last = sorted(set(patients))[-2:]
-    entries = [("", f"{i}.png", p, p, c, "val" if p in last else "train")
-               for i, (c, p) in enumerate(zip(labels, patients))]
+    entries = [
+        ("", f"{i}.png", p, p, c, "val" if p in last else "train")
+        for i, (c, p) in enumerate(zip(labels, patients))
+    ]
     return build_cohort("cohort", iter(entries), 0.2)
 
 
@@ -91,7 +112,8 @@ def test_metrics_are_scikit_learns(cohort_folder):
         assert at["mca"] == pytest.approx(balanced_accuracy_score(labels, found))
         assert at["auc"] == pytest.approx(roc_auc_score(labels, s, multi_class="ovr"))
         assert [r["recall"] for r in at["recall"].values()] == pytest.approx(
-            recall_score(labels, found, average=None).tolist())
+            recall_score(labels, found, average=None).tolist()
+        )
         assert at["confusion"] == confusion_matrix(labels, found, labels=range(4)).tolist()
         assert at["accuracy_interval"][0] < at["accuracy"] < at["accuracy_interval"][1]
 
@@ -106,13 +128,17 @@ def test_auc_counts_ties_as_half_and_needs_both():
 def test_pooling_averages_probabilities_once():
     """Three weak votes and a strong one: a second softmax, as in the released code, would turn the decision."""
     scores = np.array([[0.45, 0.55], [0.45, 0.55], [1.0, 0.0], [0.2, 0.8], [0.5, 0.5]])
-    pooled, labels, first, left_out = evaluate.pool(scores, np.array([0, 0, 0, 1, 1]), np.array([7, 7, 7, 9, 9]))
+    pooled, labels, first, left_out = evaluate.pool(
+        scores, np.array([0, 0, 0, 1, 1]), np.array([7, 7, 7, 9, 9])
+    )
     np.testing.assert_allclose(pooled, [[1.9 / 3, 1.1 / 3], [0.35, 0.65]])
     assert (labels.tolist(), first.tolist(), left_out) == ([0, 1], [0, 3], 0)
 
 
 def test_a_group_of_several_labels_is_left_out():
-    pooled, labels, _, left_out = evaluate.pool(np.full((4, 2), 0.5), np.array([0, 1, 1, 1]), np.array([3, 3, 4, 4]))
+    pooled, labels, _, left_out = evaluate.pool(
+        np.full((4, 2), 0.5), np.array([0, 1, 1, 1]), np.array([3, 3, 4, 4])
+    )
     assert (len(pooled), labels.tolist(), left_out) == (1, [1], 1)
 
 
@@ -122,11 +148,17 @@ def test_the_bootstrap_draws_patients_and_not_patches():
     weights = evaluate.patient_weights(6, 50)
     found = evaluate.rates(scores, y, patient, weights)
     for row, w in enumerate(weights):
-        rows = np.concatenate([np.repeat(np.flatnonzero(patient == p), int(w[p])) for p in range(6)])
-        assert found["accuracy"][row] == pytest.approx(accuracy_score(y[rows], scores[rows].argmax(1)))
+        rows = np.concatenate(
+            [np.repeat(np.flatnonzero(patient == p), int(w[p])) for p in range(6)]
+        )
+        assert found["accuracy"][row] == pytest.approx(
+            accuracy_score(y[rows], scores[rows].argmax(1))
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # classes that are predicted and do not occur
-            assert found["mca"][row] == pytest.approx(balanced_accuracy_score(y[rows], scores[rows].argmax(1)))
+            assert found["mca"][row] == pytest.approx(
+                balanced_accuracy_score(y[rows], scores[rows].argmax(1))
+            )
     assert weights[0].tolist() == [1] * 6
     np.testing.assert_array_equal(weights, evaluate.patient_weights(6, 50))  # seeded
 
@@ -136,11 +168,17 @@ def test_a_gain_over_itself_is_nothing_and_pairs_are_narrower(cohort_folder):
     pairs = evaluate.sides(cohort)
     y, patient = cohort.label[pairs[0][1]], cohort.patient[pairs[0][1]]
     hard = np.isin(patient, np.unique(patient)[:3])  # patients that both get wrong
-    first = np.append(True, patient[1:] != patient[:-1])  # one patch of each patient, which one of them gets wrong
+    first = np.append(
+        True, patient[1:] != patient[:-1]
+    )  # one patch of each patient, which one of them gets wrong
     ours, theirs = (np.eye(4)[np.where(wrong, (y + 1) % 4, y)] for wrong in (hard, hard ^ first))
-    same = evaluate.assess({"linear": ours}, cohort, pairs, other={"linear": ours})["linear"]["patch"]
+    same = evaluate.assess({"linear": ours}, cohort, pairs, other={"linear": ours})["linear"][
+        "patch"
+    ]
     assert (same["accuracy_gain"], same["accuracy_gain_interval"]) == (0, [0, 0])
-    both = evaluate.assess({"linear": ours}, cohort, pairs, other={"linear": theirs})["linear"]["patch"]
+    both = evaluate.assess({"linear": ours}, cohort, pairs, other={"linear": theirs})["linear"][
+        "patch"
+    ]
     assert both["accuracy_gain"] == pytest.approx((5 - 3) / 48)
     assert np.ptp(both["accuracy_gain_interval"]) < 0.5 * np.ptp(both["accuracy_interval"])
 
@@ -152,7 +190,12 @@ def test_probe_of_perfect_and_of_blind_embeddings(cohort_folder):
     assert all(result["knn20"][level]["accuracy"] == 1 for level in ("patch", "slide", "patient"))
     assert result["knn200"]["k"] == 72
     assert [result["knn20"][level]["n"] for level in ("patch", "slide", "patient")] == [48, 16, 8]
-    assert set(result["knn20"]["patch"]) == {"n", "left_out", "accuracy", "mca"}  # no bootstrap while training
+    assert set(result["knn20"]["patch"]) == {
+        "n",
+        "left_out",
+        "accuracy",
+        "mca",
+    }  # no bootstrap while training
     assert evaluate.probe(torch.ones_like(perfect) / 2, cohort)["knn200"]["patch"]["mca"] == 0.25
     text = "\n".join(evaluate.table({"perfect": result}))
     assert "100.0  100.0" in text
@@ -165,7 +208,9 @@ def test_a_few_patients_have_no_interval():
         names = [f"p{i}" for i in range(patients + 3) for _ in range(4)]
         cohort = cohort_of(list("ABAB") * (patients + 3), names)
         pairs = [(np.arange(12), np.arange(12, len(cohort)))]
-        at = evaluate.assess({"linear": RNG.random((4 * patients, 2))}, cohort, pairs)["linear"]["patch"]
+        at = evaluate.assess({"linear": RNG.random((4 * patients, 2))}, cohort, pairs)["linear"][
+            "patch"
+        ]
         assert ("accuracy_interval" in at) is there
         assert at["confusion"]
 
@@ -174,7 +219,10 @@ def test_no_class_is_set_apart_where_every_patient_has_several():
     cohort = cohort_of(list("ABAB"), list("wwxx"))
     scores = {"now": {level: torch.rand(4, 3) for level in LEVELS}}
     names = {level: list("abc") for level in LEVELS}
-    assert evaluate.in_words(scores, names, np.arange(4), cohort, {}, {}) == {"apart": [], "truth": []}
+    assert evaluate.in_words(scores, names, np.arange(4), cohort, {}, {}) == {
+        "apart": [],
+        "truth": [],
+    }
     alike = cohort_of(list("AABB"), list("wwxx"))
     found = evaluate.in_words(scores, names, np.arange(4), alike, {}, {})["apart"]
     assert len(found) == 2 * 3 * 3
@@ -210,7 +258,9 @@ def test_one_patient_at_a_time_is_left_out_of_its_own_neighbours():
     pairs = evaluate.sides(cohort, "lopo")
     assert [len(queries) for _, queries in pairs] == [3] * 6
     scores = evaluate.predict("knn20", z, cohort, pairs)
-    similarity = (z @ z.T).masked_fill(torch.from_numpy(cohort.patient[:, None] == cohort.patient), -torch.inf)
+    similarity = (z @ z.T).masked_fill(
+        torch.from_numpy(cohort.patient[:, None] == cohort.patient), -torch.inf
+    )
     weight = (similarity / 0.07).exp()
     votes = torch.stack([weight[:, cohort.label == c].sum(dim=1) for c in range(3)], dim=1)
     np.testing.assert_allclose(scores, votes / votes.sum(dim=1, keepdim=True), atol=1e-5)
@@ -219,7 +269,9 @@ def test_one_patient_at_a_time_is_left_out_of_its_own_neighbours():
 
 def test_a_patient_on_both_sides_is_refused(monkeypatch):
     cohort = cohort_of(list("ABAB"), list("wxyz"))
-    monkeypatch.setattr(type(cohort), "split", np.array([0, 1, 0, 1]))  # by patch, which no cohort of ours can have
+    monkeypatch.setattr(
+        type(cohort), "split", np.array([0, 1, 0, 1])
+    )  # by patch, which no cohort of ours can have
     monkeypatch.setattr(type(cohort), "patient", np.array([0, 0, 1, 1]))
     with pytest.raises(AssertionError, match="both sides"):
         evaluate.sides(cohort)
@@ -229,11 +281,14 @@ def test_a_class_is_set_apart_by_what_its_patients_share():
     label = np.repeat([0, 1, 2], 10)
     scores = RNG.normal(0, 0.01, (30, 4))
     scores[label == 1, 2] += 0.3
-    found = [(c, k, evaluate.estimate("difference", by)) for c, k, by in
-             evaluate.apart(scores, label, evaluate.patient_weights(30, 500), number=1)]
+    found = [
+        (c, k, evaluate.estimate("difference", by))
+        for c, k, by in evaluate.apart(scores, label, evaluate.patient_weights(30, 500), number=1)
+    ]
     assert found[1][1] == 2
     assert found[1][2]["difference"] == pytest.approx(
-        scores[10:20, 2].mean() - (scores[:10, 2].mean() + scores[20:, 2].mean()) / 2)
+        scores[10:20, 2].mean() - (scores[:10, 2].mean() + scores[20:, 2].mean()) / 2
+    )
     low, high = found[1][2]["difference_interval"]
     assert 0.28 < low < high < 0.32
     assert not list(evaluate.apart(scores, np.zeros(30, int), evaluate.patient_weights(30, 10)))
@@ -243,22 +298,33 @@ def test_attributes_are_held_against_their_factors(cohort_folder):
     """A score that is the factor has an AUC of 1, and of 0 where the bank means the opposite."""
     cohort = read_cohort(cohort_folder)
     factor = np.random.default_rng(0).random(len(cohort))
-    scores = {"now": {level: torch.from_numpy(np.stack([factor, -factor], axis=1)) for level in LEVELS}}
+    scores = {
+        "now": {level: torch.from_numpy(np.stack([factor, -factor], axis=1)) for level in LEVELS}
+    }
     names = {level: [f"high {level}", f"low {level}"] for level in LEVELS}
     truth = {f"high {level}": "+f" for level in LEVELS} | {"low patch": "+f", "low slide": "-f"}
     found = evaluate.in_words(scores, names, np.arange(len(cohort)), cohort, truth, {"f": factor})
     assert {row["attribute"]: row["AUC, now"] for row in found["truth"]} == {
-        "high patch": 1, "low patch": 0, "high slide": 1, "low slide": 1, "high patient": 1}
+        "high patch": 1,
+        "low patch": 0,
+        "high slide": 1,
+        "low slide": 1,
+        "high patient": 1,
+    }
     assert len(found["apart"]) == 4 * 3 * 2
 
 
 def test_embeddings_are_in_the_order_of_the_cohort(cohort_folder, clip_file):
     cohort = read_cohort(cohort_folder)
-    bank = {level: F.normalize(torch.randn(3, 64), dim=1) for level in ("patch", "slide", "patient")}
-    model = HLSS(image_tower(load_state(clip_file)), bank).train()
+    bank = {
+        level: F.normalize(torch.randn(3, 64), dim=1) for level in ("patch", "slide", "patient")
+    }
+    model = HLSS(image_tower(load_clip(clip_file)), bank).train()
     z = evaluate.embed(model, cohort, 64, 64, batch=13)
     assert model.training
     model.eval()
     for row in (0, 57, 119):
-        alone = model.encode(plain_view(torch.from_numpy(decode(cohort.path(row), 64).copy())[None], 64))[0]
+        alone = model.encode(
+            plain_view(torch.from_numpy(decode(cohort.path(row), 64).copy())[None], 64)
+        )[0]
         torch.testing.assert_close(z[row], alone, atol=1e-5, rtol=0)

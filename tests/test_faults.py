@@ -32,7 +32,9 @@ def _main(flags, rank, world, port, hang_at, timeout):
     watchdog's once 3 steps are done, since how long a start takes depends on what else the machine does."""
     sys.path.insert(0, ROOT)
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     with open(f"{out_of(flags)}-{rank}.txt", "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -60,7 +62,10 @@ def _main(flags, rank, world, port, hang_at, timeout):
 def start(flags, world=1, hang_at=None, timeout=600):
     """The ranks of a run, each in a process that has imported everything already."""
     port, context = free_port(), mp.get_context("forkserver")
-    ranks = [context.Process(target=_main, args=(flags, rank, world, port, hang_at, timeout)) for rank in range(world)]
+    ranks = [
+        context.Process(target=_main, args=(flags, rank, world, port, hang_at, timeout))
+        for rank in range(world)
+    ]
     for rank in ranks:
         rank.start()
     return ranks
@@ -143,7 +148,9 @@ def assert_same(a, b):
     assert a["model"].keys() == b["model"].keys()
     assert all(torch.equal(value, b["model"][name]) for name, value in a["model"].items())
     for i, state in a["optimizer"]["state"].items():
-        assert all(torch.equal(value, b["optimizer"]["state"][i][name]) for name, value in state.items())
+        assert all(
+            torch.equal(value, b["optimizer"]["state"][i][name]) for name, value in state.items()
+        )
 
 
 LIGHT = ["--slides", "1", "--patches", "1", "--save-every", "1", "--probe-every", "0"]
@@ -152,7 +159,9 @@ LIGHT = ["--slides", "1", "--patches", "1", "--save-every", "1", "--probe-every"
 @pytest.mark.parametrize("world", [1, 2])
 def test_kill_9_loses_nothing_and_changes_nothing(flags, tmp_path, world):
     moments = ["training", "checkpointing", "training"]
-    broken, whole, _ = kill_and_go_on([*flags, *LIGHT, "--steps", "12"], tmp_path, world, moments, seed=world)
+    broken, whole, _ = kill_and_go_on(
+        [*flags, *LIGHT, "--steps", "12"], tmp_path, world, moments, seed=world
+    )
     assert_same(broken, whole)
     assert words(broken).count("hlss from step") > 2
 
@@ -186,7 +195,7 @@ def test_a_signal_finishes_the_step_and_saves(flags, number):
     assert wait_for(lambda: steps_in(out_of(flags)) > 2, ranks), words(flags)
     os.kill(ranks[1].pid, number)
     assert end(ranks) == [train.STOPPED] * 2, words(flags)
-    saved, = checkpoints(out_of(flags))
+    (saved,) = checkpoints(out_of(flags))
     assert torch.load(saved, weights_only=True)["step"] == log_of(out_of(flags))[-1]["step"]
 
 
@@ -202,7 +211,7 @@ def damage(path, how):
     with open(path, "rb") as file:
         content = bytearray(file.read())
     if how == "truncated":
-        content = content[:len(content) // 2]
+        content = content[: len(content) // 2]
     elif how == "empty":
         content = b""
     elif how == "one bit":
@@ -244,7 +253,9 @@ def test_the_newest_two_checkpoints_are_kept(tmp_path):
 
 
 def test_ranks_that_see_different_checkpoints_are_told(flags, monkeypatch):
-    monkeypatch.setattr(train, "average", lambda step, device: [step / 2])  # as if the other of two ranks found none
+    monkeypatch.setattr(
+        train, "average", lambda step, device: [step / 2]
+    )  # as if the other of two ranks found none
     monkeypatch.setattr(train, "newest_checkpoint", lambda folder: {"step": 4})
     with pytest.raises(ValueError, match="put it on a shared disk"):
         train.resume(train.parse_config(flags), torch.nn.Linear(1, 1), None, {})
@@ -255,20 +266,32 @@ def test_a_full_disk_leaves_the_checkpoint_before(flags, tmp_path):
     out, kept = tmp_path / "small", tmp_path / "kept"
     out.mkdir()
     kept.mkdir()
-    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", out], capture_output=True).returncode:
+    if subprocess.run(
+        ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", out], capture_output=True
+    ).returncode:
         pytest.skip("this machine lets no one mount a tmpfs")
     state = torch.load(flags[flags.index("--clip") + 1], weights_only=True)["state_dict"]
     weights = sum(value.nbytes for name, value in state.items() if name.startswith("visual."))
     run = [sys.executable, "train.py", *flags, *LIGHT, "--out", str(out), "--steps", "8"]
-    script = ('mount -t tmpfs -o size="$1" tmpfs "$2"; out="$2" kept="$3"; shift 3; "$@"; code=$?; '
-              'cp "$out"/* "$kept"; exit $code')
+    script = (
+        'mount -t tmpfs -o size="$1" tmpfs "$2"; out="$2" kept="$3"; shift 3; "$@"; code=$?; '
+        'cp "$out"/* "$kept"; exit $code'
+    )
     size = int(2.5 * 3 * weights)  # weights and AdamW's two moments
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", script, "sh", str(size), out, kept, *run], cwd=ROOT,
-                          capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, "sh", str(size), out, kept, *run],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 1
     assert "step-0000003.pt cannot be written" in done.stderr
     assert "No space left on device" in done.stderr
-    assert sorted(path.name for path in kept.glob("step*")) == ["step-0000001.pt", "step-0000002.pt"]
+    assert sorted(path.name for path in kept.glob("step*")) == [
+        "step-0000001.pt",
+        "step-0000002.pt",
+    ]
     shutil.copytree(kept, out_of(flags))  # with room, it goes on
     train.train(train.parse_config([*flags, *LIGHT, "--steps", "8"]))
     assert log_of(out_of(flags))[-1]["step"] == 8
@@ -323,13 +346,14 @@ def test_a_rank_that_dies_stops_or_hangs_is_named(flags, tmp_path):
             os.kill(ranks[1].pid, signal.SIGKILL if what == "dies" else signal.SIGSTOP)
     since = time.monotonic()
     for what, (mine, ranks) in jobs.items():
-        code, = end(ranks[:1], timeout=40)
+        (code,) = end(ranks[:1], timeout=40)
         assert time.monotonic() - since < 6 + 5 + 10  # the last: for a machine that is busy
         last = max(line["step"] for line in log_of(out_of(mine)))
         end(ranks[1:], timeout=0)
         assert code == 1, what
-        assert f"rank 1 is missing: step {last} was its last" in words(mine) or \
-            f"rank 1 is missing: step {last - 1} was its last" in words(mine), words(mine)
+        assert f"rank 1 is missing: step {last} was its last" in words(
+            mine
+        ) or f"rank 1 is missing: step {last - 1} was its last" in words(mine), words(mine)
         assert "rank 0 is missing" not in words(mine), words(mine)
         assert ("no progress in 6 s" in words(mine)) == (what != "dies")
     assert "step 3 was its last, then reading" in words(jobs["hangs"][0])

@@ -61,14 +61,20 @@ def endpoint(model, faults=()):
             if faults:
                 faults.pop(0)(self)
             else:
-                send(self, 200, {"choices": [{"message": {"content": model(body["messages"][-1]["content"])}}]})
+                send(
+                    self,
+                    200,
+                    {"choices": [{"message": {"content": model(body["messages"][-1]["content"])}}]},
+                )
 
         def log_message(self, *_):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+    ).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}/v1", requests
     finally:
@@ -118,8 +124,20 @@ def no_proxy(monkeypatch):
 # ------------------------------------------------------------------------------------------------------ the connection
 
 
-@pytest.mark.parametrize("fault", [status(429), status(500), status(503), status(408), hang, drop, half, html,
-                                   lambda handler: send(handler, 200, {"choices": []})])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        status(429),
+        status(500),
+        status(503),
+        status(408),
+        hang,
+        drop,
+        half,
+        html,
+        lambda handler: send(handler, 200, {"choices": []}),
+    ],
+)
 def test_what_may_pass_is_asked_again(fault):
     start = time.monotonic()
     with endpoint(lambda prompt: "yes, " + prompt, [fault, fault]) as (url, requests):
@@ -131,8 +149,13 @@ def test_what_may_pass_is_asked_again(fault):
 def test_the_pauses_double_and_retry_after_is_heeded(monkeypatch):
     pauses = []
     monkeypatch.setattr(time, "sleep", pauses.append)
-    faults = [status(503), status(429, Retry_After=7), drop, status(429, Retry_After="Fri, 31 Dec 1999 23:59:59 GMT"),
-              *[status(502)] * 3]
+    faults = [
+        status(503),
+        status(429, Retry_After=7),
+        drop,
+        status(429, Retry_After="Fri, 31 Dec 1999 23:59:59 GMT"),
+        *[status(502)] * 3,
+    ]
     with endpoint(lambda prompt: "yes", faults) as (url, _):
         assert ask(url, "m", "please") == "yes"
     assert pauses == [2, 7, 8, 16, 32, 60, 60]
@@ -140,13 +163,20 @@ def test_the_pauses_double_and_retry_after_is_heeded(monkeypatch):
 
 def test_what_cannot_pass_is_not_asked_again_and_the_key_is_never_shown(capfd):
     for code in (400, 401, 404):
-        with (endpoint(None, [status(code)]) as (url, requests),
-              pytest.raises(ConnectionError, match=f"HTTP {code} .*not for \\*\\*\\*") as caught):
+        with (
+            endpoint(None, [status(code)]) as (url, requests),
+            pytest.raises(ConnectionError, match=f"HTTP {code} .*not for \\*\\*\\*") as caught,
+        ):
             ask(url, "m", "please", key=KEY, wait=0.01)
         assert len(requests) == 1 and requests[0][1]["Authorization"] == f"Bearer {KEY}"
         assert KEY not in str(caught.value)
-    with endpoint(None, [status(500)] * 3) as (url, requests), pytest.raises(ConnectionError, match="HTTP 500"):
-        ask(url, "m", "please", key=KEY + "\n", tries=3, wait=0.01)  # a line break comes with many a file of keys
+    with (
+        endpoint(None, [status(500)] * 3) as (url, requests),
+        pytest.raises(ConnectionError, match="HTTP 500"),
+    ):
+        ask(
+            url, "m", "please", key=KEY + "\n", tries=3, wait=0.01
+        )  # a line break comes with many a file of keys
     assert len(requests) == 3
     assert KEY not in "".join(capfd.readouterr())
 
@@ -163,7 +193,9 @@ def test_a_redirect_does_not_carry_the_key_away():
             pass
 
     thief = ThreadingHTTPServer(("127.0.0.1", 0), Thief)
-    threading.Thread(target=thief.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    threading.Thread(
+        target=thief.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+    ).start()
     away = status(302, Location=f"http://127.0.0.1:{thief.server_port}/")
     with endpoint(None, [away]) as (url, _), pytest.raises(ConnectionError, match="404"):
         ask(url, "m", "please", key=KEY)
@@ -176,7 +208,12 @@ def test_a_redirect_does_not_carry_the_key_away():
 
 
 def made(path, model, **options):
-    return generate(str(path), model, "H&E of nothing", **{"attributes": 6, "sentences": 4, "batch": 4} | options)
+    return generate(
+        str(path),
+        model,
+        "H&E of nothing",
+        **{"attributes": 6, "sentences": 4, "batch": 4} | options,
+    )
 
 
 def test_an_obedient_model_writes_a_bank_that_passes(tmp_path):
@@ -190,14 +227,21 @@ def test_an_obedient_model_writes_a_bank_that_passes(tmp_path):
     for prompt in model.prompts:
         assert "H&E of nothing" in prompt
     for level, number in (("patch", 0), ("slide", 4), ("patient", 8)):
-        taken = [name for before in LEVELS[:LEVELS.index(level)] for name in bank["levels"][before]]
-        assert all(name in model.prompts[number] for name in taken)  # what other levels have is not to come again
-        assert all(name in model.prompts[number + 1] for name in [*taken, *list(bank["levels"][level])[:4]])
+        taken = [
+            name for before in LEVELS[: LEVELS.index(level)] for name in bank["levels"][before]
+        ]
+        assert all(
+            name in model.prompts[number] for name in taken
+        )  # what other levels have is not to come again
+        assert all(
+            name in model.prompts[number + 1] for name in [*taken, *list(bank["levels"][level])[:4]]
+        )
     assert made(tmp_path / "bank.json", None), "a whole bank asks nothing"
 
 
 def replies(change):
     """Spoil the replies of sentences: change what the model says of the first attribute."""
+
     def spoil(number, reply):
         if number != 3:
             return reply
@@ -205,26 +249,37 @@ def replies(change):
         first = next(iter(said))
         said[first] = change(said[first])
         return json.dumps(said)
+
     return spoil
 
 
 SPOILED = {  # what the next prompt must complain of <- how a reply is spoiled (number 1 names, number 3 has sentences)
-    "not the JSON asked for": lambda number, reply: "I am sorry, I cannot." if number in (1, 3) else reply,
+    "not the JSON asked for": lambda number, reply: (
+        "I am sorry, I cannot." if number in (1, 3) else reply
+    ),
     "not the JSON asked for: '[\"": lambda number, reply: reply[:-9] if number == 1 else reply,
-    "names alike": lambda number, reply:
-        json.dumps([*json.loads(reply)[:-1], " ".join(json.loads(reply)[0].split()[::-1])]) if number == 1 else reply,
-    "is taken": lambda number, reply:
-        json.dumps(["bababa babade babadi", *json.loads(reply)[1:]]) if number < 3 else reply,
-    "no image shows 'mirna'": lambda number, reply:
-        json.dumps(["raised miRNA", *json.loads(reply)[1:]]) if number == 1 else reply,
-    "a name has 1 to 8 words": lambda number, reply:
-        json.dumps(["one two three four five six seven eight nine", ""]) if number == 1 else reply,
+    "names alike": lambda number, reply: (
+        json.dumps([*json.loads(reply)[:-1], " ".join(json.loads(reply)[0].split()[::-1])])
+        if number == 1
+        else reply
+    ),
+    "is taken": lambda number, reply: (
+        json.dumps(["bababa babade babadi", *json.loads(reply)[1:]]) if number < 3 else reply
+    ),
+    "no image shows 'mirna'": lambda number, reply: (
+        json.dumps(["raised miRNA", *json.loads(reply)[1:]]) if number == 1 else reply
+    ),
+    "a name has 1 to 8 words": lambda number, reply: (
+        json.dumps(["one two three four five six seven eight nine", ""]) if number == 1 else reply
+    ),
     "3 sentences, not 4": replies(lambda said: said[:3]),
     "0 sentences, not 4": replies(lambda said: {"morphology": said[0]}),
     "1 sentences, not 4": replies(lambda said: [said[0], None, 3, said[1:]]),
     "sentences alike (1.00)": replies(lambda said: [*said[:3], said[0]]),
     "under 6 words": replies(lambda said: [*said[:3], "Too short for anyone."]),
-    "over 40 words": replies(lambda said: [*said[:3], " ".join(said) + " " + " ".join(map(word, range(9000, 9010)))]),
+    "over 40 words": replies(
+        lambda said: [*said[:3], " ".join(said) + " " + " ".join(map(word, range(9000, 9010)))]
+    ),
     "not ASCII": replies(lambda said: [*said[:3], said[3] + " na\u00efve"]),
     "no image shows 'cytokines'": replies(lambda said: [*said[:3], said[3] + " cytokines"]),
 }
@@ -240,37 +295,62 @@ def test_what_the_check_finds_is_asked_again_with_the_reason(complaint, tmp_path
     assert complaint not in model.prompts[-1]
 
 
-@pytest.mark.parametrize("dress", [
-    "```json\n{}\n```", "Sure! Here you are:\n\n{}\n\nAnything else?", "<think>[1] or {{2}}?</think>\n{}"])
+@pytest.mark.parametrize(
+    "dress",
+    [
+        "```json\n{}\n```",
+        "Sure! Here you are:\n\n{}\n\nAnything else?",
+        "<think>[1] or {{2}}?</think>\n{}",
+    ],
+)
 def test_fences_talk_and_thoughts_around_the_json_do_not_matter(dress, tmp_path):
     model = Model(lambda number, reply: dress.replace("{{2}}", "{2}").replace("{}", reply))
     assert made(tmp_path / "bank.json", model) and len(model.prompts) == 12
 
 
 def test_quotes_dashes_and_a_sentence_too_many_are_mended_not_refused(tmp_path):
-    model = Model(replies(lambda said: ["The cell\u2019s  \u201crim\u201d is thin \u2013 almost unseen by anyone.",
-                                        *said]))
+    model = Model(
+        replies(
+            lambda said: [
+                "The cell\u2019s  \u201crim\u201d is thin \u2013 almost unseen by anyone.",
+                *said,
+            ]
+        )
+    )
     assert made(tmp_path / "bank.json", model) and len(model.prompts) == 12
     first = next(iter(read_bank(tmp_path / "bank.json")["levels"]["patch"].values()))
     assert first[0] == "The cell's 'rim' is thin - almost unseen by anyone." and len(first) == 4
 
 
 def test_more_names_than_asked_for_are_left(tmp_path):
-    model = Model(lambda number, reply: json.dumps([*json.loads(reply), "some more", "and more"]) if number == 2
-                  else reply)
+    model = Model(
+        lambda number, reply: (
+            json.dumps([*json.loads(reply), "some more", "and more"]) if number == 2 else reply
+        )
+    )
     assert made(tmp_path / "bank.json", model)
-    assert [len(names) for names in read_bank(tmp_path / "bank.json")["levels"].values()] == [6, 6, 6]
+    assert [len(names) for names in read_bank(tmp_path / "bank.json")["levels"].values()] == [
+        6,
+        6,
+        6,
+    ]
 
 
 def test_boilerplate_is_refused_once_it_shows():
     """A frame in every sentence is no frame among 16; of the 17th on, it is."""
     bank = {"tissue": "H&E", "levels": {level: {} for level in LEVELS}}
-    framed = Model(lambda number, reply: json.dumps({n: ["The image shows " + s for s in said]
-                                                     for n, said in json.loads(reply).items()}))
+    framed = Model(
+        lambda number, reply: json.dumps(
+            {n: ["The image shows " + s for s in said] for n, said in json.loads(reply).items()}
+        )
+    )
     bank["levels"]["patch"] = {word(n): [] for n in range(9000, 9006)}
     level, names, prompt = next_prompt(bank, attributes=6)
     assert take_reply(bank, level, names, framed(prompt), attributes=6) == 4
-    assert all("'the image shows' stands in" in line for line in bank["refused"]) and len(bank["refused"]) == 2
+    assert (
+        all("'the image shows' stands in" in line for line in bank["refused"])
+        and len(bank["refused"]) == 2
+    )
 
 
 def test_a_model_that_never_obeys_is_given_up(tmp_path):
@@ -278,7 +358,9 @@ def test_a_model_that_never_obeys_is_given_up(tmp_path):
     with pytest.raises(RuntimeError, match=r"bank\.json: four replies in a row"):
         made(tmp_path / "bank.json", model)
     assert len(model.prompts) == 7
-    assert made(tmp_path / "bank.json", Model(lambda number, reply: reply)), "and another one goes on"
+    assert made(tmp_path / "bank.json", Model(lambda number, reply: reply)), (
+        "and another one goes on"
+    )
 
 
 def test_a_crash_while_the_file_is_written_leaves_the_one_before(tmp_path, monkeypatch):
@@ -291,7 +373,9 @@ def test_a_crash_while_the_file_is_written_leaves_the_one_before(tmp_path, monke
     with pytest.raises(OSError, match="no space left"):
         made(tmp_path / "bank.json", model)
     monkeypatch.undo()
-    assert [len(names) for names in read_bank(tmp_path / "bank.json", partial=True)["levels"].values()] == [6, 0, 0]
+    assert [
+        len(names) for names in read_bank(tmp_path / "bank.json", partial=True)["levels"].values()
+    ] == [6, 0, 0]
     assert made(tmp_path / "bank.json", model)
 
 
@@ -307,8 +391,17 @@ def test_another_tissue_or_none_is_refused(tmp_path):
 
 
 def command(out, *flags):
-    return [os.path.join(ROOT, "describe.py"), "generate", "--out", str(out), "--attributes", "6", "--batch", "4",
-            *flags]
+    return [
+        os.path.join(ROOT, "describe.py"),
+        "generate",
+        "--out",
+        str(out),
+        "--attributes",
+        "6",
+        "--batch",
+        "4",
+        *flags,
+    ]
 
 
 @pytest.fixture
@@ -323,6 +416,7 @@ def run(monkeypatch, capfd):
         except SystemExit as end:
             ended = end.code
         return ended, *capfd.readouterr()
+
     return run
 
 
@@ -341,8 +435,11 @@ def test_killed_between_answers_it_goes_on_and_pays_for_nothing_twice(run, tmp_p
         return model(prompt)
 
     with endpoint(stop_at_seven) as (url, requests):
-        process = subprocess.Popen([sys.executable, *command(out, *flags, "--endpoint", url)],
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, *command(out, *flags, "--endpoint", url)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         assert reached.wait(60)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
@@ -355,18 +452,24 @@ def test_killed_between_answers_it_goes_on_and_pays_for_nothing_twice(run, tmp_p
     assert len(set(model.prompts)) == len(model.prompts) and len(requests) == len(model.prompts) + 1
     bank = read_bank(out)
     for level in LEVELS:  # and what the first run had is still there
-        assert all(bank["levels"][level][n] == said for n, said in part["levels"][level].items() if said)
+        assert all(
+            bank["levels"][level][n] == said for n, said in part["levels"][level].items() if said
+        )
     assert KEY not in stdout + stderr + out.read_text()
 
 
 def test_it_ends_with_an_error_when_the_endpoint_does(run, tmp_path):
     with endpoint(Model(), [status(401)]) as (url, _):
-        ended, stdout, stderr = run(tmp_path / "bank.json", "--tissue", "H&E", "--model", "m", "--endpoint", url)
+        ended, stdout, stderr = run(
+            tmp_path / "bank.json", "--tissue", "H&E", "--model", "m", "--endpoint", url
+        )
     assert "HTTP 401" in ended and "goes on from what is in" in ended
     assert KEY not in ended + stdout + stderr
 
 
-@pytest.mark.parametrize("flags", [[], ["--endpoint", "http://x"], ["--endpoint", "localhost:1/v1", "--model", "m"]])
+@pytest.mark.parametrize(
+    "flags", [[], ["--endpoint", "http://x"], ["--endpoint", "localhost:1/v1", "--model", "m"]]
+)
 def test_flags_that_do_not_say_whom_to_ask_are_refused(run, flags, tmp_path):
     ended, _, stderr = run(tmp_path / "bank.json", "--tissue", "H&E", *flags)
     assert ended == 2 and "needs --endpoint" in stderr
@@ -376,12 +479,21 @@ def test_by_hand_with_a_prompt_printed_and_a_reply_pasted(run, tmp_path):
     out, reply, model = tmp_path / "bank.json", tmp_path / "reply.txt", Model()
     flags = ["--tissue", "H&E", "--batch", "6"]
     for step in range(6):
-        paying = ["--endpoint", "http://127.0.0.1:1", "--model", "m"]  # may stay in the command: printing asks no one
+        paying = [
+            "--endpoint",
+            "http://127.0.0.1:1",
+            "--model",
+            "m",
+        ]  # may stay in the command: printing asks no one
         ended, prompt, _ = run(out, *flags, *paying, "--print-prompts")
         assert ended is None and prompt.startswith("You are a pathologist")
         assert ("Name 6 attributes", "write 4 sentences")[step % 2] in prompt
         reply.write_text("Here:\n```json\n" + model(prompt) + "\n```")
         ended, stdout, _ = run(out, *flags, "--from-reply", str(reply))
-        assert (ended == 0 and "72 sentences" in stdout) if step == 5 else (ended is None and "not whole" in stdout)
+        assert (
+            (ended == 0 and "72 sentences" in stdout)
+            if step == 5
+            else (ended is None and "not whole" in stdout)
+        )
     assert check_bank(read_bank(out), attributes=6, sentences=4)[1] == {}
     assert run(out, "--print-prompts")[0] == 0, "a whole bank is checked, nothing is asked"

@@ -11,12 +11,21 @@ from losses import LEVELS, gather, ha, hvc, nearest_attribute, supcon, symmetric
 
 
 def unit(*shape, seed=0, dtype=torch.float64):
-    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype), dim=-1)
+    return F.normalize(
+        torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype), dim=-1
+    )
 
 
 # 2 patients x 2 slides x 2 patches x 2 views
-IDS = torch.tensor([[8 * p + 4 * s + b, 2 * p + s, p]
-                    for p in range(2) for s in range(2) for b in range(2) for _ in range(2)])
+IDS = torch.tensor(
+    [
+        [8 * p + 4 * s + b, 2 * p + s, p]
+        for p in range(2)
+        for s in range(2)
+        for b in range(2)
+        for _ in range(2)
+    ]
+)
 
 
 def supcon_by_loops(f, ids, tau):
@@ -25,7 +34,9 @@ def supcon_by_loops(f, ids, tau):
         others = [k for k in range(len(f)) if k != i]
         log_denominator = math.log(sum(math.exp(float(f[i] @ f[k]) / tau) for k in others))
         positives = [j for j in others if ids[j] == ids[i]]
-        total += -sum(float(f[i] @ f[j]) / tau - log_denominator for j in positives) / len(positives)
+        total += -sum(float(f[i] @ f[j]) / tau - log_denominator for j in positives) / len(
+            positives
+        )
     return total / len(f)
 
 
@@ -39,7 +50,9 @@ def test_supcon_is_the_double_loop(column):
 @pytest.mark.parametrize("n", [2, 4, 32])
 def test_equal_similarities_give_log_2n_minus_1(n):
     f = torch.ones(2 * n, 4) / 2
-    assert supcon(f, torch.arange(n).repeat(2)).item() == pytest.approx(math.log(2 * n - 1), rel=1e-6)
+    assert supcon(f, torch.arange(n).repeat(2)).item() == pytest.approx(
+        math.log(2 * n - 1), rel=1e-6
+    )
 
 
 def test_levels_have_their_own_positives():
@@ -54,12 +67,18 @@ def test_a_slide_drawn_twice_is_not_its_own_negative():
     """Rows that are equal and share an id cost less than rows that are equal and do not."""
     f = unit(2, 5).repeat_interleave(4, dim=0)  # two slides, each drawn twice with two views
     by_id = supcon(f, torch.tensor([7, 7, 7, 7, 9, 9, 9, 9]))
-    by_place = supcon(f, torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]))  # as the released code: its place is its identity
-    assert by_id.item() == pytest.approx(math.log(3), abs=1e-3)  # three equal positives, the other slide far away
+    by_place = supcon(
+        f, torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+    )  # as the released code: its place is its identity
+    assert by_id.item() == pytest.approx(
+        math.log(3), abs=1e-3
+    )  # three equal positives, the other slide far away
     assert by_id < by_place + 1e-6
     f = F.normalize(f + 0.1 * unit(8, 5, seed=3), dim=1).requires_grad_()
-    gradient, = torch.autograd.grad(supcon(f, torch.tensor([7, 7, 7, 7, 9, 9, 9, 9])), f)
-    pulled = -(gradient[0] @ f[2] - (gradient[0] @ f[0]) * (f[0] @ f[2]))  # along the sphere, to the second draw
+    (gradient,) = torch.autograd.grad(supcon(f, torch.tensor([7, 7, 7, 7, 9, 9, 9, 9])), f)
+    pulled = -(
+        gradient[0] @ f[2] - (gradient[0] @ f[0]) * (f[0] @ f[2])
+    )  # along the sphere, to the second draw
     assert pulled > 0
 
 
@@ -102,7 +121,7 @@ def test_alignment_moves_z_and_a_second_step_works():
     for _ in range(2):  # the released code's graph was freed after the first step
         z = F.normalize(raw, dim=1)
         loss = ha(z, bank, temperature=0.1)["patch"]
-        gradient, = torch.autograd.grad(loss, raw)
+        (gradient,) = torch.autograd.grad(loss, raw)
         assert gradient.norm() > 1e-3
         raw = (raw - 0.1 * gradient).detach().requires_grad_()
         values.append(loss.item())
@@ -143,7 +162,7 @@ def _contrast_gradient(rank, world, how):
             positive = (IDS[:, column, None] == IDS[None, :, column]) & ~itself
             log_p = (everyone @ everyone.T / 0.07).masked_fill(itself, -torch.inf).log_softmax(1)
             loss = loss - (log_p.masked_fill(~positive, 0).sum(1) / positive.sum(1)).mean()
-    gradient, = torch.autograd.grad(loss, weight)
+    (gradient,) = torch.autograd.grad(loss, weight)
     dist.all_reduce(gradient)
     dist.all_reduce(loss := loss.detach())
     return loss / world, gradient / world
@@ -154,7 +173,7 @@ def test_processes_give_the_gradient_of_one(world):
     x, weight = unit(16, 6, seed=4), unit(6, 5, seed=5).requires_grad_()
     f = F.normalize(x @ weight, dim=1)
     loss = sum(hvc({level: f for level in LEVELS}, IDS).values())
-    expected, = torch.autograd.grad(loss, weight)
+    (expected,) = torch.autograd.grad(loss, weight)
     for got_loss, got in on_processes(world, _contrast_gradient, "ours"):
         torch.testing.assert_close(got_loss, loss.detach(), rtol=0, atol=1e-12)
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
@@ -164,7 +183,9 @@ def test_a_gather_without_gradient_is_too_small():
     """The trap: with W processes each holding all rows, the plain gather's gradient comes out W times too small."""
     x, weight = unit(16, 6, seed=4), unit(6, 5, seed=5).requires_grad_()
     f = F.normalize(x @ weight, dim=1)
-    expected, = torch.autograd.grad(sum(hvc({level: f for level in LEVELS}, IDS).values()), weight)
+    (expected,) = torch.autograd.grad(
+        sum(hvc({level: f for level in LEVELS}, IDS).values()), weight
+    )
     for _, got in on_processes(2, _contrast_gradient, "plain"):
         torch.testing.assert_close(2 * got, expected, rtol=0, atol=1e-10)
 

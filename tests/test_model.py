@@ -5,12 +5,24 @@ import torch
 import torch.nn.functional as F
 
 from losses import LEVELS, ha, hvc
-from model import HLSS, OBJECTIVES, ModifiedResNet, TextTower, hlss_from_state, image_tower, load_state, text_tower
+from model import (
+    HLSS,
+    OBJECTIVES,
+    ModifiedResNet,
+    TextTower,
+    hlss_from_state,
+    image_tower,
+    text_tower,
+)
+from tools.weights import load_clip
 
 
 def bank(dim=32):
     generator = torch.Generator().manual_seed(0)
-    return {level: F.normalize(torch.randn(k, dim, generator=generator), dim=1) for level, k in zip(LEVELS, (5, 6, 7))}
+    return {
+        level: F.normalize(torch.randn(k, dim, generator=generator), dim=1)
+        for level, k in zip(LEVELS, (5, 6, 7))
+    }
 
 
 def model(objective="hlss", **options):
@@ -66,7 +78,9 @@ def test_objectives_differ_in_their_projections():
 def test_the_image_is_normalised_inside():
     hlss = model().eval()
     hlss.normalise((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    by_hand = (IMAGES - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)
+    by_hand = (IMAGES - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor(
+        [0.4, 0.5, 0.6]
+    ).view(3, 1, 1)
     torch.testing.assert_close(hlss.encode(IMAGES), F.normalize(hlss.tower(by_hand), dim=1))
 
 
@@ -80,9 +94,15 @@ def test_a_model_is_rebuilt_from_its_state_alone(objective):
 
 
 def test_sizes_are_read_off_the_state_dict(clip_file):
-    state = load_state(clip_file)
+    state = load_clip(clip_file)
     tower, text = image_tower(state), text_tower(state)
-    assert (tower.image_size, tower.dim, text.dim, text.context, text.vocabulary) == (64, 64, 64, 77, 514)
+    assert (tower.image_size, tower.dim, text.dim, text.context, text.vocabulary) == (
+        64,
+        64,
+        64,
+        77,
+        514,
+    )
     assert not any(p.requires_grad for p in text.parameters())
     torch.manual_seed(1)
     other = ModifiedResNet((1, 2, 1, 3), 8, 48, 96)
@@ -93,7 +113,9 @@ def test_sizes_are_read_off_the_state_dict(clip_file):
 
 def test_the_text_tower_is_causal_and_reads_the_end_token():
     torch.manual_seed(0)
-    text = TextTower(vocabulary=20, context=10, width=64, layers=2, dim=8, activation="quickgelu").eval()
+    text = TextTower(
+        vocabulary=20, context=10, width=64, layers=2, dim=8, activation="quickgelu"
+    ).eval()
     tokens = torch.tensor([[18, 3, 4, 19, 0, 0]])
     padded = torch.tensor([[18, 3, 4, 19, 7, 7, 7, 0]])  # what follows the end token is not seen
     torch.testing.assert_close(text(tokens), text(padded))

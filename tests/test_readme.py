@@ -14,8 +14,13 @@ with open(os.path.join(ROOT, "README.md")) as _file:
     README = _file.read()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
 LINES = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
-COMMANDS = [line.split("#")[0].split("&&")[-1].strip() for line in LINES if re.search(r"\b\w+\.py\b", line)]
-COMMANDS = [command.replace("$objective", "hlss").replace("$seed", "0").split("; done")[0] for command in COMMANDS]
+COMMANDS = [
+    line.split("#")[0].split("&&")[-1].strip() for line in LINES if re.search(r"\b\w+\.py\b", line)
+]
+COMMANDS = [
+    command.replace("$objective", "hlss").replace("$seed", "0").split("; done")[0]
+    for command in COMMANDS
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -37,13 +42,19 @@ def test_a_command_is_understood(command, monkeypatch):
 
 def test_there_are_commands_and_their_files_exist():
     assert len(COMMANDS) >= 8
-    for path in re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r"`((?:attributes|tests)/[\w./]+)`", README):
+    for path in re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(
+        r"`((?:attributes|tests)/[\w./]+)`", README
+    ):
         assert os.path.exists(os.path.join(ROOT, path)), path
 
 
 def test_the_two_commands_are_what_ci_runs():
     with open(os.path.join(ROOT, ".ci/run")) as file:
         ci = file.read()
-    for part in ("python3 -m venv .venv", "pip install -q -r requirements-dev.txt", ".venv/bin/python -m pytest -q"):
+    for part in (
+        "python3 -m venv .venv",
+        "pip install -q -r requirements-dev.txt",
+        ".venv/bin/python -m pytest -q",
+    ):
         assert part in README
         assert part in ci

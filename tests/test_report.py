@@ -16,8 +16,20 @@ import evaluate
 import train
 from model import checkpoints
 
-SECTIONS = {"results", "gains", "confusion", "curves", "maps", "gallery", "apart", "truth", "settings"}
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+SECTIONS = {
+    "results",
+    "gains",
+    "confusion",
+    "curves",
+    "maps",
+    "gallery",
+    "apart",
+    "truth",
+    "settings",
+}
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,9 +43,28 @@ def one_thread():
 @pytest.fixture(scope="module")
 def run(cohort_folder, clip_file, tmp_path_factory):
     out = str(tmp_path_factory.mktemp("run") / "a<b>&$c")
-    train.train(train.parse_config(["--data", cohort_folder, "--clip", clip_file, "--out", out, "--patients", "4",
-                                    "--steps", "4", "--log-every", "1", "--no-compile", "--no-amp", "--bank",
-                                    os.path.join(ROOT, "attributes/demo.json")]))
+    train.train(
+        train.parse_config(
+            [
+                "--data",
+                cohort_folder,
+                "--clip",
+                clip_file,
+                "--out",
+                out,
+                "--patients",
+                "4",
+                "--steps",
+                "4",
+                "--log-every",
+                "1",
+                "--no-compile",
+                "--no-amp",
+                "--bank",
+                os.path.join(ROOT, "demo/attributes.json"),
+            ]
+        )
+    )
     return out
 
 
@@ -46,7 +77,10 @@ def command(monkeypatch, *arguments):
 def evaluated(run, tmp_path_factory):
     """What the command wrote of it, with prompts for the zero-shot probe."""
     out = tmp_path_factory.mktemp("out")
-    prompts = {name: [f"tissue of {name}", "a patch"] for name in ("high_grade", "low_grade", "normal", "spindle")}
+    prompts = {
+        name: [f"tissue of {name}", "a patch"]
+        for name in ("high_grade", "low_grade", "normal", "spindle")
+    }
     (out / "prompts.json").write_text(json.dumps(prompts))
     with pytest.MonkeyPatch.context() as patch:
         command(patch, run, "--out", out, "--prompts", out / "prompts.json")
@@ -54,15 +88,29 @@ def evaluated(run, tmp_path_factory):
 
 
 def test_metrics_hold_every_probe_and_what_the_words_say(evaluated):
-    metrics = json.loads((evaluated / "metrics.json").read_text(), parse_constant=pytest.fail)  # no NaN: any reader
+    metrics = json.loads(
+        (evaluated / "metrics.json").read_text(), parse_constant=pytest.fail
+    )  # no NaN: any reader
     assert set(metrics["probes"]) == {*evaluate.PROBES, "zero-shot"}
     for at in metrics["probes"].values():
-        assert {"accuracy_interval", "mca_interval", "auc", "recall", "confusion", "mca_gain"} <= set(at["slide"])
-    assert metrics["against"] == "start"  # since the truth is known, before and after training are told apart
+        assert {
+            "accuracy_interval",
+            "mca_interval",
+            "auc",
+            "recall",
+            "confusion",
+            "mca_gain",
+        } <= set(at["slide"])
+    assert (
+        metrics["against"] == "start"
+    )  # since the truth is known, before and after training are told apart
     assert len(metrics["truth"]) == 42
-    assert all(0 <= row["AUC, step 4"] <= 1 and 0 <= row["AUC, start"] <= 1 for row in metrics["truth"])
+    assert all(
+        0 <= row["AUC, step 4"] <= 1 and 0 <= row["AUC, start"] <= 1 for row in metrics["truth"]
+    )
     assert {(row["class"], row["level"]) for row in metrics["apart"]} == {
-        (name, level) for name in metrics["classes"] for level in evaluate.LEVELS}
+        (name, level) for name in metrics["classes"] for level in evaluate.LEVELS
+    }
     assert all(1 <= used <= 14 for used in metrics["attributes_used"].values())
     assert metrics["notes"] == []
 
@@ -71,11 +119,15 @@ def test_embeddings_are_enough_for_a_probe_of_ones_own(evaluated, run):
     """The README's recipe: the linear probe again from the file alone, and names instead of numbers."""
     with np.load(evaluated / "embeddings.npz") as file:
         data = dict(file)
-    bank, held = (np.flatnonzero(data["splits"][data["split"]] == name) for name in ("train", "val"))
+    bank, held = (
+        np.flatnonzero(data["splits"][data["split"]] == name) for name in ("train", "val")
+    )
     z, y = torch.from_numpy(data["z"]), torch.from_numpy(data["label"]).long()
     scores = evaluate.logistic(z[bank], y[bank], z[held], len(data["classes"])).numpy()
     metrics = json.loads((evaluated / "metrics.json").read_text())
-    assert (scores.argmax(axis=1) == data["label"][held]).mean() == metrics["probes"]["linear"]["patch"]["accuracy"]
+    assert (scores.argmax(axis=1) == data["label"][held]).mean() == metrics["probes"]["linear"][
+        "patch"
+    ]["accuracy"]
     assert data["patients"][data["patient"][0]] in data["path"][0].decode()
     vectors = torch.load(checkpoints(run)[-1], weights_only=True)["model"]["bank_slide"].numpy()
     np.testing.assert_allclose(data["scores_slide"], data["z"] @ vectors.T, atol=1e-6)
@@ -87,7 +139,10 @@ def test_the_report_needs_nothing_but_itself(evaluated):
     assert len(page) < 3e6
     assert "<script" not in page
     assert set(re.findall(r"(?:href|src)=\"([^\"]{1,15})", page)) <= {
-        "data:image/jpeg", "data:,", *(f"#mark{i}" for i in range(7))}
+        "data:image/jpeg",
+        "data:,",
+        *(f"#mark{i}" for i in range(7)),
+    }
     assert "a&lt;b&gt;&amp;$c" in page  # names are data, whatever they look like
 
     assert {*re.findall(r'<section id="(\w+)"', page)} == SECTIONS
@@ -110,10 +165,23 @@ def test_the_report_in_a_browser(evaluated, tmp_path, width):
           seen(".dot image").filter(e => box(e).width > 0).length})}</script>"""
     page = (evaluated / "report.html").read_text().replace("&", "&amp;").replace('"', "&quot;")
     (tmp_path / "look.html").write_text(look % (width, page, width))
-    result = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,900",
-                             "--enable-logging=stderr", f"--user-data-dir={tmp_path}/profile", "--dump-dom",
-                             "--virtual-time-budget=5000", f"file://{tmp_path}/look.html"], capture_output=True,
-                            text=True, timeout=60)
+    result = subprocess.run(
+        [
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--window-size=1400,900",
+            "--enable-logging=stderr",
+            f"--user-data-dir={tmp_path}/profile",
+            "--dump-dom",
+            "--virtual-time-budget=5000",
+            f"file://{tmp_path}/look.html",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     seen = json.loads(re.search("<title>(.*?)</title>", result.stdout)[1])
     assert (seen["spare"] >= 0, seen["out"], seen["flat"]) == (True, 0, 0)
     assert seen["tables"] == 2 + 5 * 3 + 4
@@ -123,15 +191,34 @@ def test_the_report_in_a_browser(evaluated, tmp_path, width):
 
 def test_two_processes_write_the_same_embeddings(run, tmp_path):
     for processes, out in ((1, "one"), (2, "two")):
-        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-                        "evaluate.py", run, "--out", tmp_path / out], cwd=ROOT, check=True, capture_output=True,
-                       env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=150)
-    assert (tmp_path / "one/embeddings.npz").read_bytes() == (tmp_path / "two/embeddings.npz").read_bytes()
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc_per_node={processes}",
+                "evaluate.py",
+                run,
+                "--out",
+                tmp_path / out,
+            ],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            timeout=150,
+        )
+    assert (tmp_path / "one/embeddings.npz").read_bytes() == (
+        tmp_path / "two/embeddings.npz"
+    ).read_bytes()
 
 
 def test_a_crash_while_writing_leaves_what_was_there(run, tmp_path, monkeypatch):
     (tmp_path / "embeddings.npz").write_bytes(b"before")
-    monkeypatch.setattr(evaluate.np, "savez", lambda file, **arrays: file.write(b"half") and file.no_such_method())
+    monkeypatch.setattr(
+        evaluate.np, "savez", lambda file, **arrays: file.write(b"half") and file.no_such_method()
+    )
     with pytest.raises(AttributeError):
         command(monkeypatch, run, "--out", tmp_path)
     assert (tmp_path / "embeddings.npz").read_bytes() == b"before"
@@ -140,13 +227,19 @@ def test_a_crash_while_writing_leaves_what_was_there(run, tmp_path, monkeypatch)
 def test_other_classes_are_refused_with_both_lists(run, cohort_folder, tmp_path, monkeypatch):
     with open(os.path.join(cohort_folder, "manifest.csv")) as file:
         (tmp_path / "manifest.csv").write_text(file.read().replace(",spindle,", ",round,"))
-    with pytest.raises(ValueError, match=r"'round'\], step 4 \['high_grade', 'low_grade', 'normal', 'spindle"):
+    with pytest.raises(
+        ValueError, match=r"'round'\], step 4 \['high_grade', 'low_grade', 'normal', 'spindle"
+    ):
         command(monkeypatch, run, "--data", tmp_path)
 
 
 def small_cohort(folder, to, pattern, columns=5):
     with open(os.path.join(folder, "manifest.csv")) as file:
-        lines = [",".join(line.split(",")[:columns]) for line in file.read().splitlines() if re.match(pattern, line)]
+        lines = [
+            ",".join(line.split(",")[:columns])
+            for line in file.read().splitlines()
+            if re.match(pattern, line)
+        ]
     (to / "manifest.csv").write_text("\n".join(lines))
     shutil.copytree(os.path.join(folder, "images"), to / "images")
 
@@ -169,28 +262,70 @@ def test_from_the_checkpoint_alone(run, cohort_folder, tmp_path, monkeypatch, ca
 
 def test_against_itself_and_leaving_out_patients(run, cohort_folder, tmp_path, monkeypatch):
     small_cohort(cohort_folder, tmp_path, r"path|.*/\w+-0[01]/0-")
-    command(monkeypatch, run, "--data", tmp_path, "--against", run, "--protocol", "lopo", "--out", tmp_path)
+    command(
+        monkeypatch,
+        run,
+        "--data",
+        tmp_path,
+        "--against",
+        run,
+        "--protocol",
+        "lopo",
+        "--out",
+        tmp_path,
+    )
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["probes"]["attributes"]["patient"]["n"] == 8  # all, not only those of a split
-    assert {at["accuracy_gain"] for kind in metrics["probes"].values() for at in (kind["patch"], kind["slide"])} == {0}
+    assert {
+        at["accuracy_gain"]
+        for kind in metrics["probes"].values()
+        for at in (kind["patch"], kind["slide"])
+    } == {0}
 
 
-def test_a_backbone_has_never_seen_language(cohort_folder, clip_file, tmp_path, monkeypatch, capsys):
-    config = train.parse_config(["--data", cohort_folder, "--clip", clip_file, "--out", str(tmp_path / "run"),
-                                 "--backbone", "resnet18", "--patients", "2", "--steps",
-                                 "1", "--image-size", "32", "--no-compile", "--no-amp", "--probe-every", "0"])
+def test_a_backbone_has_never_seen_language(
+    cohort_folder, clip_file, tmp_path, monkeypatch, capsys
+):
+    config = train.parse_config(
+        [
+            "--data",
+            cohort_folder,
+            "--clip",
+            clip_file,
+            "--out",
+            str(tmp_path / "run"),
+            "--backbone",
+            "resnet18",
+            "--patients",
+            "2",
+            "--steps",
+            "1",
+            "--image-size",
+            "32",
+            "--no-compile",
+            "--no-amp",
+            "--probe-every",
+            "0",
+        ]
+    )
     train.train(config)
     command(monkeypatch, config.out)
     assert "attribute names carry no meaning" in capsys.readouterr().out
     assert "attribute names carry no meaning" in (tmp_path / "run/report.html").read_text()
     start, _ = evaluate.starting_model(*evaluate.load_run(config.out))
     expected, _ = train.build_model(config, torch.device("cpu"))
-    assert all(torch.equal(a, b) for a, b in zip(start.tower.parameters(), expected.tower.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(start.tower.parameters(), expected.tower.parameters(), strict=True)
+    )
 
 
 def test_show_prints_the_top_attributes(run, evaluated, monkeypatch, capsys):
     with np.load(evaluated / "embeddings.npz") as data:
-        path, best = data["path"][7].decode(), data["attributes_patch"][data["scores_patch"][7].argmax()]
+        path, best = (
+            data["path"][7].decode(),
+            data["attributes_patch"][data["scores_patch"][7].argmax()],
+        )
     command(monkeypatch, run, "--show", path, "normal-02", "normal-02-1")
     lines = capsys.readouterr().out.splitlines()
     assert [lines[0], lines[4], lines[8]] == [path, "normal-02", "normal-02-1"]

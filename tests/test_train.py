@@ -28,8 +28,15 @@ def weights_of(out):
 
 
 def test_flags_become_the_config():
-    config = train.parse_config(["--preset", "opensrh", "--lr", "3e-4", "--objective", "simclr", "--no-amp"])
-    assert (config.lr, config.objective, config.amp, config.image_size) == (3e-4, "simclr", False, 224)
+    config = train.parse_config(
+        ["--preset", "opensrh", "--lr", "3e-4", "--objective", "simclr", "--no-amp"]
+    )
+    assert (config.lr, config.objective, config.amp, config.image_size) == (
+        3e-4,
+        "simclr",
+        False,
+        224,
+    )
     assert train.parse_config([]) == train.Config()
 
 
@@ -72,7 +79,10 @@ def test_the_whole_road(flags, objective, capsys, monkeypatch):
     terms = {name for name in lines[1] if name.startswith(("hvc", "ha"))}
     assert len(terms) == {"hlss": 6, "hidisc": 3, "simclr": 1}[objective]
     assert lines[1]["loss"] == pytest.approx(sum(lines[1][name] for name in terms), rel=1e-5)
-    assert [os.path.basename(p) for p in checkpoints(config.out)] == ["step-0000002.pt", "step-0000004.pt"]
+    assert [os.path.basename(p) for p in checkpoints(config.out)] == [
+        "step-0000002.pt",
+        "step-0000004.pt",
+    ]
     assert "step 4 knn200" in capsys.readouterr().out
 
     monkeypatch.setattr(sys, "argv", ["evaluate.py", config.out])
@@ -81,7 +91,10 @@ def test_the_whole_road(flags, objective, capsys, monkeypatch):
     with open(os.path.join(config.out, "metrics.json")) as file:
         probes = json.load(file)["probes"]  # which say more
     for kind, at in lines[-1]["probe"].items():
-        assert all(probes[kind][level].items() >= at[level].items() for level in ("patch", "slide", "patient"))
+        assert all(
+            probes[kind][level].items() >= at[level].items()
+            for level in ("patch", "slide", "patient")
+        )
 
 
 def test_a_finished_run_shows_its_table_again(flags, capsys):
@@ -89,13 +102,15 @@ def test_a_finished_run_shows_its_table_again(flags, capsys):
     before = weights_of(flags[flags.index("--out") + 1])
     train.train(train.parse_config(flags))
     assert capsys.readouterr().out.count("step 4 knn200") == 2
-    assert all(torch.equal(v, before[k]) for k, v in weights_of(flags[flags.index("--out") + 1]).items())
+    assert all(
+        torch.equal(v, before[k]) for k, v in weights_of(flags[flags.index("--out") + 1]).items()
+    )
 
 
 def test_the_default_bank_is_found_from_any_folder(cohort_folder, clip_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train.prepare_demo(config := train.Config(data=cohort_folder, clip=clip_file), 0)
-    assert config.bank == os.path.join(ROOT, "attributes/demo.json")
+    assert config.bank == os.path.join(ROOT, "demo/attributes.json")
     with pytest.raises(FileNotFoundError, match=r"--bank .*nowhere\.json does not exist"):
         train.prepare_demo(train.Config(data=cohort_folder, clip=clip_file, bank="nowhere.json"), 0)
 
@@ -103,14 +118,22 @@ def test_the_default_bank_is_found_from_any_folder(cohort_folder, clip_file, tmp
 def test_another_bank_is_refused(flags, tmp_path):
     """Its names would stand by the vectors of the old one."""
     train.train(train.parse_config([*flags, "--steps", "1"]))
-    with open(os.path.join(ROOT, "attributes/demo.json")) as file:
+    with open(os.path.join(ROOT, "demo/attributes.json")) as file:
         (tmp_path / "other.json").write_text(file.read().replace('"sparse nuclei"', '"XXX"'))
-    with pytest.raises(ValueError, match=r"other\.json is not the bank that .*run was trained with"):
-        train.train(train.parse_config([*flags, "--steps", "1", "--bank", str(tmp_path / "other.json")]))
+    with pytest.raises(
+        ValueError, match=r"other\.json is not the bank that .*run was trained with"
+    ):
+        train.train(
+            train.parse_config([*flags, "--steps", "1", "--bank", str(tmp_path / "other.json")])
+        )
 
 
 def test_numbers_out_of_range_are_refused(capsys):
-    for words in (["--augmentation-probability", "2"], ["--val-fraction", "1.5"], ["--workers", "0"]):
+    for words in (
+        ["--augmentation-probability", "2"],
+        ["--val-fraction", "1.5"],
+        ["--workers", "0"],
+    ):
         with pytest.raises(SystemExit):
             train.parse_config(words)
         assert f"{words[0]} " in capsys.readouterr().err
@@ -133,28 +156,52 @@ def test_bf16_follows_float32(flags, tmp_path):
 
 @pytest.mark.slow
 def test_bf16_follows_float32_on_the_demo(tmp_path):
-    flags = ["--cache", str(tmp_path), "--steps", "60", "--no-compile", "--log-every", "1", "--probe-every", "0"]
+    flags = [
+        "--cache",
+        str(tmp_path),
+        "--steps",
+        "60",
+        "--no-compile",
+        "--log-every",
+        "1",
+        "--probe-every",
+        "0",
+    ]
     train.train(full := train.parse_config([*flags, "--no-amp", "--out", str(tmp_path / "full")]))
     train.train(half := train.parse_config([*flags, "--amp", "--out", str(tmp_path / "half")]))
-    a, b = ([line["loss"] for line in log_of(config.out) if "loss" in line] for config in (full, half))
-    print(f"largest difference of a step {max(abs(x - y) for x, y in zip(a, b)):.3f}, "
-          f"of the mean of the last 20 {abs(sum(a[-20:]) - sum(b[-20:])) / 20:.4f}, of {a[0]:.1f} to {a[-1]:.1f}")
+    a, b = (
+        [line["loss"] for line in log_of(config.out) if "loss" in line] for config in (full, half)
+    )
+    print(
+        f"largest difference of a step {max(abs(x - y) for x, y in zip(a, b)):.3f}, "
+        f"of the mean of the last 20 {abs(sum(a[-20:]) - sum(b[-20:])) / 20:.4f}, of {a[0]:.1f} to {a[-1]:.1f}"
+    )
     assert max(abs(x - y) for x, y in zip(a, b)) < 0.05 * a[0]
     assert sum(a[-20:]) == pytest.approx(sum(b[-20:]), rel=0.02)
 
 
 @pytest.mark.slow
 def test_compiled_is_eager(flags, tmp_path):
-    flags = [*flags, "--lr", "1e-5", "--probe-every", "0"]  # at the default rate an untrained tower is chaos
+    flags = [
+        *flags,
+        "--lr",
+        "1e-5",
+        "--probe-every",
+        "0",
+    ]  # at the default rate an untrained tower is chaos
     train.train(eager := train.parse_config([*flags, "--out", str(tmp_path / "eager")]))
-    train.train(compiled := train.parse_config([*flags, "--compile", "--out", str(tmp_path / "compiled")]))
+    train.train(
+        compiled := train.parse_config([*flags, "--compile", "--out", str(tmp_path / "compiled")])
+    )
     for a, b in zip(log_of(eager.out)[1:5], log_of(compiled.out)[1:5]):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-2)
     a, b = weights_of(eager.out), weights_of(compiled.out)
     assert a.keys() == b.keys()  # no _orig_mod.
     for name, value in a.items():
-        torch.testing.assert_close(b[name], value, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            b[name], value, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ log and config
@@ -164,8 +211,16 @@ def test_a_line_of_the_log_has_everything(flags, capsys):
     train.train(config := train.parse_config([*flags, "--probe-every", "0"]))
     line = log_of(config.out, drop=())[2]
     levels = ("patch", "slide", "patient")
-    assert set(line) == {"step", "loss", "lr", "gradient_norm", "images_per_s", "memory_mib", "seconds_left",
-                         *(f"{part}_{level}" for part in ("hvc", "ha", "attributes_used") for level in levels)}
+    assert set(line) == {
+        "step",
+        "loss",
+        "lr",
+        "gradient_norm",
+        "images_per_s",
+        "memory_mib",
+        "seconds_left",
+        *(f"{part}_{level}" for part in ("hvc", "ha", "attributes_used") for level in levels),
+    }
     assert all(1 <= line[f"attributes_used_{level}"] <= 32 for level in levels)
     assert 50 < line["memory_mib"] < 50_000
     assert log_of(config.out, drop=())[4]["seconds_left"] == 0
@@ -182,7 +237,9 @@ def test_config_json_says_how_to_run_it_again(flags):
     assert train.parse_config(words) == train.parse_config([*flags, "--steps", "1"])
     assert about["torch"].startswith(torch.__version__.split("+")[0])
     assert {"python", "numpy", "pillow", "processes", "device"} <= set(about)
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
     assert about["commit"].removesuffix("-dirty") == head
 
 
@@ -194,7 +251,9 @@ def test_an_all_background_cohort_gives_no_nan(flags, tmp_path):
         Image.new("RGB", (64, 64), "white").save(tmp_path / f"{i}.png")
         lines.append(f"{i}.png,p{i // 4},s{i // 2}")
     (tmp_path / "manifest.csv").write_text("\n".join(lines))
-    train.train(config := train.parse_config([*flags, "--data", str(tmp_path)]))  # ends at what is not finite
+    train.train(
+        config := train.parse_config([*flags, "--data", str(tmp_path)])
+    )  # ends at what is not finite
     assert all(torch.isfinite(value).all() for value in weights_of(config.out).values())
 
 

@@ -51,7 +51,7 @@ def embed(model, cohort, read_size, image_size, batch=128, workers=2, skip=False
     model.eval()
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     batches = np.array_split(np.arange(len(cohort)), -(-len(cohort) // batch))
-    mine = load_batches(cohort, batches[rank::world], read_size, workers, skip=skip)
+    mine = load_batches(cohort, batches[rank::world], read_size, workers)
     bar = tqdm(mine, "embed", len(batches[rank::world]), leave=False, disable=rank > 0)
     parts = [
         model.encode(plain_view(images.to(device), image_size)).cpu().numpy() for _, images in bar

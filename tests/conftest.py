@@ -18,6 +18,13 @@ mp.set_forkserver_preload(
 )  # new processes start as copies of one that has imported it: it takes seconds
 
 
+def manifest(folder, lines, header="path,patient,slide,label"):
+    """Writes a manifest.csv; returns its folder. Nothing but decoding looks at the files."""
+    folder.mkdir(exist_ok=True)
+    (folder / "manifest.csv").write_text("\n".join([header, *lines]) + "\n")
+    return str(folder)
+
+
 @pytest.fixture(scope="session")
 def cohort_folder(tmp_path_factory):
     """Demo tissue: 4 classes x 5 patients x 2 slides x 3 patches of 64 pixels; of each 5 patients 2 are for

@@ -1,0 +1,241 @@
+"""The manifest's tools: from folders and from OpenSRH, the check, the contact sheet."""
+
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+from test_train import log_of
+
+import data
+import train
+from model import checkpoints
+from tools import cohort as tool
+
+RNG = np.random.default_rng(0)
+
+
+def tiles(root, names):
+    for name in names:
+        os.makedirs(os.path.dirname(root / name), exist_ok=True)
+        Image.fromarray(RNG.integers(0, 256, (16, 16, 3), np.uint8)).save(root / name)
+    return str(root)
+
+
+def command(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["cohort.py", *words])
+    tool.main()
+
+
+# ------------------------------------------------------------------------------------------ OpenSRH
+
+
+def write_opensrh(root, patients=3, slides=2, patches=3, size=40):
+    """As released: two classes, of whose slides the other class's patches are never shown."""
+    meta, split = {}, {"train": [], "val": []}
+    for i, kind in enumerate(["hgg", "normal"] * patients):
+        patient = f"NIO_{i:03d}"
+        meta[patient] = {"patient_id": patient, "class": kind, "slides": {}}
+        split["val" if i < 2 else "train"].append(patient)
+        for slide in map(str, range(1, slides + 1)):
+            lists = meta[patient]["slides"][slide] = {
+                "slide_id": slide,
+                "tumor_patches": [],
+                "normal_patches": [],
+            }
+            own = "normal_patches" if kind == "normal" else "tumor_patches"
+            for b in range(patches):
+                path = f"studies/{patient}/{slide}/patches/{patient}-{slide}-{b}.tif"
+                os.makedirs(os.path.dirname(root / path), exist_ok=True)
+                tifffile.imwrite(root / path, RNG.integers(2000, 20000, (2, size, size), np.uint16))
+                lists[own].append(path)
+            other = "normal_patches" if own == "tumor_patches" else "tumor_patches"
+            lists[other].append(f"studies/{patient}/{slide}/patches/of-the-other-kind.tif")
+    os.makedirs(root / "meta")
+    (root / "meta/opensrh.json").write_text(json.dumps(meta))
+    (root / "meta/train_val_split.json").write_text(json.dumps(split))
+    return str(root)
+
+
+def test_opensrh_as_released(tmp_path, monkeypatch):
+    command(monkeypatch, "opensrh", write_opensrh(tmp_path))
+    cohort = data.read_cohort(str(tmp_path))
+    assert str(cohort) == "6 patients, 12 slides, 36 patches"
+    assert cohort.classes == ["hgg", "normal"]
+    assert cohort.slides[:3] == [
+        "NIO_000/1",
+        "NIO_000/2",
+        "NIO_001/1",
+    ]  # slides of all patients are called 1 and 2
+    assert str(cohort.restrict("val")) == "2 patients, 4 slides, 12 patches"
+    assert not any(b"other-kind" in name for name in cohort.names)
+
+
+def test_opensrh_of_another_form_is_refused(tmp_path):
+    root = write_opensrh(tmp_path)
+    (tmp_path / "meta/train_val_split.json").write_text('{"train": ["NIO_000"]}')
+    with pytest.raises(
+        ValueError, match=r"train_val_split\.json are not OpenSRH's \(KeyError 'NIO_001'\)"
+    ):
+        tool.opensrh(root)
+
+
+def test_opensrh_trains(tmp_path, flags, monkeypatch):
+    root = write_opensrh(tmp_path / "srh")
+    command(monkeypatch, "opensrh", root)
+    train.train(
+        config := train.parse_config(
+            [
+                "--preset",
+                "opensrh",
+                *flags,
+                "--data",
+                root,
+                "--steps",
+                "2",
+                "--image-size",
+                "0",
+                "--normalise",
+                "data",
+            ]
+        )
+    )
+    assert config.augmentation == "strong-srh"
+    assert log_of(config.out)[-1]["probe"]["knn20"]["patient"]["n"] == 2
+    mean = torch.load(checkpoints(config.out)[-1])["model"]["mean"]
+    assert mean.flatten()[1].item() == pytest.approx(11000 / 65536, rel=0.02)
+
+
+# --------------------------------------------------------------------------------- folders of tiles
+
+
+def test_a_folder_tree_becomes_a_manifest(tmp_path, monkeypatch, capsys):
+    root = tiles(
+        tmp_path,
+        [
+            f"{label}/{patient}/s{s}-{patient}/{b}.png"
+            for label, patient in [("glioma", "amy"), ("normal", "bob")]
+            for s in range(2)
+            for b in range(3)
+        ],
+    )
+    (tmp_path / "notes.txt").write_text("no image")
+    command(
+        monkeypatch,
+        "index",
+        root,
+        "--pattern",
+        "{label}/{patient}/{slide}/*.png",
+        "--label-level",
+        "patient",
+    )
+    printed = capsys.readouterr().out
+    assert "2 patients, 4 slides, 12 patches" in printed
+    assert "patches a slide: 3 to 3, median 3" in printed
+    assert "glioma 6, normal 6" in printed
+    cohort = data.read_cohort(root)
+    assert cohort.slides == ["s0-amy", "s1-amy", "s0-bob", "s1-bob"]
+    assert cohort.path(0) == os.path.join(root, "glioma/amy/s0-amy/0.png")
+    with pytest.raises(SystemExit, match="--overwrite"):
+        command(monkeypatch, "index", root, "--pattern", "{label}/{patient}/{slide}/*.png")
+
+
+def test_names_of_tcga(tmp_path):
+    root = tiles(
+        tmp_path,
+        [
+            "TCGA-02-0001-01Z-00-DX1_12_34.jpg",
+            "TCGA-02-0001-01Z-00-DX2_0_0.jpg",
+            "TCGA-06-0125-01A-01-TS1_7_8.jpg",
+        ],
+    )
+    cohort = tool.index(root, r"(?P<slide>(?P<patient>TCGA-\w{2}-\w{4})-.*)_\d+_\d+\.jpg")
+    assert cohort.patients == ["TCGA-02-0001", "TCGA-06-0125"]
+    assert cohort.slides == [
+        "TCGA-02-0001-01Z-00-DX1",
+        "TCGA-02-0001-01Z-00-DX2",
+        "TCGA-06-0125-01A-01-TS1",
+    ]
+    assert cohort.classes == []
+
+
+def test_a_name_may_stand_twice(tmp_path):
+    root = tiles(tmp_path, ["amy/amy_1/0.png", "amy/amy_2/0.png", "bob/bob_1/x/0.png"])
+    cohort = tool.index(root, "{patient}/{patient}_{slide}/**.png", nested=True)
+    assert cohort.slides == ["amy/1", "amy/2", "bob/1"]
+    with pytest.raises(ValueError, match="not 1 others"):
+        tool.index(root, "{patient}/{patient}_{slide}/*.png")
+
+
+def test_ambiguity_is_refused_with_examples(tmp_path):
+    root = tiles(tmp_path, ["a/amy/1/x.png", "a/bob/1/x.png", "b/amy/2/x.png", "stray.png"])
+    with pytest.raises(ValueError, match=r"matches 3 image files and not 1 others\n    stray\.png"):
+        tool.index(root, "{label}/{patient}/{slide}/*.png")
+    with pytest.raises(ValueError, match="'1' is of patient 'amy' above and of 'bob' here"):
+        tool.index(root, "{label}/{patient}/{slide}/*.png", partial=True)
+    assert (
+        len(tool.index(root, "{label}/{patient}/{slide}/*.png", partial=True, nested=True).slides)
+        == 3
+    )
+    with pytest.raises(
+        ValueError, match=r"one patient has two labels: a/amy/1/x\.png and b/amy/2/x\.png"
+    ):
+        tool.index(root, "{label}/{patient}/{slide}/*.png", "patient", partial=True, nested=True)
+    with pytest.raises(ValueError, match="matches 0 image files"):
+        tool.index(root, "{patient}/{slide}.tif")
+    with pytest.raises(ValueError, match=r"'\(\?P<slide>\[' is no regular expression"):
+        tool.index(root, "(?P<slide>[")
+    with pytest.raises(
+        ValueError, match="must name patient and slide, and may name label and split; it names case"
+    ):
+        tool.index(root, "{case}/*.png")
+
+
+# ----------------------------------------------------------------------------------- check and show
+
+
+def test_check_finds_what_cannot_be_used(tmp_path, monkeypatch, capsys):
+    root = tiles(tmp_path, [f"amy/s/{i}.png" for i in range(8)])
+    whole = (tmp_path / "amy/s/0.png").read_bytes()
+    (tmp_path / "amy/s/0.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "amy/s/1.png").write_bytes(b"not an image")
+    Image.new("RGB", (16, 16), (235, 205, 225)).save(tmp_path / "amy/s/2.png")  # glass is tinted
+    tiles(tmp_path, ["amy/s/tmp.png"])
+    Image.open(tmp_path / "amy/s/tmp.png").resize((16, 20)).save(tmp_path / "amy/s/3.png")
+    os.remove(tmp_path / "amy/s/tmp.png")
+    command(monkeypatch, "index", root, "--pattern", "{patient}/{slide}/*.png")
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, "check", root, "--clean", "clean.csv")
+    assert stop.value.code == 1
+    printed = capsys.readouterr().out
+    for problem, i in {"truncated": 0, "unreadable": 1, "constant": 2, "odd-sized": 3}.items():
+        assert f"{problem}: 1\n    amy/s/{i}.png" in printed
+    assert len(data.read_cohort(str(tmp_path / "clean.csv"))) == 4
+    assert (tmp_path / "clean.csv").read_text().splitlines()[
+        0
+    ] == "path,patient,slide"  # the hash needs no column
+    for name in ("clean.csv", "manifest.csv", "clean"):
+        with pytest.raises(SystemExit, match=f"--clean {name}: name a file"):
+            command(monkeypatch, "check", root, "--clean", name)
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, "check", str(tmp_path / "clean.csv"))
+    assert stop.value.code == 0
+
+
+def test_a_contact_sheet(cohort_folder, tmp_path, monkeypatch):
+    command(
+        monkeypatch,
+        "show",
+        cohort_folder,
+        "--out",
+        str(tmp_path / "views.png"),
+        "--augmentation",
+        "strong",
+    )
+    image = Image.open(tmp_path / "views.png")
+    assert image.size == (5 * 164, 4 * 180)  # a patch and four views; two slides of two patches
+    assert np.asarray(image)[20:178, 2:162].std() > 10

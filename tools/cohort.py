@@ -1,0 +1,372 @@
+"""The manifest of a cohort: make it, check it, look at it.
+
+    python -m tools.cohort index ROOT --pattern '{label}/{patient}/{slide}/*.png'
+    python -m tools.cohort opensrh ROOT      make it from OpenSRH's own JSON
+    python -m tools.cohort check ROOT        decode every patch, list those that cannot be used
+    python -m tools.cohort show ROOT         draw a patient's patches and their views
+
+The first two write ROOT/manifest.csv, which is all that training reads.
+"""
+
+import argparse
+import csv
+import json
+import os
+import re
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from data import (
+    AUGMENTATIONS,
+    COLUMNS,
+    SPLITS,
+    build_cohort,
+    decode,
+    hash_split,
+    hierarchical_batch,
+    load_batches,
+    make_views,
+    plain_view,
+    read_cohort,
+    view_parameters,
+)
+
+# --------------------------------------------------------------------------------- write a manifest
+
+
+def write_manifest(path, cohort, rows, with_split):
+    """Write the manifest of some rows of a cohort, whole or not at all."""
+    columns = list(COLUMNS)
+    if not cohort.classes:
+        columns.remove("label")
+    if not with_split:
+        columns.remove("split")
+    with open(f"{path}.part", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        patients = cohort.patient
+        for row in rows:
+            patient = patients[row]
+            label = cohort.label[row]
+            writer.writerow(
+                {
+                    "path": cohort.name(row),
+                    "patient": cohort.patients[patient],
+                    "slide": cohort.slides[cohort.slide[row]],
+                    "label": cohort.classes[label] if label >= 0 else "",
+                    "split": SPLITS[cohort.patient_split[patient]],
+                }
+            )
+    os.replace(f"{path}.part", path)
+
+
+def path_pattern(pattern):
+    """'{label}/{patient}/{slide}/*.png' -> a regular expression with groups of these names.
+
+    {name} matches within a folder or file name, and a second time only what it matched before; *
+    matches there too, and ** across folders. A pattern that has groups (?P<name>...) is taken as
+    the regular expression that it is. Raises ValueError unless it names patient and slide.
+    """
+    expression = pattern
+    if "(?P<" not in pattern:
+        expression = ""
+        seen = set()
+        for part in re.split(r"(\{\w+\}|\*\*|\*)", pattern):
+            name = part[1:-1]
+            if part == "**":
+                expression += ".*"
+            elif part == "*":
+                expression += "[^/]*"
+            elif not part.startswith("{"):
+                expression += re.escape(part)
+            elif name in seen:
+                expression += f"(?P={name})"
+            else:
+                expression += f"(?P<{name}>[^/]+?)"
+                seen.add(name)
+    try:
+        compiled = re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"--pattern {pattern!r} is no regular expression: {error}") from error
+    names = set(compiled.groupindex)
+    if not {"patient", "slide"} <= names <= set(COLUMNS[1:]):
+        raise ValueError(
+            f"--pattern {pattern!r} must name patient and slide, and may name label and split; it "
+            f"names {', '.join(compiled.groupindex) or 'nothing'}"
+        )
+    return compiled
+
+
+def image_files(root):
+    """The paths of all image files below a folder, relative to it, in order."""
+    if not os.path.isdir(root):
+        raise FileNotFoundError(f"{root} is no folder")
+    known = Image.registered_extensions()
+    paths = []
+    for folder, folders, files in os.walk(root):
+        folders.sort()
+        for name in sorted(files):
+            if os.path.splitext(name)[1].lower() in known:
+                path = os.path.relpath(os.path.join(folder, name), root)
+                paths.append(path.replace(os.sep, "/"))
+    return paths
+
+
+def index(root, pattern, label_level="patch", nested=False, partial=False):
+    """The image files below a folder -> Cohort: patient, slide, label and split are in their paths.
+
+    label_level: what has one label, patch, slide or patient. nested: slides of several patients
+    share names (1, 2, ...) and are different slides. partial: leaves out the files that the pattern
+    does not match. Raises ValueError, with examples, for such files, for nothing at all, for a
+    slide under two patients, and for two labels within one slide or patient.
+    """
+    expression = path_pattern(pattern)
+    entries = []
+    others = []
+    for path in image_files(root):
+        match = expression.fullmatch(path)
+        if match is None:
+            others.append(path)
+            continue
+        found = match.groupdict("")
+        slide = found["slide"]
+        if nested:
+            slide = f"{found['patient']}/{slide}"
+        label = found.get("label", "")
+        entries.append((path, path, found["patient"], slide, label, found.get("split", "")))
+    if not entries or (others and not partial):
+        examples = "".join(f"\n    {path}" for path in others[:3])
+        remedy = ", or leave those out with --partial" if entries else ""
+        raise ValueError(
+            f"{root}: {pattern!r} matches {len(entries)} image files and not {len(others)} others"
+            f"{examples}\nMend the pattern{remedy}"
+        )
+    cohort = build_cohort(root, entries)
+    check_labels(cohort, label_level)
+    return cohort
+
+
+def check_labels(cohort, level):
+    """Raises ValueError, with examples, where one patient or one slide has two labels."""
+    if level == "patch":
+        return
+    groups = {"patient": cohort.patient, "slide": cohort.slide}[level]  # never decreasing
+    mixed = (np.diff(groups) == 0) & (np.diff(cohort.label) != 0)
+    rows = np.flatnonzero(mixed)[:3]
+    if len(rows):
+        examples = [f"{cohort.name(row)} and {cohort.name(row + 1)}" for row in rows]
+        raise ValueError(f"{cohort.root}: one {level} has two labels: {'; '.join(examples)}")
+
+
+def opensrh(root):
+    """OpenSRH (Jiang et al. 2022) as released -> Cohort, with its split.
+
+    Tumour patches of tumour patients, normal patches of normal patients. Raises ValueError for
+    other content than was released.
+    """
+    meta = os.path.join(root, "meta", "opensrh.json")
+    split_file = os.path.join(root, "meta", "train_val_split.json")
+    entries = []
+    try:
+        with open(meta, encoding="utf-8") as file:
+            patients = json.load(file)
+        with open(split_file, encoding="utf-8") as file:
+            splits = json.load(file)
+        split_of = {patient: split for split, names in splits.items() for patient in names}
+        for patient, facts in patients.items():
+            label = facts["class"]
+            kind = "normal_patches" if label == "normal" else "tumor_patches"
+            for slide, patches in facts["slides"].items():
+                name = f"{patient}/{slide}"  # slides of all patients are called 1, 2, ...
+                for path in patches[kind]:
+                    where = f"{meta}, {patient}"
+                    entries.append((where, path, patient, name, label, split_of[patient]))
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{meta} and {split_file} are not OpenSRH's ({type(error).__name__} {error})"
+        ) from error
+    return build_cohort(root, entries)
+
+
+# ----------------------------------------------------------------------------------- check and show
+
+
+def summary(cohort):
+    """What a person wants to see of a cohort before training on it, as lines."""
+    patches = np.diff(cohort.slide_rows)
+    slides = np.diff(cohort.patient_slides)
+    lines = [str(cohort)]
+    for name, counts in (("slides a patient", slides), ("patches a slide", patches)):
+        counts = counts[counts > 0]
+        median = np.median(counts)
+        lines.append(f"{name}: {counts.min()} to {counts.max()}, median {median:.0f}")
+    counts = Counter(cohort.label.tolist())
+    by_class = [f"{name} {counts[c]}" for c, name in enumerate(cohort.classes)]
+    if counts[-1]:
+        by_class.append(f"without {counts[-1]}")
+    lines.append("patches by class: " + ", ".join(by_class))
+    counts = Counter(cohort.patient_split[cohort.present].tolist())
+    by_split = [f"{name} {counts[i]}" for i, name in enumerate(SPLITS)]
+    lines.append("patients by split: " + ", ".join(by_split))
+    return lines
+
+
+def look(path):
+    """The shape of a patch, or what is wrong with it: "truncated", "unreadable", "constant"."""
+    try:
+        pixels = decode(path)
+    except ValueError as error:
+        return "truncated" if "truncated" in str(error) else "unreadable"
+    # Glass varies by its noise alone. SRH uses a small part of its 65,536 levels: only what is flat
+    # is refused.
+    least = 2.5 if pixels.dtype == np.uint8 else 64
+    if pixels.std(axis=(1, 2)).max() < least:
+        return "constant"
+    return pixels.shape
+
+
+def check(cohort, workers=2):
+    """Decodes every patch. Returns {"unreadable", "truncated", "constant", "odd-sized": rows}."""
+    paths = [cohort.path(row) for row in range(len(cohort))]
+    with ThreadPoolExecutor(workers) as pool:
+        looks = tqdm(pool.map(look, paths), "check", len(paths), unit="patch", leave=False)
+        results = list(looks)
+    shapes = Counter(result for result in results if isinstance(result, tuple))
+    usual = shapes.most_common(1)[0][0] if shapes else None
+    problems = {"unreadable": [], "truncated": [], "constant": [], "odd-sized": []}
+    for row, result in enumerate(results):
+        if result == usual:
+            continue
+        problem = "odd-sized" if isinstance(result, tuple) else result
+        problems[problem].append(row)
+    return problems
+
+
+def contact_sheet(cohort, augmentation, views=4, seed=0, size=160):
+    """A Pillow image: two slides of a patient, two patches of each, and views beside each patch."""
+    # Pixels: a column for the patch as it is, one for each view.
+    rows = hierarchical_batch(cohort, 0, seed, patients=1).reshape(-1)
+    _, patches = next(load_batches(cohort, [rows], 2 * size))
+    parameters = view_parameters(len(rows) * views, seed, 0, AUGMENTATIONS[augmentation])
+    drawn = make_views(patches, parameters, size).unflatten(0, (len(rows), views))
+    sheet = torch.cat([plain_view(patches, size)[:, None], drawn], dim=1)  # [R, 1 + V, 3, H, W]
+
+    # One image: room for a line of text above each, then rows and columns side by side.
+    sheet = F.pad(sheet, (2, 2, 18, 2), value=1)
+    sheet = sheet.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # [R H, (1 + V) W, 3]
+    image = Image.fromarray(sheet.mul(255).round().byte().numpy())
+    draw = ImageDraw.Draw(image)
+    for i, row in enumerate(rows):
+        words = [
+            f"patient {cohort.patients[cohort.patient[row]]}",
+            f"slide {cohort.slides[cohort.slide[row]]}",
+            cohort.name(row),
+        ]
+        if cohort.label[row] >= 0:
+            words.insert(2, cohort.classes[cohort.label[row]])
+        draw.text((4, i * (size + 20) + 4), ", ".join(words), fill="black")
+    return image
+
+
+# ----------------------------------------------------------------------------------------- commands
+
+
+def run_index(args):
+    """`index` and `opensrh`: write ROOT/manifest.csv."""
+    path = os.path.join(args.root, "manifest.csv")
+    if os.path.exists(path) and not args.overwrite:
+        raise SystemExit(f"{path} is there already: --overwrite replaces it")
+    if args.command == "opensrh":
+        cohort = opensrh(args.root)
+        with_split = True
+    else:
+        cohort = index(args.root, args.pattern, args.label_level, args.nested, args.partial)
+        with_split = "split" in path_pattern(args.pattern).groupindex
+    write_manifest(path, cohort, range(len(cohort)), with_split)
+    print("\n".join([*summary(cohort), f"{path} is written"]))
+
+
+def run_check(args):
+    """`check`: list what cannot be used, write a manifest without it; exit code 1 if some is."""
+    cohort = read_cohort(args.root)
+    path = os.path.join(cohort.root, args.clean)
+    if args.clean and (not path.endswith(".csv") or os.path.exists(path)):
+        raise SystemExit(f"--clean {args.clean}: name a file NAME.csv that is not there yet")
+    problems = check(cohort, args.workers)
+    print("\n".join(summary(cohort)))
+    for problem, rows in problems.items():
+        print(f"{problem}: {len(rows)}")
+        for row in rows[:5]:
+            print(f"    {cohort.name(row)}")
+    bad = set().union(*problems.values())
+    if args.clean:
+        good = [row for row in range(len(cohort)) if row not in bad]
+        by_hash = (cohort.patient_split == hash_split(cohort.patients)).all()
+        write_manifest(path, cohort, good, with_split=not by_hash)  # a hash needs no column
+        print(f"{path} holds the other {len(good)}")
+    raise SystemExit(1 if bad else 0)
+
+
+def run_show(args):
+    """`show`: draw views."""
+    cohort = read_cohort(args.root)
+    contact_sheet(cohort, args.augmentation, seed=args.seed).save(args.out)
+    print(f"{args.out}: each row is a patch, as it is and in four views")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name, run, text, root="a cohort"):
+        sub = commands.add_parser(name, help=text)
+        sub.set_defaults(run=run)
+        sub.add_argument("root", help=root)
+        return sub.add_argument
+
+    overwrite = "replace a manifest.csv that is there"
+    folder = "the folder; manifest.csv is written there"
+    flag = command("index", run_index, "write a manifest from a folder tree", folder)
+    flag(
+        "--pattern",
+        required=True,
+        help="how paths below it are made, as '{label}/{patient}/{slide}/*.png', or a regular "
+        "expression with groups patient, slide, and optionally label and split",
+    )
+    flag(
+        "--label-level",
+        choices=("patch", "slide", "patient"),
+        default="patch",
+        help="what a label belongs to; two in one are refused",
+    )
+    flag("--nested", action="store_true", help="slides of different patients share names, as 1, 2")
+    flag("--partial", action="store_true", help="leave out images that the pattern does not match")
+    flag("--overwrite", action="store_true", help=overwrite)
+    flag = command("opensrh", run_index, "write a manifest from OpenSRH as released", folder)
+    flag("--overwrite", action="store_true", help=overwrite)
+    flag = command("check", run_check, "decode every patch; exit with 1 if some cannot be used")
+    flag(
+        "--clean",
+        metavar="NAME.csv",
+        default="",
+        help="write a manifest without them, in the cohort's folder",
+    )
+    flag("--workers", type=int, default=os.cpu_count(), help="decoding threads, at least 1")
+    flag = command("show", run_show, "draw a patient, two slides, their patches and their views")
+    flag("--out", default="views.png", help="the picture to write")
+    flag("--augmentation", choices=AUGMENTATIONS, default="demo", help="as in train.py")
+    flag("--seed", type=int, default=0, help="another seed: another patient and other views")
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,10 +4,7 @@ A cohort is a folder with a manifest.csv: the columns path, patient and slide, a
 (of the patch) and split (of the patient: train, val or test). Paths are relative to the manifest.
 Pretraining needs no labels. `python -m tools.cohort` writes, checks and shows manifests.
 
-    >>> cohort = read_cohort("FOLDER")
-    >>> images, ids = next(load_views(cohort.restrict("train"), config, ...))
-
-One batch takes the road of this file from top to bottom:
+One batch takes the road of this file from top to bottom (`load_views`, at its end):
 
     manifest.csv -> Cohort -> hierarchical_batch: rows -> decode: patches -> make_views: views
 """
@@ -22,7 +19,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.functional as TF
 from PIL import Image
 
 SPLITS = ("train", "val", "test")
@@ -96,10 +92,8 @@ class Cohort:
         """The patches of the patients in a split. Raises ValueError when there are none."""
         rows = np.flatnonzero(self.split == SPLITS.index(split))
         if len(rows) == 0:
-            raise ValueError(
-                f"{self.root}: no patient is in the split {split!r}: add patients, or a split "
-                "column to the manifest"
-            )
+            remedy = "add patients, or a column split to the manifest"
+            raise ValueError(f"{self.root}: no patient is in the split {split!r}: {remedy}")
         return self.select(rows)
 
 
@@ -110,8 +104,8 @@ def hash_split(patients, val_fraction=0.2):
     no patient in val (in train), as it can with a handful of patients, the one with the lowest
     (highest) hash goes there.
     """
-    digests = [hashlib.sha256(name.encode()).digest() for name in patients]
-    value = np.array([int.from_bytes(digest[:6], "big") / 2**48 for digest in digests])
+    digests = [hashlib.sha256(name.encode()).hexdigest() for name in patients]
+    value = np.array([int(digest[:12], 16) / 2**48 for digest in digests])  # in [0, 1)
     split = (value < val_fraction).astype(np.int8)
     if len(patients) > 1 and not split.any():
         split[value.argmin()] = 1
@@ -127,9 +121,7 @@ def read_cohort(root, val_fraction=0.2):
     Raises ValueError, with file and line, for a missing column, an empty field, a path that leaves
     the folder, a path twice, a slide under two patients, and a patient in two splits.
     """
-    manifest = str(root)
-    if not manifest.endswith(".csv"):
-        manifest = os.path.join(root, "manifest.csv")
+    manifest = str(root) if str(root).endswith(".csv") else os.path.join(root, "manifest.csv")
     if not os.path.exists(manifest):
         raise FileNotFoundError(
             f"{manifest} does not exist: a cohort needs one, with the columns path, patient and "
@@ -146,19 +138,15 @@ def read_manifest(manifest):
         header = next(reader, [])
         missing = [column for column in COLUMNS[:3] if column not in header]
         if missing:
-            raise ValueError(
-                f"{manifest}: no column {', '.join(missing)}; the first line is "
-                f"{','.join(header)!r}"
-            )
+            line = ",".join(header)
+            raise ValueError(f"{manifest}: no column {', '.join(missing)}; line 1 is {line!r}")
         places = [header.index(column) if column in header else -1 for column in COLUMNS]
         for row in reader:
             if not row:  # an empty line
                 continue
             where = f"{manifest}, line {reader.line_num}"
             if len(row) != len(header):
-                raise ValueError(
-                    f"{where}: {len(row)} fields, but the first line names {len(header)} columns"
-                )
+                raise ValueError(f"{where}: {len(row)} fields, but {len(header)} columns in line 1")
             row.append("")  # what place -1 looks up
             yield where, *(row[place].strip() for place in places)
 
@@ -260,9 +248,8 @@ def class_patients(cohort):
         if len(labels) > 1 or labels[0] < 0:
             found = " and ".join(cohort.classes[label] for label in labels if label >= 0)
             raise ValueError(
-                f"--balance-classes needs one class for each patient; "
-                f"{cohort.patients[patient]!r} has {found or 'none'}: leave the flag out, or "
-                "label by patient"
+                f"--balance-classes: {cohort.patients[patient]!r} has {found or 'none'} and not "
+                "one class: leave the flag out, or label by patient"
             )
         groups.setdefault(labels[0], []).append(patient)
     return [np.array(group) for _, group in sorted(groups.items())]
@@ -299,10 +286,9 @@ def hierarchical_batch(cohort, step, seed, patients, slides=2, patches=2, groups
     one twice; the losses know repeats by their id. groups: of `class_patients`, to balance them.
     """
     rng = np.random.default_rng((seed, step, 1))
+    batch = batch_patients(cohort, step, seed, patients)
     if groups:
         batch = balanced_patients(groups, step, seed, patients)
-    else:
-        batch = batch_patients(cohort, step, seed, patients)
     rows = np.empty((len(batch), slides, patches), np.int64)
     for i, patient in enumerate(batch):
         low, high = cohort.patient_slides[patient : patient + 2]
@@ -332,9 +318,8 @@ def decode(path, size=None):
                 image.draft("RGB", (size, size))  # a JPEG is decoded smaller, never below `size`
             return fit(image.convert("RGB"), size).transpose(2, 0, 1)
     except Exception as error:  # a damaged file also makes Pillow raise KeyError and TypeError
-        raise ValueError(
-            f"{path} cannot be read ({error}): restore it or take it out of the manifest"
-        ) from error
+        remedy = "restore it or take it out of the manifest"
+        raise ValueError(f"{path} cannot be read ({error}): {remedy}") from error
 
 
 BITS_PER_SAMPLE = 258  # TIFF's tag; Pillow reads three 16-bit samples as if they had 8
@@ -354,16 +339,15 @@ def two_planes(image, size):
         layouts.add(f"{image.width} x {image.height}, {image.mode}")
     layout = " and ".join(sorted(layouts))
     if frames != 2 or len(layouts) != 1 or "I;16" not in layout:
-        raise ValueError(
-            f"{frames} frames of {layout}; only 8-bit images and two 16-bit frames (I;16) of one "
-            "size are understood"
-        )
+        known = "only 8-bit images and two 16-bit frames (I;16) of one size are understood"
+        raise ValueError(f"{frames} frames of {layout}; {known}")
     planes = []
     for frame in (0, 1):
         image.seek(frame)
-        plane = np.asarray(image).astype(np.float32)  # what Pillow can resize; 16 bits fit in it
-        plane = fit(Image.fromarray(plane), size)
-        planes.append(plane.clip(0, 65535).round().astype(np.uint16))
+        plane = np.asarray(image)
+        if size and image.size != (size, size):  # as float32, which Pillow can resize
+            plane = fit(Image.fromarray(plane.astype(np.float32)), size).clip(0, 65535).round()
+        planes.append(plane.astype(np.uint16))
     return np.stack(planes)
 
 
@@ -379,32 +363,24 @@ def fit(image, size):
 
 
 def patch_size(cohort):
-    """The short side, in pixels, of the first patch that opens. ValueError if 100 do not."""
-    for row in range(min(100, len(cohort))):
-        try:
-            with Image.open(cohort.path(row)) as image:
-                return min(image.size)
-        except Exception as error:  # as in `decode`, which names the file
-            reason = error
-    raise ValueError(f"{cohort.path(0)} cannot be read, nor the patches after it ({reason})")
+    """The short side of the cohort's first patch, in pixels. Raises ValueError as `decode`."""
+    return min(decode(cohort.path(0)).shape[1:])
 
 
 def load_batches(cohort, batches, size, workers=2, ahead=3):
     """Decodes patches in the background. Yields (rows, images [n, ...] as of `decode`) in order.
 
-    batches: arrays of rows. size: pixels, as of `decode`. ahead: batches in preparation. Raises
-    ValueError for a patch that cannot be read, naming it. Threads, not processes: Pillow decodes
-    outside of the interpreter's lock, and threads share the cohort, not copy it.
+    batches: arrays of rows. size: as of `decode`, which raises. ahead: batches in preparation.
+    Threads, not processes: Pillow decodes outside of the interpreter's lock, and threads share the
+    cohort, not copy it.
     """
 
     def collect(rows, futures):
         images = [future.result() for future in futures]
         for row, image in zip(rows, images):
             if image.dtype != images[0].dtype:
-                raise ValueError(
-                    f"{cohort.path(rows[0])} and {cohort.path(row)}: one has 8 bits, one 16: "
-                    "make a cohort of each"
-                )
+                paths = f"{cohort.path(rows[0])} and {cohort.path(row)}"
+                raise ValueError(f"{paths}: one has 8 bits, one 16: make a cohort of each")
         return rows, torch.from_numpy(np.stack(images))
 
     with ThreadPoolExecutor(workers) as pool:
@@ -434,10 +410,7 @@ def intensities(images):
 
 
 def channel_statistics(cohort, size, patches=256, workers=2):
-    """Mean and standard deviation of each channel in [0, 1]: two lists of three numbers.
-
-    Estimated from so many patches, always the same ones.
-    """
+    """Mean and standard deviation of each channel in [0, 1], of so many patches: two lists."""
     rows = np.sort(np.random.default_rng(0).permutation(len(cohort))[:patches])
     sums = torch.zeros(2, 3, dtype=torch.float64)  # of x and of x^2
     batches = np.array_split(rows, -(-len(rows) // 16))
@@ -475,7 +448,7 @@ STRONG = {  # the paper's list, each with probability 1/2 as in its code
     "brightness": (0.5, 0.8, 1.2),
     "contrast": (0.5, 0.8, 1.2),
     "autocontrast": (0.5, 1, 1),  # each channel stretched to [0, 1]
-    "solarise": (0.5, 0.2, 0.2),  # threshold, one for all views: what is above is inverted
+    "solarise": (0.5, 0.2, 0.2),  # threshold: what is above is inverted
     "sharpen": (0.5, 1, 1),
     "blur": (0.5, 1, 1),
     "noise": (0.5, 0.01, 0.1),
@@ -546,8 +519,7 @@ def resample(x, size, parameters):
     across = affine[:, :, 0, None] * place
     down = affine[:, :, 1, None] * place + parameters["centre"][:, :, None]
     grid = across[:, :, None, :] + down[:, :, :, None]  # [n, 2, size, size]
-    # F.affine_grid does the same and takes 30 times as long.
-    grid = grid.permute(0, 2, 3, 1)
+    grid = grid.permute(0, 2, 3, 1)  # as of F.affine_grid, which takes 30 times as long
     return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
 
@@ -576,17 +548,28 @@ def autocontrast(x):
     return (x - low * ~constant).div_((high - low) + constant)
 
 
+def solarise(x, threshold):
+    """What is at the threshold or above it is inverted. x: [n, C, H, W] in [0, 1]. threshold: [n].
+
+    As torchvision's, which takes one threshold for all images and five times as long.
+    """
+    above = x.clone().ge_(threshold[:, None, None, None])  # 0 or 1
+    return above.mul_(torch.rsub(x, 1, alpha=2)).add_(x)  # x + above (1 - 2 x)
+
+
 def sharpen(x):
     """Adds what a 3 x 3 blur takes away; the outermost pixels stay. x: [n, C, H, W] in [0, 1].
 
-    As torchvision's adjust_sharpness(x, 2), which takes eight times as long.
+        x + (x - blurred),  blurred = (sum of the 3 x 3 neighbours + 4 x) / 13
+
+    As torchvision's adjust_sharpness(x, 2), which takes thirty times as long.
     """
-    rows = x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
-    box = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]  # the sum of the 3 x 3 neighbours
-    inner = x[..., 1:-1, 1:-1]
-    blurred = (box + 4 * inner) / 13
+    rows = x[..., :-2, :] + x[..., 1:-1, :]
+    rows += x[..., 2:, :]
+    box = rows[..., :-2] + rows[..., 1:-1]
+    box += rows[..., 2:]  # the sum of the neighbours
     out = x.clone()
-    out[..., 1:-1, 1:-1] += inner - blurred
+    out[..., 1:-1, 1:-1].mul_(22 / 13).sub_(box, alpha=1 / 13)
     return out.clamp_(0, 1)
 
 
@@ -640,37 +623,35 @@ def make_views(images, parameters, size, noise_seed=0):
 
 
 def augment(images, parameters, size, noise):
-    """`make_views` for a few patches: each transform in turn, on the views that have drawn it."""
-    cpu = parameters  # who has drawn a transform is looked up here: no waiting for a GPU
-    gpu = {name: value.to(images.device, non_blocking=True) for name, value in cpu.items()}
-    V = len(cpu["angle"]) // len(images)
+    """`make_views` for a few patches: one transform after the other."""
+    drawn = {name: value.to(images.device, non_blocking=True) for name, value in parameters.items()}
+    V = len(parameters["angle"]) // len(images)
     x = intensities(images)[:, None].expand(-1, V, -1, -1, -1).flatten(0, 1)
-    x = resample(x, size, gpu)
-    if (cpu["stain"] != 1).any() or cpu["background"].any():
-        x = stain_jitter(x, gpu["stain"], gpu["background"])
 
-    brightness = gpu["brightness"][:, None, None, None]
-    contrast = gpu["contrast"][:, None, None, None]
+    def where_drawn(name, transform, *arguments):
+        """transform(x, parameters of these names), on the views that have drawn `name`."""
+        rows = parameters[name].nonzero()[:, 0]  # on the CPU: no waiting for a GPU
+        if len(rows):
+            rows = rows.to(x.device, non_blocking=True)
+            values = [drawn[argument][rows] for argument in arguments]
+            x.index_copy_(0, rows, transform(x.index_select(0, rows), *values))
+
+    x = resample(x, size, drawn)
+    if (parameters["stain"] != 1).any() or parameters["background"].any():
+        x = stain_jitter(x, drawn["stain"], drawn["background"])
+    brightness = drawn["brightness"][:, None, None, None]
+    contrast = drawn["contrast"][:, None, None, None]
     x *= brightness * contrast
     x += x.mean(dim=(1, 2, 3), keepdim=True) * (1 / contrast - 1)
-
-    drawn = {name: cpu[name] != 0 for name in ("autocontrast", "solarise", "sharpen", "blur")}
-    if drawn["autocontrast"].any():
-        x[drawn["autocontrast"]] = autocontrast(x[drawn["autocontrast"]])
-    if drawn["solarise"].any():
-        threshold = cpu["solarise"].max().item()
-        x[drawn["solarise"]] = TF.solarize(x[drawn["solarise"]], threshold)
-    if drawn["sharpen"].any():
-        x[drawn["sharpen"]] = sharpen(x[drawn["sharpen"]])
-    if drawn["blur"].any():
-        x[drawn["blur"]] = blur(x[drawn["blur"]], gpu["blur"][drawn["blur"]])
-    for view in cpu["noise"].nonzero()[:, 0].tolist():
-        top, left = cpu["corner"][view].tolist()
+    where_drawn("autocontrast", autocontrast)
+    where_drawn("solarise", solarise, "solarise")
+    where_drawn("sharpen", sharpen)
+    where_drawn("blur", blur, "blur")
+    for view in parameters["noise"].nonzero()[:, 0].tolist():
+        top, left = parameters["corner"][view].tolist()
         window = noise[:, top : top + size, left : left + size]
-        x[view].add_(window, alpha=cpu["noise"][view].item())
-    erased = cpu["erase"] != 0
-    if erased.any():
-        x[erased] = erase(x[erased], gpu["erase"][erased], gpu["hole"][erased])
+        x[view].add_(window, alpha=parameters["noise"][view].item())
+    where_drawn("erase", erase, "erase", "hole")
     return x
 
 
@@ -680,11 +661,10 @@ def plain_view(images, size):
     images: [n, ...] of `decode`. Returns float32 [n, 3, size, size] in [0, 1].
     """
     x = intensities(images)
-    if x.shape[-1] != size:
-        x = F.interpolate(
-            x, (size, size), mode="bilinear", antialias=True, align_corners=False
-        ).clamp(0, 1)
-    return x
+    if x.shape[-1] == size:
+        return x
+    x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    return x.clamp(0, 1)
 
 
 def load_views(cohort, config, first, read_size, image_size, device, rank=0, world=1):

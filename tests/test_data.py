@@ -534,6 +534,8 @@ def test_autocontrast_solarise_and_sharpness():
     torch.testing.assert_close(
         data.blur(SOURCE, torch.full((6,), 1.3)), TF.gaussian_blur(SOURCE, 5, 1.3)
     )
+    solarised = data.solarise(SOURCE, torch.full((6,), 0.3))
+    torch.testing.assert_close(solarised, TF.solarize(SOURCE, 0.3))
     torch.testing.assert_close(data.sharpen(SOURCE), TF.adjust_sharpness(SOURCE, 2))
     torch.testing.assert_close(
         views(solarise=(0.3, 0.3))[0], TF.solarize(SOURCE, 0.3), atol=1e-5, rtol=0

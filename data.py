@@ -286,9 +286,10 @@ def hierarchical_batch(cohort, step, seed, patients, slides=2, patches=2, groups
     one twice; the losses know repeats by their id. groups: of `class_patients`, to balance them.
     """
     rng = np.random.default_rng((seed, step, 1))
-    batch = batch_patients(cohort, step, seed, patients)
     if groups:
         batch = balanced_patients(groups, step, seed, patients)
+    else:
+        batch = batch_patients(cohort, step, seed, patients)
     rows = np.empty((len(batch), slides, patches), np.int64)
     for i, patient in enumerate(batch):
         low, high = cohort.patient_slides[patient : patient + 2]

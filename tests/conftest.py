@@ -64,7 +64,6 @@ def flags(cohort_folder, clip_file, tmp_path):
         "1",
         "--save-every",
         "2",
-        "--no-compile",
         "--no-amp",
     ]
 
@@ -80,7 +79,8 @@ def _process(rank, world, folder, function, arguments):
 
 
 def on_processes(world, function, *arguments):
-    """function(rank, world, *arguments) on `world` gloo processes; returns their results by rank."""
+    """function(rank, world, *arguments) on `world` gloo processes; returns their results by
+    rank."""
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(
             _process, (world, folder, function, arguments), nprocs=world, start_method="forkserver"

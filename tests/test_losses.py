@@ -60,7 +60,7 @@ def test_levels_have_their_own_positives():
     losses = hvc(projections, IDS)
     for i, level in enumerate(LEVELS):
         expected = supcon_by_loops(projections[level], IDS[:, i].tolist(), 0.07)
-        assert losses[level].item() == pytest.approx(expected, rel=1e-12)
+        assert losses[f"hvc_{level}"].item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_slide_drawn_twice_is_not_its_own_negative():
@@ -112,7 +112,7 @@ def test_alignment_is_the_equation(temperature):
             star = t[max(range(len(t)), key=lambda k: float(row @ t[k]))]
             p, q = (row / temperature).softmax(0), (star / temperature).softmax(0)
             total += float((p * (p / q).log()).sum() + (q * (q / p).log()).sum()) / 2
-        assert losses[level].item() == pytest.approx(total / len(z), rel=1e-10)
+        assert losses[f"ha_{level}"].item() == pytest.approx(total / len(z), rel=1e-10)
 
 
 def test_alignment_moves_z_and_a_second_step_works():
@@ -120,7 +120,7 @@ def test_alignment_moves_z_and_a_second_step_works():
     values = []
     for _ in range(2):  # the released code's graph was freed after the first step
         z = F.normalize(raw, dim=1)
-        loss = ha(z, bank, temperature=0.1)["patch"]
+        loss = ha(z, bank, temperature=0.1)["ha_patch"]
         (gradient,) = torch.autograd.grad(loss, raw)
         assert gradient.norm() > 1e-3
         raw = (raw - 0.1 * gradient).detach().requires_grad_()
@@ -132,7 +132,7 @@ def test_alignment_moves_z_and_a_second_step_works():
 def test_at_temperature_1_the_alignment_is_almost_nothing():
     """1,024 dimensions as in RN50: the softmax of a unit vector is flat, and the divergence of unrelated vectors about
     1 / D."""
-    assert ha(unit(64, 1024), {"patch": unit(128, 1024, seed=1)})["patch"].item() < 2e-3
+    assert ha(unit(64, 1024), {"patch": unit(128, 1024, seed=1)})["ha_patch"].item() < 2e-3
 
 
 def test_nearest_attribute():
@@ -140,11 +140,12 @@ def test_nearest_attribute():
     assert nearest_attribute(t[[3, 1, 4]] + 0.01, t).tolist() == [3, 1, 4]
 
 
-# --------------------------------------------------------------------------------------------------------- distributed
+# -------------------------------------------------------------------------------------- distributed
 
 
 def _contrast_gradient(rank, world, how):
-    """Gradient of the contrast on the weights of a linear encoder, as DistributedDataParallel would average it."""
+    """Gradient of the contrast on the weights of a linear encoder, as DistributedDataParallel would
+    average it."""
     import torch.distributed as dist
 
     x, weight = unit(16, 6, seed=4), unit(6, 5, seed=5).requires_grad_()
@@ -180,7 +181,8 @@ def test_processes_give_the_gradient_of_one(world):
 
 
 def test_a_gather_without_gradient_is_too_small():
-    """The trap: with W processes each holding all rows, the plain gather's gradient comes out W times too small."""
+    """The trap: with W processes each holding all rows, the plain gather's gradient comes out W
+    times too small."""
     x, weight = unit(16, 6, seed=4), unit(6, 5, seed=5).requires_grad_()
     f = F.normalize(x @ weight, dim=1)
     (expected,) = torch.autograd.grad(

@@ -1,5 +1,9 @@
-"""The networks: CLIP's towers, and how HLSS ties its projections to the bank."""
+"""The networks: CLIP's towers are those of open_clip, HLSS ties its projections to the bank, and a
+run's checkpoints are whole or refused."""
 
+import functools
+
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +14,11 @@ from model import (
     OBJECTIVES,
     ModifiedResNet,
     TextTower,
+    backbone_tower,
     hlss_from_state,
     image_tower,
+    load_run,
+    resize_positions,
     text_tower,
 )
 from tools.weights import load_clip
@@ -78,9 +85,9 @@ def test_objectives_differ_in_their_projections():
 def test_the_image_is_normalised_inside():
     hlss = model().eval()
     hlss.normalise((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    by_hand = (IMAGES - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor(
-        [0.4, 0.5, 0.6]
-    ).view(3, 1, 1)
+    mean = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
+    std = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)
+    by_hand = (IMAGES - mean) / std
     torch.testing.assert_close(hlss.encode(IMAGES), F.normalize(hlss.tower(by_hand), dim=1))
 
 
@@ -95,14 +102,10 @@ def test_a_model_is_rebuilt_from_its_state_alone(objective):
 
 def test_sizes_are_read_off_the_state_dict(clip_file):
     state = load_clip(clip_file)
-    tower, text = image_tower(state), text_tower(state)
-    assert (tower.image_size, tower.dim, text.dim, text.context, text.vocabulary) == (
-        64,
-        64,
-        64,
-        77,
-        514,
-    )
+    tower = image_tower(state)
+    text = text_tower(state)
+    assert (tower.image_size, tower.dim) == (64, 64)
+    assert (text.dim, text.context, text.vocabulary) == (64, 77, 514)
     assert not any(p.requires_grad for p in text.parameters())
     torch.manual_seed(1)
     other = ModifiedResNet((1, 2, 1, 3), 8, 48, 96)
@@ -120,3 +123,222 @@ def test_the_text_tower_is_causal_and_reads_the_end_token():
     padded = torch.tensor([[18, 3, 4, 19, 7, 7, 7, 0]])  # what follows the end token is not seen
     torch.testing.assert_close(text(tokens), text(padded))
     assert not torch.allclose(text(tokens), text(torch.tensor([[18, 4, 3, 19, 0, 0]])))
+
+
+# ---------------------------------------------------------------------- towers against open_clip
+
+TEXT = {"context_length": 77, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 2}
+RESNET = {"image_size": 64, "layers": [1, 2, 1, 1], "width": 16, "patch_size": None}
+VIT = {"image_size": 64, "layers": 2, "width": 128, "patch_size": 16}
+
+
+def images_of(size, n=4):
+    """Coloured clouds: images that differ from each other."""
+    clouds = torch.randn(n, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    return F.interpolate(clouds, (size, size), mode="bilinear")
+
+
+def size_of(clip):
+    """Pixels of a side of the images that a CLIP of open_clip takes."""
+    size = clip.visual.image_size
+    return size if isinstance(size, int) else size[0]
+
+
+def randomise(clip):
+    """Weights as after some training: no layer is an identity, batch norm knows its statistics, and
+    half precision holds all of them."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in clip.named_parameters():
+        if parameter.dim() == 1:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data = 0.1 * noise + (1 if name.endswith("weight") else 0)
+    norms = [module for module in clip.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # the average, not a moving one
+    clip.train()
+    with torch.no_grad():
+        clip.encode_image(images_of(size_of(clip), 3 if norms else 1))
+    return clip.half().float().eval()
+
+
+@functools.cache
+def small_clip(kind, quick_gelu=True):
+    """A CLIP of open_clip; kind: "resnet" or "vit"."""
+    torch.manual_seed(0)
+    vision = open_clip.CLIPVisionCfg(**{"resnet": RESNET, "vit": VIT}[kind])
+    return randomise(
+        open_clip.model.CLIP(64, vision, open_clip.CLIPTextCfg(**TEXT), quick_gelu=quick_gelu)
+    )
+
+
+@pytest.fixture(params=["resnet", "vit"])
+def clip(request):
+    return small_clip(request.param)
+
+
+def tokens():
+    """Four texts of 77, 3, 20 and 50 tokens; the last one is the end token."""
+    torch.manual_seed(0)
+    tokens = torch.randint(1, 49406, (4, 77))
+    for row, length in zip(tokens, (77, 3, 20, 50)):
+        row[length - 1] = 49407
+        row[length:] = 0
+    return tokens
+
+
+def assert_same_embeddings(clip, state):
+    images = images_of(size_of(clip))
+    with torch.no_grad():
+        pairs = [
+            (image_tower(state).eval()(images), clip.encode_image(images)),
+            (text_tower(state)(tokens()), clip.encode_text(tokens())),
+        ]
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, atol=1e-4 * theirs.abs().max().item(), rtol=0)
+        spread = theirs.std(dim=0).mean()
+        assert spread > 1e-2 * theirs.abs().mean()  # the rows differ: something was compared
+
+
+def test_the_embeddings_are_those_of_open_clip(clip):
+    assert_same_embeddings(clip, clip.state_dict())
+
+
+@pytest.mark.parametrize("name", ["RN50", "ViT-B-32"])
+def test_the_full_towers_and_their_gradients_are_those_of_open_clip(name):
+    torch.manual_seed(0)
+    clip = randomise(open_clip.create_model(name, force_quick_gelu=True))
+    state = clip.state_dict()
+    assert_same_embeddings(clip, state)
+    tower = image_tower(state).eval()
+    images = images_of(224)
+    for encode in (tower, clip.encode_image):
+        F.normalize(encode(images), dim=1)[:, 0].sum().backward()
+    gradients = {key: value.grad for key, value in clip.visual.named_parameters()}
+    for key, parameter in tower.named_parameters():
+        tolerance = 1e-4 * gradients[key].abs().max().item() + 1e-8
+        torch.testing.assert_close(
+            parameter.grad,
+            gradients[key],
+            rtol=0,
+            atol=tolerance,
+            msg=lambda message, key=key: f"{key}: {message}",
+        )
+
+
+def test_the_activation_matters():
+    clip = small_clip("vit", quick_gelu=False)
+    state = clip.state_dict()
+    assert_same_embeddings(clip, state | {"activation": "gelu"})
+    with pytest.raises(AssertionError):
+        assert_same_embeddings(clip, state | {"activation": "quickgelu"})
+
+
+@pytest.mark.parametrize("size", [96, 32])
+def test_other_image_sizes_interpolate_the_positions(size):
+    """As open_clip resizes a ViT's; the attention pool's by the same rule."""
+    clip = small_clip("vit")
+    state = clip.state_dict()
+    other = open_clip.model.CLIP(
+        64,
+        open_clip.CLIPVisionCfg(**VIT | {"image_size": size}),
+        open_clip.CLIPTextCfg(**TEXT),
+        quick_gelu=True,
+    ).eval()
+    resized = dict(state)
+    open_clip.model.resize_pos_embed(resized, other)
+    other.load_state_dict(resized)
+    images = torch.rand(2, 3, size, size)
+    tower = image_tower(state, size).eval()
+    torch.testing.assert_close(tower(images), other.encode_image(images), atol=1e-5, rtol=1e-4)
+    assert tower.image_size == size
+
+    state = small_clip("resnet").state_dict()
+    tower = image_tower(state, size).eval()
+    assert tower(images).shape == (2, 64)
+    grid = state["visual.attnpool.positional_embedding"]
+    ours = tower.attnpool.positional_embedding
+    assert torch.equal(ours[0], grid[0])
+
+    # Bicubic interpolation keeps a ramp a ramp.
+    ramp = torch.linspace(-1, 1, 16).repeat_interleave(16).view(-1, 1)
+    positions = torch.cat([torch.zeros(1, 1), ramp])
+    small = resize_positions(positions, size // 8)[1:].view(size // 8, size // 8)
+    assert (small.diff(dim=0) > 0).all()
+    torch.testing.assert_close(small, small[:, :1].expand_as(small), atol=1e-5, rtol=0)
+
+
+def test_a_size_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="--image-size 100: this tower needs a multiple of 32"):
+        image_tower(small_clip("resnet").state_dict(), 100)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "convnext_tiny"])
+def test_a_torchvision_backbone_stands_in(name):
+    bank = {level: F.normalize(torch.randn(3, 48), dim=1) for level in LEVELS}
+    hlss = HLSS(backbone_tower(name, 48), bank).eval()
+    images = torch.rand(2, 3, 64, 64)
+    z, _ = hlss(images)
+    assert z.shape == (2, 48)
+    again = hlss_from_state(hlss.state_dict(), "hlss", backbone=name).eval()
+    assert torch.equal(again(images)[0], z)
+
+
+def test_an_unknown_backbone_is_refused():
+    with pytest.raises(ValueError, match="--backbone resnet19: no classifier"):
+        backbone_tower("resnet19", 48)
+    with pytest.raises(ValueError, match="--backbone squeezenet1_1: it ends without a linear"):
+        backbone_tower("squeezenet1_1", 48)
+
+
+def test_a_bank_of_another_clip_is_refused():
+    with pytest.raises(ValueError, match="vectors have 48 dimensions and the image tower's 64"):
+        HLSS(
+            image_tower(small_clip("resnet").state_dict()),
+            {level: torch.eye(48) for level in LEVELS},
+        )
+
+
+# ----------------------------------------------------------------------------- a run's checkpoints
+
+
+def write_run(folder):
+    """One checkpoint, as train.py writes them; returns its model and its path."""
+    hlss = model().eval()
+    path = folder / "step-0000001.pt"
+    torch.save({"model": hlss.state_dict(), "config": {"objective": "hlss"}, "step": 1}, path)
+    return hlss, path
+
+
+def test_a_run_is_loaded_from_its_folder_or_its_checkpoint(tmp_path):
+    hlss, path = write_run(tmp_path)
+    for source in (tmp_path, path):
+        again, checkpoint = load_run(str(source))
+        assert checkpoint["step"] == 1
+        assert torch.equal(again.encode(IMAGES), hlss.encode(IMAGES))
+
+
+@pytest.mark.parametrize("damage", ["one bit", "truncated", "empty", "a page"])
+def test_a_damaged_checkpoint_is_refused_by_name(damage, tmp_path):
+    _, path = write_run(tmp_path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # in a tensor
+    damaged = {
+        "one bit": content,
+        "truncated": content[: len(content) // 2],
+        "empty": b"",
+        "a page": b"<!DOCTYPE html><html>Not Found</html>",
+    }
+    path.write_bytes(damaged[damage])
+    with pytest.raises(
+        ValueError, match=r"step-0000001\.pt is damaged \(.+\): take the one before"
+    ):
+        load_run(str(path))
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole: restore one"):
+        load_run(str(tmp_path))
+
+
+def test_what_is_no_run_is_refused(clip_file, tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent is neither a run folder nor a checkpoint"):
+        load_run(str(tmp_path / "absent"))
+    with pytest.raises(ValueError, match=r"clip\.pt holds no checkpoint of train\.py"):
+        load_run(clip_file)

@@ -1,58 +1,62 @@
-"""CLIPs by name or file, in any published layout -> one state dict."""
+"""CLIPs by name or file, in any published layout -> one state dict; nothing unknown is run.
+
+>>> state = load_clip("RN50")
+>>> state["visual.conv1.weight"].dtype, state["activation"]
+(torch.float32, 'quickgelu')
+"""
 
 import hashlib
 import json
 import os
-import pickle
 import re
 import warnings
 import zipfile
+from pathlib import Path
 
 import torch
 
-OPENAI = "https://openaipublic.azureedge.net/clip/models"
-CLIPS = {  # what --clip knows by name: an address that holds the file's SHA-256, or its first eight digits
-    "RN50": f"{OPENAI}/afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762/RN50.pt",
-    "RN101": f"{OPENAI}/8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599/RN101.pt",
-    "RN50x4": f"{OPENAI}/7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd/RN50x4.pt",
-    "ViT-B/32": f"{OPENAI}/40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
-    "ViT-B/16": f"{OPENAI}/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
-    "ViT-L/14": f"{OPENAI}/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
-    "RN50-cc12m": "https://github.com/mlfoundations/open_clip/releases/download/v0.2-weights/rn50-quickgelu-cc12m-"
-    "f000538c.pt",  # the paper's start
+OPENAI = {  # SHA-256 of OpenAI's files, which is also a part of their address
+    "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
+    "RN101": "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599",
+    "RN50x4": "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd",
+    "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+    "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+    "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
 }
-# What TorchScript archives call types and functions, and .safetensors types.
-DTYPES = {
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "FloatStorage": torch.float32,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "I64": torch.int64,
-    "I32": torch.int32,
+URL = "https://openaipublic.azureedge.net/clip/models/{sha256}/{file}.pt"
+CLIPS = {  # what --clip knows by name -> its address, and its SHA-256 or how that begins
+    name: (URL.format(sha256=sha256, file=name.replace("/", "-")), sha256)
+    for name, sha256 in OPENAI.items()
 }
-TORCHSCRIPT = {("torch._utils", "_rebuild_tensor_v2"), ("collections", "OrderedDict")}
+CLIPS["RN50-cc12m"] = (  # the paper's start
+    "https://github.com/mlfoundations/open_clip/releases/download/v0.2-weights/"
+    "rn50-quickgelu-cc12m-f000538c.pt",
+    "f000538c",
+)
+SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SAFETENSORS |= {"I64": torch.int64, "I32": torch.int32}
+
+
+def _sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def published(url, sha256, path=""):
-    """The path of a published file: `path`, or torch.hub's cache, where it is downloaded on first use.
+    """The path of a published file: `path`, or torch.hub's cache, where it is downloaded once.
 
-    sha256: how its checksum begins. Raises ConnectionError when it cannot be had, ValueError when it is another file.
+    sha256: all of it, or how it begins. Raises ConnectionError, or ValueError for another file.
     """
-    cached = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
-    if not path and not os.path.exists(path := cached):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, path, sha256)
-        except (OSError, RuntimeError) as error:  # no network; another checksum
-            raise ConnectionError(
-                f"no {url} ({error}): download it where you can and put it at {path}"
-            ) from error
-    with open(path, "rb") as file:
-        found = hashlib.sha256(file.read()).hexdigest()
+    if not path:
+        path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+        if not os.path.exists(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            try:
+                torch.hub.download_url_to_file(url, path, sha256)
+            except (OSError, RuntimeError) as error:  # no network; another checksum
+                raise ConnectionError(
+                    f"no {url} ({error}): download it where you can and put it at {path}"
+                ) from error
+    found = _sha256(path)
     if not found.startswith(sha256):
         raise ValueError(
             f"{path} is not {url} (SHA-256 {found}, not {sha256}): delete it and try again"
@@ -61,116 +65,115 @@ def published(url, sha256, path=""):
 
 
 def find_clip(source):
-    """What --clip says, a name in CLIPS or a file -> path."""
+    """The path of what --clip says, which is a name in CLIPS or a file."""
     if source in CLIPS:
-        return published(
-            CLIPS[source], re.search(r"[0-9a-f]{64}|[0-9a-f]{8}(?=.pt)", CLIPS[source])[0]
-        )
+        return published(*CLIPS[source])
     if not os.path.isfile(source):
         raise FileNotFoundError(f"--clip {source}: neither a file nor one of {', '.join(CLIPS)}")
     return source
 
 
-def read_torchscript(path):
-    """The tensors of a TorchScript archive: (dotted name, tensor) one by one.
+def _read_safetensors(path):
+    """{name: tensor} of a .safetensors file: length of the header in 8 bytes, header (JSON), data.
 
-    torch.jit.load would compile the archive's code and run parts of it. This reads the data alone: every name in its
-    pickle becomes inert here, or is refused.
+    Raises ValueError, with the tensor's name, where the header does not fit the data.
     """
-
-    class Data:  # a module, with attributes, or a tensor, with arguments
-        arguments = ()
-
-        def __init__(self, *arguments):
-            self.arguments = arguments
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            if module == "torch" and name in DTYPES:
-                return DTYPES[name]
-            if not (module.startswith("__torch__") or (module, name) in TORCHSCRIPT):
-                raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
-            return Data
-
-        def persistent_load(self, storage):
-            return storage
-
-    def walk(module, prefix):
-        for name, value in vars(module).items():
-            if isinstance(value, Data) and not value.arguments:
-                yield from walk(value, f"{prefix}{name}.")
-            elif isinstance(value, Data):
-                (_, dtype, key, *_), offset, size, stride, *_ = value.arguments
-                data = bytearray(archive.read(f"{root}/data/{key}"))
-                yield (
-                    prefix + name,
-                    torch.frombuffer(data, dtype=dtype).as_strided(size, stride, offset),
-                )
-
-    with zipfile.ZipFile(path) as archive:
-        root = archive.namelist()[0].split("/")[0]
-        with archive.open(f"{root}/data.pkl") as file:
-            yield from walk(Unpickler(file).load(), "")
-
-
-def read_safetensors(path):
-    """The tensors of a .safetensors file, (name, tensor) one by one: its header's length, the header (JSON), data."""
+    tensors = {}
     with open(path, "rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
+        size = os.path.getsize(path) - start
         header = json.loads(file.read(start - 8))
         header.pop("__metadata__", None)
-        for name, entry in header.items():
+        free = 0  # where the bytes begin that no tensor has taken
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             begin, end = entry["data_offsets"]
+            if entry["dtype"] not in SAFETENSORS:
+                raise ValueError(f"{name} is of type {entry['dtype']}, which no CLIP is")
+            if not free <= begin <= end <= size:
+                raise ValueError(f"{name} overlaps another tensor, or lies outside of the file")
+            data = torch.empty(end - begin, dtype=torch.uint8)
             file.seek(start + begin)
-            data = torch.frombuffer(bytearray(file.read(end - begin)), dtype=DTYPES[entry["dtype"]])
-            yield name, data.view(entry["shape"])
+            file.readinto(data.numpy())
+            tensors[name] = data.view(SAFETENSORS[entry["dtype"]]).view(entry["shape"])
+            free = end
+    return tensors
+
+
+def _read_torchscript(path):
+    """{"state_dict": ...} of an archive of OpenAI's. Raises ValueError for all others."""
+    if _sha256(path) not in [sha256 for _, sha256 in CLIPS.values()]:
+        raise ValueError(
+            "a TorchScript archive is a program, and this one is none of OpenAI's, so it was not "
+            "run. If you trust it, export its tensors, and name that file: python -c "
+            f"\"import torch; torch.save(torch.jit.load({path!r}, 'cpu').state_dict(), 'clip.pt')\""
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated
+        module = torch.jit.load(path, map_location="cpu")
+    return {"state_dict": module.state_dict(), "activation": "quickgelu"}
+
+
+def _read_zip(path):
+    """What torch.save wrote to a file: tensors and plain values alone."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if any(os.path.basename(member.filename) == "constants.pkl" for member in members):
+            return _read_torchscript(path)
+        damaged = archive.testzip()  # torch.load does not look at the checksums
+    if damaged:
+        raise ValueError(f"wrong checksum of {damaged}")
+    # mmap leaves on the disk what is not used, as an optimizer. It takes the bytes as they are.
+    stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=stored)
+
+
+def _read(path):
+    """(float32 state dict, activation or "") of a file. Its first bytes tell the layout."""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    if head[8:] == b"{":
+        checkpoint = _read_safetensors(path)
+    elif head[:2] == b"PK":
+        checkpoint = _read_zip(path)
+    else:  # as torch.save wrote until 2020
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    known = checkpoint.get("config", checkpoint).get("activation", "")
+    tensors = checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
+    state = {}
+    for name in list(tensors):
+        value = tensors.pop(name)  # one by one, so that memory never holds all of them twice
+        if isinstance(value, torch.Tensor):
+            name = name.removeprefix("module.")  # of DistributedDataParallel
+            state[name] = value.float() if value.is_floating_point() else value
+    return state, known
 
 
 def load_clip(source, activation=""):
-    """The state dict of a CLIP: float32 on the CPU, and under "activation" that of its transformers.
+    """The state dict of a CLIP: float32 on the CPU, and under "activation" that of its blocks.
 
-    source: a name in CLIPS or a file: OpenAI's TorchScript archive, a checkpoint or state dict of open_clip,
-    .safetensors, or our own checkpoint (which has no text tower). activation: a key of ACTIVATIONS; warns if it
-    contradicts the file, or if neither says it. Raises ValueError for other files; nothing in a file is executed.
+    source: a name in CLIPS or a file of open_clip's, OpenAI's, .safetensors, or our own (which has
+    no text tower). activation: "quickgelu" or "gelu"; warns if it contradicts the file, or if
+    neither says it. Raises ValueError for a file that is damaged, foreign, or a program.
     """
     path = find_clip(source)
-    known = "quickgelu" if os.path.basename(path) in map(os.path.basename, CLIPS.values()) else ""
-    with open(path, "rb") as file:
-        head = file.read(9)
     try:
-        if head[8:] == b"{":
-            tensors = read_safetensors(path)
-        elif head[:2] == b"PK" and any(
-            name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()
-        ):
-            tensors = read_torchscript(path)
-        else:  # mmap leaves the optimizer of a training checkpoint on the disk
-            checkpoint = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=head[:2] == b"PK"
-            )
-            known = checkpoint.get("config", checkpoint).get("activation") or known
-            tensors = checkpoint.get("state_dict", checkpoint.get("model", checkpoint)).items()
-        state = {
-            name.removeprefix("module."): value.float() if value.is_floating_point() else value
-            for name, value in tensors
-            if isinstance(value, torch.Tensor)
-        }
+        state, known = _read(path)
     except Exception as error:  # whatever a damaged or foreign file does to its reader
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        reason = (
-            f"asks for {asked[1]}, which was not run"
-            if asked
-            else f"damaged? {type(error).__name__}"
-        )
-        raise ValueError(f"{path} is not a checkpoint of tensors alone ({reason})") from None
+        reason = str(error) if isinstance(error, ValueError) else f"damaged? {type(error).__name__}"
+        asked = re.search(r"GLOBAL (\S+)", str(error))  # by torch's unpickler
+        if asked:
+            reason = f"it asks for {asked[1]}, which was not run"
+        raise ValueError(f"{path} is not a checkpoint of tensors alone: {reason}") from None
     if not any(name.startswith(("visual.", "tower.")) for name in state):
         raise ValueError(
             f"{path} is not a CLIP: its tensors are {', '.join([*state][:3])}, ... and not visual.*"
         )
-    if not (activation or known):
+    if not known and os.path.basename(path) in [os.path.basename(url) for url, _ in CLIPS.values()]:
+        known = "quickgelu"
+    if not activation and not known:
         warnings.warn(
-            f"{path} does not say its activation, quickgelu is taken. The wrong one fails silently: "
-            "open_clip's models without quickgelu in their name are gelu",
+            f"{path} does not say its activation, quickgelu is taken. The wrong one fails "
+            "silently: open_clip's models without quickgelu in their name are gelu",
             stacklevel=2,
         )
     if activation and known and activation != known:

@@ -173,15 +173,8 @@ class Config:
     )
 
 
-LONG = dict(
-    image_size=224,
-    patients=64,
-    steps=60000,
-    workers=8,
-    log_every=50,
-    probe_every=5000,
-    save_every=1000,
-)
+LONG = dict(image_size=224, patients=64, steps=60000, workers=8)
+LONG |= dict(log_every=50, probe_every=5000, save_every=1000)
 PRESETS = {  # over the defaults above, which are the demo's
     "demo": {},
     "opensrh": LONG
@@ -203,20 +196,9 @@ RANGES = {  # lowest and highest
     "patients": (1, math.inf),
     "views": (2, math.inf),  # with 1, nothing attracts at patch level
 }
-MAY_CHANGE = {  # on resuming: it makes no other run
-    "data",
-    "out",
-    "cache",
-    "clip",
-    "vocab",
-    "bank",
-    "workers",
-    "log_every",
-    "probe_every",
-    "save_every",
-    "compile",
-    "timeout",
-}
+MAY_CHANGE = (  # on resuming: it makes no other run
+    "data out cache clip vocab bank workers log_every probe_every save_every compile timeout"
+).split()
 
 
 def parse_config(argv=None):
@@ -285,25 +267,34 @@ def processes(timeout):
 
     if rank > 0:
         warnings.simplefilter("ignore")  # rank 0 says it for all
+    limit = timedelta(seconds=timeout)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    side_group = dist.new_group(backend="gloo")  # still whole when a collective of the first fails
+    store, rank, world = next(dist.rendezvous("env://", timeout=limit))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     try:
         yield rank, world, device
     except RuntimeError as error:
         if "gloo" not in str(error) and not isinstance(error, dist.DistError):
             raise
-        raise RuntimeError(who_is_missing(side_group)) from error
+        raise RuntimeError(who_is_missing(store, rank, world)) from error
     finally:
         dist.destroy_process_group()
 
 
-def who_is_missing(group, seconds=5):
-    """Asks all processes for a sign of life. Returns what to tell the user."""
+def who_is_missing(store, rank, world, seconds=5):
+    """After a collective has failed: what to tell the user. Who does not report is missing.
+
+    store: that all processes share. A process that waited for another cannot tell for whom.
+    """
     try:
-        dist.monitored_barrier(group, timedelta(seconds=seconds), wait_all_ranks=True)
-    except RuntimeError as error:
-        return f"a process is dead, stopped or stuck; what it printed says more. {error}"
+        store.set(f"rank {rank} reports", "")
+        time.sleep(seconds)
+        reports = [store.check([f"rank {other} reports"]) for other in range(world)]
+    except RuntimeError:  # the store went with the process that kept it
+        reports = [False] + [True] * (world - 1)
+    missing = [f"rank {other}" for other in range(world) if not reports[other]]
+    if missing:
+        return f"{', '.join(missing)} is dead, stopped or stuck: see what it printed last"
     return "all processes are there, but one was later than --timeout: give them more"
 
 

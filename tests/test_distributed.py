@@ -69,7 +69,8 @@ def test_1_2_and_4_processes_train_as_one(flags):
     ((images, ids),) = views(flags)
     (one,) = on_processes(1, _gradients, flags, images, ids)
     print(
-        f"\n{'':9}{'processes':>9}{'loss':>13}{'difference':>12}{'gradient norm':>15}{'largest difference':>20}"
+        f"\n{'':9}{'processes':>9}{'loss':>13}{'difference':>12}{'gradient norm':>15}"
+        f"{'largest difference':>20}"
     )
     for world in (1, 2, 4):
         for rank, result in enumerate(on_processes(world, _gradients, flags, images, ids)):
@@ -79,7 +80,8 @@ def test_1_2_and_4_processes_train_as_one(flags):
                 worst = max((gradients[name] - g).norm().item() for name, g in expected.items())
                 if rank == 0:
                     print(
-                        f"{objective:9}{world:9}{loss:13.7f}{abs(loss - expected_loss):12.1e}{norm:15.5f}"
+                        f"{objective:9}{world:9}{loss:13.7f}{abs(loss - expected_loss):12.1e}"
+                        f"{norm:15.5f}"
                         f"{worst:20.1e}"
                     )
                 assert gradients.keys() == expected.keys()

@@ -6,7 +6,6 @@ import glob
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -116,8 +115,11 @@ def half_written(out):
 
 
 def kill_and_go_on(flags, tmp_path, world, moments, seed):
-    """kill -9 at each of the moments, then run to the end. Returns (flags of the run, flags of an undisturbed one,
-    kills that left a half-written checkpoint)."""
+    """kill -9 at each of the moments, then run to the end.
+
+    Returns (flags of the run, flags of an undisturbed one, kills that left a half-written
+    checkpoint).
+    """
     whole, broken = ([*flags, "--out", str(tmp_path / name)] for name in ("whole", "broken"))
     reference = start(whole, world)
     rng, out, halves = random.Random(seed), out_of(broken), set()
@@ -253,9 +255,8 @@ def test_the_newest_two_checkpoints_are_kept(tmp_path):
 
 
 def test_ranks_that_see_different_checkpoints_are_told(flags, monkeypatch):
-    monkeypatch.setattr(
-        train, "average", lambda step, device: [step / 2]
-    )  # as if the other of two ranks found none
+    # As if the other of two ranks found none.
+    monkeypatch.setattr(train, "average", lambda numbers, device: {"step": numbers["step"] / 2})
     monkeypatch.setattr(train, "newest_checkpoint", lambda folder: {"step": 4})
     with pytest.raises(ValueError, match="put it on a shared disk"):
         train.resume(train.parse_config(flags), torch.nn.Linear(1, 1), None, {})
@@ -341,7 +342,7 @@ def test_a_rank_that_dies_stops_or_hangs_is_named(flags, tmp_path):
     jobs = {}
     for what in ("dies", "stops", "hangs"):
         mine = [*flags, *LIGHT, "--out", str(tmp_path / what), "--steps", "100000"]
-        mine += ["--timeout", "15"]
+        mine += ["--timeout", "10"]
         jobs[what] = mine, start(mine, world=2, hang_at=4 if what == "hangs" else None)
     for what, (mine, ranks) in jobs.items():
         alive = ranks if what != "hangs" else []
@@ -351,9 +352,7 @@ def test_a_rank_that_dies_stops_or_hangs_is_named(flags, tmp_path):
     since = time.monotonic()
     for what, (mine, ranks) in jobs.items():
         (code,) = end(ranks[:1], timeout=60)
-        assert time.monotonic() - since < 15 + 5 + 15  # the last: for a machine that is busy
         end(ranks[1:], timeout=0)
+        assert time.monotonic() - since < 10 + 5 + 15  # the last: for a machine that is busy
         assert code == 1, what
-        said = words(mine)
-        assert "a process is dead, stopped or stuck" in said
-        assert re.search(r"rank 1 |Ranks 1 |Rank 1 ", said), said
+        assert "rank 1 is dead, stopped or stuck" in words(mine), words(mine)

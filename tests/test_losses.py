@@ -130,8 +130,8 @@ def test_alignment_moves_z_and_a_second_step_works():
 
 
 def test_at_temperature_1_the_alignment_is_almost_nothing():
-    """1,024 dimensions as in RN50: the softmax of a unit vector is flat, and the divergence of unrelated vectors about
-    1 / D."""
+    """1,024 dimensions as in RN50: the softmax of a unit vector is flat, and the divergence of
+    unrelated vectors about 1 / D."""
     assert ha(unit(64, 1024), {"patch": unit(128, 1024, seed=1)})["ha_patch"].item() < 2e-3
 
 
@@ -153,7 +153,9 @@ def _contrast_gradient(rank, world, how):
     f = F.normalize(x[share] @ weight, dim=1)
     if how == "ours":
         loss = sum(hvc({level: f for level in LEVELS}, IDS[share]).values())
-    else:  # plain all_gather, own slice put back: constants where the other processes' rows should carry a gradient
+    else:
+        # Plain all_gather, own slice put back: constants where the rows of the other processes
+        # should carry a gradient.
         parts = [torch.empty_like(f) for _ in range(world)]
         dist.all_gather(parts, f.detach())
         parts[rank] = f

@@ -160,7 +160,8 @@ def test_a_contradicting_flag_is_refused(flags):
 
 
 def test_bf16_follows_float32(flags, tmp_path):
-    # Neither the default rate nor the fixture's text, to which all attributes are alike: both amplify rounding.
+    # Neither the default rate nor the fixture's text, to which all attributes are alike: both
+    # amplify rounding.
     flags = [*flags, "--lr", "1e-5", "--init", "random"]
     train.train(full := train.parse_config([*flags, "--out", str(tmp_path / "full")]))
     train.train(half := train.parse_config([*flags, "--amp", "--out", str(tmp_path / "half")]))
@@ -187,7 +188,8 @@ def test_bf16_follows_float32_on_the_demo(tmp_path):
     )
     print(
         f"largest difference of a step {max(abs(x - y) for x, y in zip(a, b)):.3f}, "
-        f"of the mean of the last 20 {abs(sum(a[-20:]) - sum(b[-20:])) / 20:.4f}, of {a[0]:.1f} to {a[-1]:.1f}"
+        f"of the mean of the last 20 {abs(sum(a[-20:]) - sum(b[-20:])) / 20:.4f}, "
+        f"of {a[0]:.1f} to {a[-1]:.1f}"
     )
     assert max(abs(x - y) for x, y in zip(a, b)) < 0.05 * a[0]
     assert sum(a[-20:]) == pytest.approx(sum(b[-20:]), rel=0.02)

@@ -1,11 +1,18 @@
-"""The probes and their scores against scikit-learn, the protocols, the intervals, and the attributes."""
+"""evaluate.py: probes and metrics against scikit-learn, splits, intervals, words, the command."""
 
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 import warnings
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import (
     accuracy_score,
@@ -18,9 +25,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate
+import train
 from data import build_cohort, decode, plain_view, read_cohort
 from losses import LEVELS
-from model import HLSS, image_tower
+from model import HLSS, checkpoints, image_tower, load_run
 from tools.weights import load_clip
 
 RNG = np.random.default_rng(0)
@@ -38,14 +46,14 @@ def test_knn_is_scikit_learns(k):
     np.testing.assert_allclose(ours.numpy(), expected, atol=2e-5)
 
 
-def test_k_is_capped_at_the_bank():
+def test_k_is_capped_at_the_training_rows():
     y = torch.from_numpy(Y[:10])
     torch.testing.assert_close(
         evaluate.knn(Z[:10], y, Z[10:], 4, k=200), evaluate.knn(Z[:10], y, Z[10:], 4, k=10)
     )
 
 
-def test_a_class_that_the_bank_lacks_gets_nothing():
+def test_a_class_without_training_rows_gets_nothing():
     y = torch.from_numpy(Y[:100] % 2 * 2)  # classes 0 and 2 of 4
     for probe in (evaluate.knn, evaluate.logistic):
         scores = probe(Z[:100], y, Z[100:], 4)
@@ -88,7 +96,7 @@ def test_the_linear_probe_is_scikit_learns(scale):
 
 
 def cohort_of(labels, patients):
-    """A cohort of so many patches, every patient in train but the last two, which are for validation."""
+    """A cohort of one patch a label: the last two patients are for validation."""
     last = sorted(set(patients))[-2:]
     entries = [
         ("", f"{i}.png", p, p, c, "val" if p in last else "train")
@@ -99,23 +107,26 @@ def cohort_of(labels, patients):
 
 def test_metrics_are_scikit_learns(cohort_folder):
     cohort = read_cohort(cohort_folder)
-    pairs = evaluate.sides(cohort)
-    scores = np.random.default_rng(0).dirichlet(np.ones(4), len(pairs[0][1])).round(2)  # with ties
+    splits = evaluate.probe_splits(cohort)
+    _, rows = splits[0]
+    scores = np.random.default_rng(0).dirichlet(np.ones(4), len(rows)).round(2)  # with ties
     scores /= scores.sum(axis=1, keepdims=True)
-    metrics = evaluate.assess({"linear": scores}, cohort, pairs)["linear"]
-    y, names = cohort.label[pairs[0][1]], cohort.slide[pairs[0][1]]
-    slides = np.stack([scores[names == s].mean(axis=0) for s in np.unique(names)])
-    slide_y = np.array([y[names == s][0] for s in np.unique(names)])
-    for at, s, labels in ((metrics["patch"], scores, y), (metrics["slide"], slides, slide_y)):
+    results = evaluate.assess({"linear": scores}, cohort, splits)["linear"]
+    y = cohort.label[rows]
+    slide = cohort.slide[rows]
+    slide_scores = np.stack([scores[slide == s].mean(axis=0) for s in np.unique(slide)])
+    slide_y = np.array([y[slide == s][0] for s in np.unique(slide)])
+    for level, s, labels in (("patch", scores, y), ("slide", slide_scores, slide_y)):
+        metrics = results[level]
         found = s.argmax(axis=1)
-        assert at["accuracy"] == pytest.approx(accuracy_score(labels, found))
-        assert at["mca"] == pytest.approx(balanced_accuracy_score(labels, found))
-        assert at["auc"] == pytest.approx(roc_auc_score(labels, s, multi_class="ovr"))
-        assert [r["recall"] for r in at["recall"].values()] == pytest.approx(
-            recall_score(labels, found, average=None).tolist()
-        )
-        assert at["confusion"] == confusion_matrix(labels, found, labels=range(4)).tolist()
-        assert at["accuracy_interval"][0] < at["accuracy"] < at["accuracy_interval"][1]
+        assert metrics["accuracy"] == pytest.approx(accuracy_score(labels, found))
+        assert metrics["mca"] == pytest.approx(balanced_accuracy_score(labels, found))
+        assert metrics["auc"] == pytest.approx(roc_auc_score(labels, s, multi_class="ovr"))
+        recalls = [recall["recall"] for recall in metrics["recall"].values()]
+        assert recalls == pytest.approx(recall_score(labels, found, average=None).tolist())
+        assert metrics["confusion"] == confusion_matrix(labels, found, labels=range(4)).tolist()
+        low, high = metrics["accuracy_interval"]
+        assert low < metrics["accuracy"] < high
 
 
 def test_auc_counts_ties_as_half_and_needs_both():
@@ -126,7 +137,7 @@ def test_auc_counts_ties_as_half_and_needs_both():
 
 
 def test_pooling_averages_probabilities_once():
-    """Three weak votes and a strong one: a second softmax, as in the released code, would turn the decision."""
+    """A second softmax, as in the released code, would let two weak votes beat a strong one."""
     scores = np.array([[0.45, 0.55], [0.45, 0.55], [1.0, 0.0], [0.2, 0.8], [0.5, 0.5]])
     pooled, labels, first, left_out = evaluate.pool(
         scores, np.array([0, 0, 0, 1, 1]), np.array([7, 7, 7, 9, 9])
@@ -143,42 +154,42 @@ def test_a_group_of_several_labels_is_left_out():
 
 
 def test_the_bootstrap_draws_patients_and_not_patches():
-    """A slow loop that repeats the patches of every drawn patient gives each resample's accuracy and MCA."""
+    """A slow loop that repeats the patches of every drawn patient gives the same."""
     scores, y, patient = RNG.random((60, 3)), RNG.integers(0, 3, 60), RNG.integers(0, 6, 60)
-    weights = evaluate.patient_weights(6, 50)
-    found = evaluate.rates(scores, y, patient, weights)
-    for row, w in enumerate(weights):
-        rows = np.concatenate(
-            [np.repeat(np.flatnonzero(patient == p), int(w[p])) for p in range(6)]
-        )
-        assert found["accuracy"][row] == pytest.approx(
-            accuracy_score(y[rows], scores[rows].argmax(1))
-        )
+    counts = evaluate.bootstrap_counts(6, 50)
+    values = evaluate.rates(scores, y, patient, counts)
+    for resample, count in enumerate(counts):
+        drawn = []
+        for p in range(6):
+            drawn += int(count[p]) * np.flatnonzero(patient == p).tolist()
+        found = scores[drawn].argmax(axis=1)
+        assert values["accuracy"][resample] == pytest.approx(accuracy_score(y[drawn], found))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # classes that are predicted and do not occur
-            assert found["mca"][row] == pytest.approx(
-                balanced_accuracy_score(y[rows], scores[rows].argmax(1))
+            assert values["mca"][resample] == pytest.approx(
+                balanced_accuracy_score(y[drawn], found)
             )
-    assert weights[0].tolist() == [1] * 6
-    np.testing.assert_array_equal(weights, evaluate.patient_weights(6, 50))  # seeded
+    assert counts[0].tolist() == [1] * 6
+    np.testing.assert_array_equal(counts, evaluate.bootstrap_counts(6, 50))  # seeded
 
 
 def test_a_gain_over_itself_is_nothing_and_pairs_are_narrower(cohort_folder):
     cohort = read_cohort(cohort_folder)
-    pairs = evaluate.sides(cohort)
-    y, patient = cohort.label[pairs[0][1]], cohort.patient[pairs[0][1]]
+    splits = evaluate.probe_splits(cohort)
+    _, rows = splits[0]
+    y = cohort.label[rows]
+    patient = cohort.patient[rows]
     hard = np.isin(patient, np.unique(patient)[:3])  # patients that both get wrong
-    first = np.append(
-        True, patient[1:] != patient[:-1]
-    )  # one patch of each patient, which one of them gets wrong
-    ours, theirs = (np.eye(4)[np.where(wrong, (y + 1) % 4, y)] for wrong in (hard, hard ^ first))
-    same = evaluate.assess({"linear": ours}, cohort, pairs, other={"linear": ours})["linear"][
-        "patch"
-    ]
+    first = np.append(True, patient[1:] != patient[:-1])  # one patch of each patient
+    ours = np.eye(4)[np.where(hard, (y + 1) % 4, y)]
+    theirs = np.eye(4)[np.where(hard ^ first, (y + 1) % 4, y)]
+
+    def gain_over(other):
+        return evaluate.assess({"linear": ours}, cohort, splits, other={"linear": other})["linear"]
+
+    same = gain_over(ours)["patch"]
     assert (same["accuracy_gain"], same["accuracy_gain_interval"]) == (0, [0, 0])
-    both = evaluate.assess({"linear": ours}, cohort, pairs, other={"linear": theirs})["linear"][
-        "patch"
-    ]
+    both = gain_over(theirs)["patch"]
     assert both["accuracy_gain"] == pytest.approx((5 - 3) / 48)
     assert np.ptp(both["accuracy_gain_interval"]) < 0.5 * np.ptp(both["accuracy_interval"])
 
@@ -190,12 +201,8 @@ def test_probe_of_perfect_and_of_blind_embeddings(cohort_folder):
     assert all(result["knn20"][level]["accuracy"] == 1 for level in ("patch", "slide", "patient"))
     assert result["knn200"]["k"] == 72
     assert [result["knn20"][level]["n"] for level in ("patch", "slide", "patient")] == [48, 16, 8]
-    assert set(result["knn20"]["patch"]) == {
-        "n",
-        "left_out",
-        "accuracy",
-        "mca",
-    }  # no bootstrap while training
+    no_bootstrap = {"n", "left_out", "accuracy", "mca"}
+    assert set(result["knn20"]["patch"]) == no_bootstrap
     assert evaluate.probe(torch.ones_like(perfect) / 2, cohort)["knn200"]["patch"]["mca"] == 0.25
     text = "\n".join(evaluate.table({"perfect": result}))
     assert "100.0  100.0" in text
@@ -203,37 +210,41 @@ def test_probe_of_perfect_and_of_blind_embeddings(cohort_folder):
 
 
 def test_a_few_patients_have_no_interval():
-    """Resampling one patient gives that patient again: an interval of no width would look like certainty."""
+    """One patient resampled is that patient again: no width would look like certainty."""
     for patients, there in ((4, False), (5, True)):
         names = [f"p{i}" for i in range(patients + 3) for _ in range(4)]
         cohort = cohort_of(list("ABAB") * (patients + 3), names)
-        pairs = [(np.arange(12), np.arange(12, len(cohort)))]
-        at = evaluate.assess({"linear": RNG.random((4 * patients, 2))}, cohort, pairs)["linear"][
-            "patch"
-        ]
-        assert ("accuracy_interval" in at) is there
-        assert at["confusion"]
+        splits = [(np.arange(12), np.arange(12, len(cohort)))]
+        scores = RNG.random((4 * patients, 2))
+        metrics = evaluate.assess({"linear": scores}, cohort, splits)["linear"]["patch"]
+        assert ("accuracy_interval" in metrics) is there
+        assert metrics["confusion"]
 
 
 def test_no_class_is_set_apart_where_every_patient_has_several():
-    cohort = cohort_of(list("ABAB"), list("wwxx"))
-    scores = {"now": {level: torch.rand(4, 3) for level in LEVELS}}
+    scores = {level: torch.rand(4, 3) for level in LEVELS}
     names = {level: list("abc") for level in LEVELS}
-    assert evaluate.in_words(scores, names, np.arange(4), cohort, {}, {}) == {
-        "apart": [],
-        "truth": [],
-    }
+    mixed = cohort_of(list("ABAB"), list("wwxx"))
+    assert evaluate.class_attributes(scores, names, mixed, np.arange(4)) == []
     alike = cohort_of(list("AABB"), list("wwxx"))
-    found = evaluate.in_words(scores, names, np.arange(4), alike, {}, {})["apart"]
+    found = evaluate.class_attributes(scores, names, alike, np.arange(4))
     assert len(found) == 2 * 3 * 3
     assert not any("difference_interval" in row for row in found)  # two patients are too few
+
+
+def test_no_class_is_set_apart_without_labels_or_another_class():
+    scores = {level: torch.rand(4, 3) for level in LEVELS}
+    names = {level: list("abc") for level in LEVELS}
+    for labels in (["A", "A", "", ""], list("AAAA")):
+        cohort = cohort_of(labels, list("wwxx"))
+        assert evaluate.class_attributes(scores, names, cohort, np.arange(4)) == []
 
 
 def test_labels_may_be_missing(cohort_folder):
     cohort = read_cohort(cohort_folder)
     cohort.label[:] = -1
     assert evaluate.probe(torch.ones(len(cohort), 4), cohort) == {}
-    assert evaluate.sides(cohort, "lopo") == []
+    assert evaluate.probe_splits(cohort, "lopo") == []
     assert "nothing to probe" in evaluate.table({})[0]
 
 
@@ -242,89 +253,304 @@ def test_the_probe_during_training_leaves_the_test_split_alone(cohort_folder):
     held = np.flatnonzero(cohort.patient_split == 1)
     cohort.patient_split[held[:4]] = 2
     assert evaluate.probe(torch.ones(len(cohort), 4), cohort)["knn20"]["patient"]["n"] == 4
-    assert set(cohort.patient[evaluate.sides(cohort, "test")[0][1]]) == set(held[:4])
+    assert set(cohort.patient[evaluate.probe_splits(cohort, "test")[0][1]]) == set(held[:4])
 
 
 def test_a_missing_test_split_is_an_error_that_says_so(cohort_folder):
     with pytest.raises(ValueError, match="no patient in the split test: use val or lopo"):
-        evaluate.sides(read_cohort(cohort_folder), "test")
+        evaluate.probe_splits(read_cohort(cohort_folder), "test")
 
 
 def test_one_patient_at_a_time_is_left_out_of_its_own_neighbours():
-    """Each patient's patches are alike and unlike all others: neighbours of the same patient would always be right."""
+    """Patches of a patient are alike: neighbours of the same patient would always be right."""
     patients = [p for p in "abcdef" for _ in range(3)]
     cohort = cohort_of(["ABCABC"["abcdef".index(p)] for p in patients], patients)
     z = F.normalize(torch.eye(6)[cohort.patient] + 0.05 * torch.eye(18)[:, :6] + 0.1, dim=1)
-    pairs = evaluate.sides(cohort, "lopo")
-    assert [len(queries) for _, queries in pairs] == [3] * 6
-    scores = evaluate.predict("knn20", z, cohort, pairs)
+    splits = evaluate.probe_splits(cohort, "lopo")
+    assert [len(held_out) for _, held_out in splits] == [3] * 6
+    scores = evaluate.predict("knn20", z, cohort, splits)
     similarity = (z @ z.T).masked_fill(
         torch.from_numpy(cohort.patient[:, None] == cohort.patient), -torch.inf
     )
     weight = (similarity / 0.07).exp()
     votes = torch.stack([weight[:, cohort.label == c].sum(dim=1) for c in range(3)], dim=1)
     np.testing.assert_allclose(scores, votes / votes.sum(dim=1, keepdim=True), atol=1e-5)
-    assert evaluate.predict("linear", z, cohort, pairs).shape == (18, 3)
+    assert evaluate.predict("linear", z, cohort, splits).shape == (18, 3)
 
 
 def test_a_patient_on_both_sides_is_refused(monkeypatch):
     cohort = cohort_of(list("ABAB"), list("wxyz"))
-    monkeypatch.setattr(
-        type(cohort), "split", np.array([0, 1, 0, 1])
-    )  # by patch, which no cohort of ours can have
+    # By patch, which no cohort of ours can have.
+    monkeypatch.setattr(type(cohort), "split", np.array([0, 1, 0, 1]))
     monkeypatch.setattr(type(cohort), "patient", np.array([0, 0, 1, 1]))
     with pytest.raises(AssertionError, match="both sides"):
-        evaluate.sides(cohort)
+        evaluate.probe_splits(cohort)
 
 
 def test_a_class_is_set_apart_by_what_its_patients_share():
     label = np.repeat([0, 1, 2], 10)
     scores = RNG.normal(0, 0.01, (30, 4))
     scores[label == 1, 2] += 0.3
-    found = [
-        (c, k, evaluate.estimate("difference", by))
-        for c, k, by in evaluate.apart(scores, label, evaluate.patient_weights(30, 500), number=1)
-    ]
-    assert found[1][1] == 2
-    assert found[1][2]["difference"] == pytest.approx(
-        scores[10:20, 2].mean() - (scores[:10, 2].mean() + scores[20:, 2].mean()) / 2
-    )
-    low, high = found[1][2]["difference_interval"]
+    counts = evaluate.bootstrap_counts(30, 500)
+    present, difference = evaluate.class_differences(scores, label, counts)
+    assert present.tolist() == [0, 1, 2]
+    assert difference[0, 1].argmax() == 2
+    found = evaluate.estimate("difference", difference[:, 1, 2])
+    others = (scores[:10, 2].mean() + scores[20:, 2].mean()) / 2
+    assert found["difference"] == pytest.approx(scores[10:20, 2].mean() - others)
+    low, high = found["difference_interval"]
     assert 0.28 < low < high < 0.32
-    assert not list(evaluate.apart(scores, np.zeros(30, int), evaluate.patient_weights(30, 10)))
-
-
-def test_attributes_are_held_against_their_factors(cohort_folder):
-    """A score that is the factor has an AUC of 1, and of 0 where the bank means the opposite."""
-    cohort = read_cohort(cohort_folder)
-    factor = np.random.default_rng(0).random(len(cohort))
-    scores = {
-        "now": {level: torch.from_numpy(np.stack([factor, -factor], axis=1)) for level in LEVELS}
-    }
-    names = {level: [f"high {level}", f"low {level}"] for level in LEVELS}
-    truth = {f"high {level}": "+f" for level in LEVELS} | {"low patch": "+f", "low slide": "-f"}
-    found = evaluate.in_words(scores, names, np.arange(len(cohort)), cohort, truth, {"f": factor})
-    assert {row["attribute"]: row["AUC, now"] for row in found["truth"]} == {
-        "high patch": 1,
-        "low patch": 0,
-        "high slide": 1,
-        "low slide": 1,
-        "high patient": 1,
-    }
-    assert len(found["apart"]) == 4 * 3 * 2
 
 
 def test_embeddings_are_in_the_order_of_the_cohort(cohort_folder, clip_file):
     cohort = read_cohort(cohort_folder)
-    bank = {
-        level: F.normalize(torch.randn(3, 64), dim=1) for level in ("patch", "slide", "patient")
-    }
+    bank = {level: F.normalize(torch.randn(3, 64), dim=1) for level in LEVELS}
     model = HLSS(image_tower(load_clip(clip_file)), bank).train()
     z = evaluate.embed(model, cohort, 64, 64, batch=13)
     assert model.training
     model.eval()
     for row in (0, 57, 119):
-        alone = model.encode(
-            plain_view(torch.from_numpy(decode(cohort.path(row), 64).copy())[None], 64)
-        )[0]
+        patch = torch.from_numpy(decode(cohort.path(row), 64).copy())[None]
+        alone = model.encode(plain_view(patch, 64))[0]
         torch.testing.assert_close(z[row], alone, atol=1e-5, rtol=0)
+
+
+# The command as a whole, on one tiny trained run.
+
+
+@pytest.fixture(scope="module")
+def run(cohort_folder, clip_file, tmp_path_factory):
+    out = str(tmp_path_factory.mktemp("run") / "a<b>&$c")
+    flags = ["--data", cohort_folder, "--clip", clip_file, "--out", out]
+    flags += ["--bank", os.path.join(ROOT, "demo/attributes.json")]
+    flags += ["--patients", "4", "--steps", "4", "--log-every", "1", "--no-compile", "--no-amp"]
+    train.train(train.parse_config(flags))
+    return out
+
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on tensors this small several only wait for each other
+    evaluate.main()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def evaluated(run, tmp_path_factory):
+    """What the command wrote of it, held against its start, with a zero-shot probe."""
+    out = tmp_path_factory.mktemp("out")
+    classes = ("high_grade", "low_grade", "normal", "spindle")
+    prompts = {name: [f"tissue of {name}", "a patch"] for name in classes}
+    (out / "prompts.json").write_text(json.dumps(prompts))
+    with pytest.MonkeyPatch.context() as patch:
+        flags = ["--against", "start", "--prompts", out / "prompts.json", "--out", out]
+        command(patch, run, *flags)
+    return out
+
+
+def read_metrics(folder):
+    text = (folder / "metrics.json").read_text()
+    return json.loads(text, parse_constant=pytest.fail)  # no NaN: any reader can read it
+
+
+def read_embeddings(folder):
+    with np.load(folder / "embeddings.npz") as file:
+        return dict(file)
+
+
+def test_metrics_hold_every_probe_and_what_the_words_say(evaluated, run):
+    metrics = read_metrics(evaluated)
+    assert set(metrics["probes"]) == {*evaluate.PROBES, "zero-shot"}
+    expected = {"accuracy_interval", "mca_interval", "auc", "recall", "confusion", "mca_gain"}
+    for probe in metrics["probes"].values():
+        assert expected <= set(probe["slide"])
+    found = {(row["class"], row["level"]) for row in metrics["class_attributes"]}
+    assert found == {(name, level) for name in metrics["classes"] for level in LEVELS}
+    assert all(1 <= used <= 14 for used in metrics["attributes_used"].values())
+    assert metrics["notes"] == []
+    assert (metrics["against"], metrics["step"], metrics["run"]) == ("start", 4, run)
+
+
+def test_metrics_say_which_rows_were_probed(evaluated, cohort_folder):
+    cohort = read_cohort(cohort_folder)
+    assert read_metrics(evaluated)["rows"] == np.flatnonzero(cohort.split == 1).tolist()
+
+
+def test_embeddings_are_enough_for_a_probe_of_ones_own(evaluated, run):
+    """The README's recipe: the linear probe again from the file alone, and names for numbers."""
+    data = read_embeddings(evaluated)
+    split = data["splits"][data["split"]]
+    train_rows = np.flatnonzero(split == "train")
+    held_out = np.flatnonzero(split == "val")
+    z = torch.from_numpy(data["z"])
+    y = torch.from_numpy(data["label"]).long()
+    scores = evaluate.logistic(z[train_rows], y[train_rows], z[held_out], len(data["classes"]))
+    right = scores.numpy().argmax(axis=1) == data["label"][held_out]
+    assert right.mean() == read_metrics(evaluated)["probes"]["linear"]["patch"]["accuracy"]
+
+    assert data["patients"][data["patient"][0]] in data["path"][0]
+    vectors = torch.load(checkpoints(run)[-1], weights_only=True)["model"]["bank_slide"].numpy()
+    np.testing.assert_allclose(data["scores_slide"], data["z"] @ vectors.T, atol=1e-6)
+    assert data["attributes_slide"][0] == "thinly cellular slide regions"
+
+
+def test_embeddings_hold_the_scores_of_the_other_encoder(evaluated, run, clip_file):
+    data = read_embeddings(evaluated)
+    start, checkpoint = evaluate.starting_model(*load_run(run))
+    cohort = read_cohort(checkpoint["config"]["data"])
+    z = evaluate.embed(start, cohort, checkpoint["read_size"], checkpoint["image_size"])
+    for level, t in start.bank.items():
+        np.testing.assert_allclose(data[f"against_scores_{level}"], z @ t.T, atol=1e-5)
+
+
+def test_all_text_of_the_embeddings_is_text(run, cohort_folder, tmp_path, monkeypatch):
+    """Also where a file name is not ASCII."""
+    small_cohort(cohort_folder, tmp_path, r"path|.*/\w+-0[01]/0-")
+    manifest = (tmp_path / "manifest.csv").read_text()
+    old = next(line.split(",")[0] for line in manifest.splitlines() if "normal-01/0-0" in line)
+    new = "images/nüklei-β.png"
+    (tmp_path / old).rename(tmp_path / new)
+    (tmp_path / "manifest.csv").write_text(manifest.replace(old, new), "utf-8")
+    command(monkeypatch, run, "--data", tmp_path, "--out", tmp_path)
+    data = read_embeddings(tmp_path)
+    assert new in data["path"].tolist()
+    text = ["path", "classes", "slides", "patients", "splits", "attributes_patch"]
+    assert {data[name].dtype.kind for name in text} == {"U"}
+    assert new in (tmp_path / "report.html").read_text("utf-8")
+
+
+def test_two_processes_write_the_same_embeddings(run, tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    written = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        subprocess.run(
+            [*torchrun, f"--nproc_per_node={processes}", "evaluate.py", run, "--out", out],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            env=environment,
+            timeout=150,
+        )
+        written.append((out / "embeddings.npz").read_bytes())
+    assert written[0] == written[1]
+
+
+def test_a_crash_while_writing_leaves_what_was_there(run, tmp_path, monkeypatch):
+    def crash(file, **arrays):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    (tmp_path / "embeddings.npz").write_bytes(b"before")
+    monkeypatch.setattr(evaluate.np, "savez", crash)
+    with pytest.raises(KeyboardInterrupt):
+        command(monkeypatch, run, "--out", tmp_path)
+    assert (tmp_path / "embeddings.npz").read_bytes() == b"before"
+
+
+def test_a_page_that_cannot_be_drawn_is_no_loss(run, tmp_path, monkeypatch, capsys):
+    def fail(out):
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr(evaluate.report, "draw", fail)
+    command(monkeypatch, run, "--out", tmp_path)  # no error
+    assert read_metrics(tmp_path)["probes"]
+    assert len(read_embeddings(tmp_path)["z"]) == 120
+    printed = capsys.readouterr().out
+    assert "RuntimeError: no ink" in printed
+    assert f"python -m tools.report {tmp_path} draws it later" in printed
+
+
+def test_other_classes_are_refused_with_both_lists(run, cohort_folder, tmp_path, monkeypatch):
+    with open(os.path.join(cohort_folder, "manifest.csv")) as file:
+        (tmp_path / "manifest.csv").write_text(file.read().replace(",spindle,", ",round,"))
+    both = r"'round'\], step 4 \['high_grade', 'low_grade', 'normal', 'spindle"
+    with pytest.raises(ValueError, match=both):
+        command(monkeypatch, run, "--data", tmp_path)
+
+
+def small_cohort(folder, to, pattern, columns=5):
+    """A copy of a cohort: the lines of its manifest that match, and so many columns of them."""
+    lines = []
+    with open(os.path.join(folder, "manifest.csv")) as file:
+        for line in file.read().splitlines():
+            if re.match(pattern, line):
+                lines.append(",".join(line.split(",")[:columns]))
+    (to / "manifest.csv").write_text("\n".join(lines))
+    shutil.copytree(os.path.join(folder, "images"), to / "images")
+
+
+def test_from_the_checkpoint_alone(run, cohort_folder, tmp_path, monkeypatch, capsys):
+    """One file, whose settings are partly gone, and images without labels or the CLIP."""
+    checkpoint = torch.load(checkpoints(run)[-1], weights_only=True)
+    checkpoint["config"] |= {"clip": "gone.pt", "bank": "gone.json", "data": "gone", "backbone": ""}
+    checkpoint["config"] |= {"skip_unreadable": False, "a_flag_of_an_older_version": 3}
+    torch.save(checkpoint, tmp_path / "moved.pt")
+    small_cohort(cohort_folder, tmp_path, r"path|.*/high_grade-00", columns=3)
+    command(monkeypatch, tmp_path / "moved.pt", "--data", tmp_path)
+    assert "nothing to probe" in capsys.readouterr().out
+    assert len(read_embeddings(tmp_path)["z"]) == 6
+    assert (tmp_path / "report.html").exists()
+    with pytest.raises(FileNotFoundError, match=r"--clip gone\.pt"):
+        command(monkeypatch, tmp_path / "moved.pt", "--data", cohort_folder, "--against", "start")
+
+
+def test_against_itself_and_leaving_out_patients(run, cohort_folder, tmp_path, monkeypatch):
+    small_cohort(cohort_folder, tmp_path, r"path|.*/\w+-0[01]/0-")
+    flags = ["--data", tmp_path, "--against", run, "--protocol", "lopo", "--out", tmp_path]
+    command(monkeypatch, run, *flags)
+    metrics = read_metrics(tmp_path)
+    assert metrics["probes"]["attributes"]["patient"]["n"] == 8  # all, not only those of a split
+    gains = set()
+    for probe in metrics["probes"].values():
+        gains |= {probe["patch"]["accuracy_gain"], probe["slide"]["accuracy_gain"]}
+    assert gains == {0}
+    assert "4 of the patients" in metrics["notes"][0]
+
+
+def test_nothing_is_held_against_the_start_unasked(run, tmp_path, monkeypatch):
+    command(monkeypatch, run, "--out", tmp_path)
+    metrics = read_metrics(tmp_path)
+    assert metrics["against"] == ""
+    assert "accuracy_gain" not in metrics["probes"]["linear"]["patch"]
+    assert "against_scores_patch" not in read_embeddings(tmp_path)
+
+
+def test_a_backbone_has_never_seen_language(
+    cohort_folder, clip_file, tmp_path, monkeypatch, capsys
+):
+    flags = ["--data", cohort_folder, "--clip", clip_file, "--out", str(tmp_path / "run")]
+    flags += ["--bank", os.path.join(ROOT, "demo/attributes.json"), "--backbone", "resnet18"]
+    flags += ["--patients", "2", "--steps", "1", "--image-size", "32", "--probe-every", "0"]
+    config = train.parse_config([*flags, "--no-compile", "--no-amp"])
+    train.train(config)
+    capsys.readouterr()
+    command(monkeypatch, config.out)
+    assert "attribute names carry no meaning" in capsys.readouterr().out
+    command(monkeypatch, config.out, "--show", "normal-02")
+    assert "attribute names carry no meaning" in capsys.readouterr().out
+    assert "attribute names carry no meaning" in (tmp_path / "run/report.html").read_text()
+    start, _ = evaluate.starting_model(*load_run(config.out))
+    expected, _ = train.build_model(config, torch.device("cpu"))
+    towers = zip(start.tower.parameters(), expected.tower.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in towers)
+
+
+def test_show_prints_the_top_attributes(run, evaluated, monkeypatch, capsys):
+    data = read_embeddings(evaluated)
+    path = data["path"][7]
+    best = data["attributes_patch"][data["scores_patch"][7].argmax()]
+    command(monkeypatch, run, "--show", path, "normal-02", "normal-02-1")
+    lines = capsys.readouterr().out.splitlines()
+    assert [lines[0], lines[4], lines[8]] == [path, "normal-02", "normal-02-1"]
+    assert lines[1].startswith(f"    patch: {best} 0.")
+    with pytest.raises(ValueError, match="no such path, slide or patient"):
+        command(monkeypatch, run, "--show", "nobody")
+
+
+def test_prompts_for_other_classes_are_refused(tmp_path):
+    (tmp_path / "p.json").write_text('{"cat": ["a cat"]}')
+    with pytest.raises(ValueError, match=r"prompts for \['cat'\], but the classes are \['dog'\]"):
+        evaluate.zero_shot(str(tmp_path / "p.json"), torch.ones(1, 64), ["dog"], "no.pt")

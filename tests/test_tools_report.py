@@ -1,0 +1,222 @@
+"""tools/report.py: the page of one small folder of results, by its text and in a browser."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import evaluate
+from data import read_cohort
+from losses import LEVELS
+from tools import report
+
+SECTIONS = {
+    "results",
+    "gains",
+    "confusion",
+    "curves",
+    "maps",
+    "gallery",
+    "class_attributes",
+    "truth",
+    "settings",
+}
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
+NAMES = {level: [f"{level} attribute {k}" for k in range(7)] for level in LEVELS}
+TRUTH = [
+    {"attribute": "patch attribute 1", "level": "patch", "factor": "+size", "AUC, step 4": 0.7}
+]
+
+
+@pytest.fixture(scope="module")
+def cohort(cohort_folder):
+    return read_cohort(cohort_folder)
+
+
+@pytest.fixture
+def out(cohort, tmp_path):
+    """A run of four steps on the cohort, evaluated into the same folder; embeddings by chance."""
+    folder = tmp_path / "a<b>&$c"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return F.normalize(torch.randn(*shape, generator=generator), dim=1)
+
+    # Probes of two encoders.
+    splits = evaluate.probe_splits(cohort)
+    rows = splits[0][1]
+    predictions = []
+    for z in (random(len(cohort), 64), random(len(cohort), 64)):
+        found = {kind: evaluate.predict(kind, z, cohort, splits) for kind in evaluate.PROBES}
+        predictions.append(found)
+    probes = evaluate.assess(predictions[0], cohort, splits, other=predictions[1])
+    scores = {level: z @ random(7, 64).T for level in LEVELS}
+
+    # What train.py writes.
+    probed = evaluate.probe(z, cohort)
+    log = [{"step": 0, "probe": probed}]
+    for step in range(1, 5):
+        losses = {f"{loss}_{level}": step / 7 for loss in ("hvc", "ha") for level in LEVELS}
+        log.append({"step": step, "lr": 1e-3 / step, "loss": 2.0} | losses)
+    log.append({"step": 4, "probe": probed})
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    (folder / "config.json").write_text(json.dumps({"seed": 0, "objective": "hlss"}))
+
+    # What evaluate.py writes.
+    metrics = {
+        "command": "python evaluate.py",
+        "run": str(folder),
+        "step": 4,
+        "data": cohort.root,
+        "classes": cohort.classes,
+        "protocol": "val",
+        "rows": rows.tolist(),
+        "notes": ["a <note>"],
+        "against": "start",
+        "probes": probes,
+        "attributes_used": dict.fromkeys(LEVELS, 2.5),
+        "class_attributes": evaluate.class_attributes(scores, NAMES, cohort, rows),
+        "truth": TRUTH,
+    }
+    evaluate.write(str(folder), metrics, cohort, z, scores, NAMES, {})
+    return folder
+
+
+def change(out, **values):
+    metrics = json.loads((out / "metrics.json").read_text())
+    (out / "metrics.json").write_text(json.dumps(metrics | values))
+
+
+def section(page, name):
+    return re.search(f'<section id="{name}">(.*?)</section>', page, re.DOTALL)[1]
+
+
+def test_the_page_needs_nothing_but_itself(out):
+    page = report.draw(out).read_text("utf-8")
+    assert len(page) < 3e6
+    assert "<script" not in page
+    marks = {f"#mark{i}" for i in range(7)}
+    addresses = set(re.findall(r"(?:href|src)=\"([^\"]{1,15})", page))
+    assert addresses <= {"data:image/jpeg", "data:,", *marks}
+    assert "a&lt;b&gt;&amp;$c" in page  # names are data, whatever they look like
+    assert "a &lt;note&gt;" in page
+
+
+def test_the_page_shows_everything(out):
+    page = report.draw(out).read_text("utf-8")
+    assert {*re.findall(r'<section id="(\w+)"', page)} == SECTIONS
+    assert page.count('<g class="dot">') == 48 + 16 + 8
+    assert page.count('<div class="card">') == 12
+    assert page.count("<polyline") == 3 + 3 + 1 + 3 + 3
+    assert section(page, "results").count("<tr>") == 1 + 4 * 3
+    assert section(page, "confusion").count("<table>") == 4 * 3
+    assert "+size" in section(page, "truth")
+    assert "objective" in section(page, "settings")
+
+
+def test_the_command_draws_the_page_again(out, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["report.py", str(out)])
+    report.main()
+    assert f"{out}/report.html" in capsys.readouterr().out
+    assert (out / "report.html").exists()
+
+
+def test_a_folder_without_results_is_an_error_with_the_command(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no metrics\.json: run python evaluate\.py RUN"):
+        report.draw(tmp_path)
+
+
+def test_an_unknown_truth_is_said(out):
+    metrics = json.loads((out / "metrics.json").read_text())
+    del metrics["truth"]
+    (out / "metrics.json").write_text(json.dumps(metrics))
+    assert "are not known" in section(report.draw(out).read_text("utf-8"), "truth")
+
+
+def test_a_page_without_labels_logs_or_images(out):
+    change(out, probes={}, classes=[], class_attributes=[], against="", data="gone", run="gone")
+    page = report.draw(out).read_text("utf-8")
+    assert page.count('<div class="card">') == 12
+    assert "data:image/jpeg" not in page
+    assert "<polyline" not in page
+
+
+def test_an_unfinished_last_line_of_the_log_is_left_out(out):
+    before = section(report.draw(out).read_text("utf-8"), "curves")
+    with open(out / "log.jsonl", "a") as file:
+        file.write('{"step": 9, "lr": 0.')
+    assert section(report.draw(out).read_text("utf-8"), "curves") == before
+
+
+def test_a_curve_goes_through_what_was_logged():
+    log = [{"step": step, "ha_slide": value} for step, value in ((0, 3.0), (5, 1.0), (10, 2.0))]
+    drawing = report.curves(log, list(LEVELS))
+    assert 'class="line1" points="4,8 167,150 330,79"' in drawing
+    assert "Alignment: 1 to 3, steps 0 to 10" in drawing
+
+
+def test_a_class_has_its_mark_and_a_slide_of_several_is_grey(out, cohort):
+    rows = evaluate.probe_splits(cohort)[0][1]
+    page = section(report.draw(out).read_text("utf-8"), "maps")
+    assert page.count('href="#mark-1"') == 0
+    assert page.count('href="#mark2"') == 1 + 12 + 4 + 2  # legend, patches, slides, patients
+
+    data = report.read_results(out)[1]
+    data["label"][rows[0]] = (data["label"][rows[0]] + 1) % 4
+    data["label"][rows[-1]] = -1
+    np.savez(out / "embeddings.npz", **data)
+    page = section(report.draw(out).read_text("utf-8"), "maps")
+    assert (
+        page.count('href="#mark-1"') == 2 + 3
+    )  # two slides and patients, and the unlabelled patch
+
+
+def test_a_table_has_a_column_for_each_key_and_intervals_in_brackets():
+    rows = [{"x": 0.5, "x_interval": [0.25, 0.75], "n": 3}, {"y": "<", "x": None}]
+    text = re.sub("<[^>]*>", " ", report.html_table(rows))
+    assert " ".join(text.split()) == "x n y 0.5 (0.25 to 0.75) 3 - - - &lt;"
+
+
+def test_top_is_the_highest_scores_first():
+    scores = np.array([0.1, 0.5, -0.2, 0.4], np.float32)
+    assert report.top(scores, list("abcd"), 3) == "b 0.500, d 0.400, a 0.100"
+    assert report.top(scores, list("abcd")).count(",") == 3
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
+@pytest.mark.parametrize("width", [375, 1280])
+def test_the_page_in_a_browser(out, tmp_path, width):
+    """Chromium lays it out in a frame of that width (its window cannot be as narrow) and looks."""
+    look = """<iframe id="f" width="%d" height="900" srcdoc="%s" style="border:0"></iframe><script>
+      onload = () => {
+        const d = document.getElementById("f").contentDocument;
+        const box = e => e.getBoundingClientRect();
+        const seen = q => [...d.querySelectorAll(q)];
+        const wide = e => box(e).right > %d + 1 && !e.closest(".scroll");
+        document.title = JSON.stringify({
+          spare: d.documentElement.clientWidth - d.documentElement.scrollWidth,
+          out: seen("body *").filter(wide).length,
+          flat: seen("section").filter(e => box(e).height < 60).length,
+          tables: seen("table").length,
+          images: seen(".card img").filter(e => e.naturalWidth == 96).length,
+          marks: seen(".dot use").length,
+          shown: seen(".dot image").filter(e => box(e).width > 0).length})}</script>"""
+    page = report.draw(out).read_text("utf-8").replace("&", "&amp;").replace('"', "&quot;")
+    (tmp_path / "look.html").write_text(look % (width, page, width))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,900"]
+    flags += ["--enable-logging=stderr", f"--user-data-dir={tmp_path}/profile", "--dump-dom"]
+    flags += ["--virtual-time-budget=5000", f"file://{tmp_path}/look.html"]
+    result = subprocess.run([CHROMIUM, *flags], capture_output=True, text=True, timeout=60)
+    seen = json.loads(re.search("<title>(.*?)</title>", result.stdout)[1])
+    assert (seen["spare"] >= 0, seen["out"], seen["flat"]) == (True, 0, 0)
+    assert seen["tables"] == 2 + 4 * 3 + 4
+    assert (seen["images"], seen["marks"], seen["shown"]) == (12, 72, 0)
+    assert "CONSOLE" not in result.stderr

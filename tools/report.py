@@ -1,0 +1,232 @@
+"""Finished numbers -> report.html, one page that needs nothing but itself.
+
+    python -m tools.report runs/demo    draws runs/demo/report.html again
+
+It shows what is there: metrics.json and embeddings.npz, which evaluate.py wrote to the folder, the
+log.jsonl and config.json of the run, and the patches. Each section of the page has a function.
+"""
+
+import argparse
+import base64
+import io
+import json
+import string
+from collections import defaultdict
+from contextlib import suppress
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data import decode, plain_view
+
+PANELS = {"hvc": "Contrast", "ha": "Alignment", "lr": "Learning rate"}  # as in log.jsonl
+PANELS |= {"knn200": "Accuracy of knn200", "knn20": "Accuracy of knn20"}
+MARKS = 7  # of report.html, for classes on the maps; more classes share them
+
+
+def read_results(out):
+    """metrics.json as a dict, embeddings.npz as {name: array}; FileNotFoundError without them."""
+    for name in ("metrics.json", "embeddings.npz"):
+        if not Path(out, name).exists():
+            raise FileNotFoundError(f"{out} has no {name}: run python evaluate.py RUN --out {out}")
+    metrics = json.loads(Path(out, "metrics.json").read_text("utf-8"))
+    with np.load(Path(out, "embeddings.npz")) as file:
+        return metrics, dict(file)
+
+
+def read_log(path):
+    """The lines of a log.jsonl as dicts, without one that a killed run left unfinished."""
+    log = []
+    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            log.append(json.loads(line))
+    return log
+
+
+def top(scores, names, number=5):
+    """The attributes that score highest, as one line. scores: [K] array. names: K strings."""
+    order = np.argsort(-scores, kind="stable")[:number]
+    return ", ".join(f"{names[k]} {scores[k]:.3f}" for k in order)
+
+
+def html_table(rows):
+    """A table of dicts, their keys as its header; `x_interval` stands in brackets behind `x`."""
+    if not rows:
+        return "<p>There is nothing to show.</p>"
+    keys = dict.fromkeys(key for row in rows for key in row if not key.endswith("_interval"))
+    lines = ["".join(f"<th>{escape(key)}</th>" for key in keys)]
+    for row in rows:
+        line = ""
+        for key in keys:
+            value = "-" if row.get(key) is None else row[key]
+            text = f"{value:.3g}" if isinstance(value, float) else str(value)
+            if f"{key}_interval" in row:
+                text += " ({:.2f} to {:.2f})".format(*row[f"{key}_interval"])
+            line += f"<td>{escape(text)}</td>"
+        lines.append(line)
+    return f'<div class="scroll"><table><tr>{"</tr><tr>".join(lines)}</tr></table></div>'
+
+
+def figure(caption, height, svg):
+    """A drawing of 340 pixels' width under its caption, in a box that scrolls sideways."""
+    head = f'<figure class="scroll"><figcaption>{escape(caption)}</figcaption>'
+    return f'{head}<svg width="340" height="{height}" role="img">{svg}</svg></figure>'
+
+
+def results(probes, gains=False):
+    """Accuracy, MCA and AUC of all probes at all levels, or their gains over another encoder."""
+    rows = []
+    for kind, level, metrics in probes:
+        keys = [key for key in metrics if ("gain" in key) == gains]
+        numbers = {key: metrics[key] for key in keys if key not in ("recall", "confusion")}
+        rows.append({"probe": kind, "level": level, **numbers})
+    return html_table(rows)
+
+
+def confusion(probes, classes):
+    """A confusion matrix for each probe at each level, with the recall of each class."""
+    tables = ""
+    for kind, level, metrics in probes:
+        rows = []
+        for name, counts in zip(classes, metrics.get("confusion", [])):
+            row = {f"{kind}, {level}": name, **dict(zip(classes, counts))}
+            rows.append(row | metrics["recall"][name])
+        tables += html_table(rows)
+    return tables
+
+
+def curves(log, levels):
+    """What was logged over the steps of training: a drawing for each of PANELS."""
+    points = defaultdict(lambda: defaultdict(list))  # {"hvc": {"slide": [(step, value), ...]}}
+    for line in log:
+        for name, value in line.items():
+            panel, _, level = name.partition("_")
+            if panel in PANELS:
+                points[panel][level].append((line["step"], value))
+        for kind, probe in line.get("probe", {}).items():
+            for level in levels:
+                if probe[level]["n"]:
+                    points[kind][level].append((line["step"], probe[level]["accuracy"]))
+    drawings = ""
+    for panel in [panel for panel in PANELS if panel in points]:
+        lines = {level: np.array(line) for level, line in points[panel].items()}
+        every = np.concatenate(list(lines.values()))
+        low = every.min(axis=0)  # step, value
+        high = every.max(axis=0)
+        svg = '<path class="axis" d="M4 8V150H330"/>'
+        for level, line in lines.items():
+            colour = levels.index(level) if level in levels else 0
+            xy = (line - low) / (high - low).clip(1e-12) * (326, -142) + (4, 150)
+            text = " ".join(f"{x:.0f},{y:.0f}" for x, y in xy)
+            svg += f'<polyline class="line{colour}" points="{text}"/>'
+        span = f"{low[1]:.3g} to {high[1]:.3g}, steps {low[0]:.0f} to {high[0]:.0f}"
+        drawings += figure(f"{PANELS[panel]}: {span}", 154, svg)
+    return drawings
+
+
+def thumbnail(metrics, data, row, size):
+    """A patch as the encoder sees it, as the address of a small JPEG; empty if unreadable."""
+    path = Path(metrics["data"], data["path"][row])
+    try:
+        pixels = torch.from_numpy(decode(path, size).copy())[None]
+    except ValueError:
+        return "data:,"
+    view = plain_view(pixels, size)[0].permute(1, 2, 0)
+    file = io.BytesIO()
+    Image.fromarray((255 * view).round().byte().numpy()).save(file, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def maps(metrics, data, levels, most=300):
+    """The first two principal components of z: a map for each level, of so many marks at most.
+
+    A mark is the mean of a place's z, in the colour of its class, or grey without one class of its
+    own. Hovering shows its name and its first patch.
+    """
+    rows = metrics["rows"]
+    z = data["z"][rows]
+    label = data["label"][rows]
+    axes = np.linalg.eigh(np.cov(z.T, bias=True))[1][:, :-3:-1]
+    drawings = ""
+    for level in levels:
+        groups = rows if level == "patch" else data[level][rows]
+        names = data["path"] if level == "patch" else data[f"{level}s"]
+        places = np.unique(groups)
+        shown = places[np.linspace(0, len(places) - 1, min(most, len(places))).astype(int)]
+        members = [np.flatnonzero(groups == place) for place in shown]
+        xy = np.stack([z[member].mean(axis=0, dtype=float) for member in members]) @ axes
+        xy = 8 + (324, 184) * (xy - xy.min(axis=0)) / np.ptp(xy, axis=0).clip(1e-9)
+        svg = ""
+        for (x, y), place, member in zip(xy, shown, members):
+            c = set(label[member].tolist())
+            mark = c.pop() % MARKS if len(c) == 1 and min(c) >= 0 else -1
+            image = thumbnail(metrics, data, rows[member[0]], 48)
+            svg += f'<g class="dot"><use href="#mark{mark}" x="{x:.0f}" y="{y:.0f}"/>'
+            svg += f'<g><image y="204" width="48" href="{image}"/>'
+            svg += f'<text x="56" y="232">{escape(names[place])}</text></g></g>'
+        drawings += figure("Patches" if level == "patch" else f"{level.capitalize()}s", 256, svg)
+    return drawings
+
+
+def gallery(metrics, data, levels, most=12):
+    """Some patches, and the attributes of each level that they score highest in."""
+    rows = np.array(metrics["rows"])
+    cards = ""
+    for row in rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)]:
+        lines = [data["path"][row]]
+        for level in levels:
+            lines.append(top(data[f"scores_{level}"][row], data[f"attributes_{level}"], 3))
+        image = thumbnail(metrics, data, row, 96)
+        text = "<br>".join(escape(line) for line in lines)
+        cards += f'<div class="card"><img alt="" src="{image}"><p>{text}</p></div>'
+    return cards
+
+
+def draw(out):
+    """Draw the page of a folder that evaluate.py wrote to; returns the page's path."""
+    metrics, data = read_results(out)
+    levels = list(metrics["attributes_used"])
+    probes = []
+    for kind, probe in metrics["probes"].items():
+        probes += [(kind, level, probe[level]) for level in levels]
+    legend = ""
+    for c, name in enumerate(metrics["classes"]):
+        mark = f'<svg width="16" height="16"><use href="#mark{c % MARKS}" x="8" y="8"/></svg>'
+        legend += f"<span>{mark}{escape(name)}</span> "
+    path = Path(metrics["run"], "config.json")
+    config = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    unknown = "<p>The factors behind these images are not known, or were not asked for.</p>"
+    sections = {
+        "title": escape(f"{metrics['run']}, step {metrics['step']}"),
+        "notes": "".join(f'<p class="note">{escape(note)}</p>' for note in metrics["notes"]),
+        "results": results(probes),
+        "against": escape(metrics["against"] or "no other encoder"),
+        "gains": results(probes, gains=True) if metrics["against"] else "",
+        "confusion": confusion(probes, metrics["classes"]),
+        "curves": curves(read_log(Path(metrics["run"], "log.jsonl")), levels),
+        "legend": legend,
+        "maps": maps(metrics, data, levels),
+        "gallery": gallery(metrics, data, levels),
+        "class_attributes": html_table(metrics["class_attributes"]),
+        "used": html_table([metrics["attributes_used"]]),
+        "truth": html_table(metrics["truth"]) if "truth" in metrics else unknown,
+        "command": escape(metrics["command"]),
+        "settings": html_table([{"setting": key, "value": config[key]} for key in config]),
+    }
+    template = string.Template(Path(__file__).with_name("report.html").read_text("utf-8"))
+    unfinished = Path(out, "report.html.part")  # the old page stays until the new one is whole
+    unfinished.write_text(template.substitute(sections), "utf-8")
+    return unfinished.replace(Path(out, "report.html"))
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draw a run's report.html again.")
+    parser.add_argument("run", help="a folder that evaluate.py wrote to")
+    print(f"the page is {draw(parser.parse_args().run)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -235,8 +235,8 @@ def learning_rate(step, config):
     warmup = max(1, round(config.warmup * config.steps))
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    done = (step - warmup) / max(1, config.steps - warmup)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+    falling = max(1, config.steps - warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / falling))
 
 
 def loss_weights(config):

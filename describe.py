@@ -287,7 +287,7 @@ def read_merges(path=""):
 
 
 def tokenizer_of(tower, vocab=""):
-    """The Tokenizer of a text tower: CLIP's (vocab: see `read_merges`), or the demo's, no merges."""
+    """The Tokenizer of a text tower: CLIP's (vocab: see `read_merges`), or the demo's."""
     tokenizer = Tokenizer(read_merges(vocab) if tower.vocabulary > 514 else ())
     size = len(tokenizer.vocabulary)
     if size != tower.vocabulary:
@@ -402,8 +402,8 @@ def next_prompt(bank, levels=LEVELS, attributes=128, sentences=4, batch=8):
 
 
 def take_reply(bank, level, names, reply, attributes=128, sentences=4, tokenizer=None):
-    """How many attributes a reply brought into the bank: those that pass `check_bank`. The faults of
-    the others stand in bank["refused"]. level, names: from `next_prompt`."""
+    """How many attributes a reply brought into the bank: those that pass `check_bank`. The faults
+    of the others stand in bank["refused"]. level, names: from `next_prompt`."""
     bank["refused"] = []
     reply = reply.rpartition("</think>")[2]
     first, last = "{}" if names else "[]"  # code fences and talk stand outside the brackets

@@ -1,21 +1,20 @@
-"""The language: a bank of sentences, its check, the model that writes one, CLIP's tokenizer, and the bank as vectors.
+"""The attribute-text bank: read it, check it, have a language model write it, encode it.
 
-    python describe.py check attributes/demo.json        measure what a program can, fail with the offending lines
-    python describe.py generate --tissue "H&E of colorectal cancer" --endpoint http://localhost:11434/v1 --model NAME
-                                                         have a language model write bank.json; again to go on
-    python describe.py encode attributes/demo.json --clip runs/demo/clip.pt --out bank.pt
-    python describe.py demo runs/demo/clip.pt            train the demo's CLIP on captioned demo tissue (a minute)
+    python describe.py check demo/attributes.json --vocab bytes
+    python describe.py generate --tissue "lung, H&E" --endpoint http://localhost:11434/v1 --model M
+    python describe.py encode demo/attributes.json --clip runs/demo-clip.pt --out bank.pt
 
-A bank file is JSON: {"name", "tissue", "levels": {"patch": {attribute: [sentences]}, "slide": {...}, "patient":
-{...}}}, and optionally "truth": {attribute: "+factor" or "-factor"} where the factors behind the images are known.
+A bank file is JSON: {"name": ..., "tissue": ..., "levels": {"patch": {attribute: [sentences]},
+"slide": {...}, "patient": {...}}}. It may hold "truth", {attribute: "+factor" or "-factor"}, where
+the factors behind the images are known. `python -m demo.clip OUT` trains the CLIP of the demo.
 """
 
 import argparse
+import functools
 import gzip
 import html
 import http.client
 import importlib.util
-import itertools
 import json
 import os
 import re
@@ -23,320 +22,315 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
+from itertools import pairwise
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from losses import LEVELS
-from model import ACTIVATIONS, text_tower
+from model import ACTIVATIONS, text_tower, write_whole
 from tools.weights import CLIPS, load_clip, published
 
-START, END = "<start_of_text>", "<end_of_text>"
-
-
-# ------------------------------------------------------------------------------------------------------------ the bank
+# ------------------------------------------------------------------ the bank file, and its check
 
 
 def read_bank(path, partial=False):
-    """A bank file -> its dict. Raises ValueError naming the file and what is wrong with its form; `check` measures its
-    content. partial: while it is being written, a level or an attribute may be empty."""
+    """The dict in a bank file. Raises ValueError for another form; `check_bank` judges the content.
+
+    partial: it is being written still, so that a level or an attribute may be empty.
+    """
 
     def unique(pairs):  # JSON would silently keep the last of two attributes of one name
-        if repeated := [
-            name for name, times in Counter(name for name, _ in pairs).items() if times > 1
-        ]:
-            raise ValueError(f"{path}: {repeated[0]!r} stands twice in one level")
+        for name, times in Counter(name for name, _ in pairs).items():
+            if times > 1:
+                raise ValueError(f"{path}: {name!r} stands twice in one level")
         return dict(pairs)
 
     try:
         with open(path, encoding="utf-8") as file:
             bank = json.load(file, object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     levels = bank.get("levels") if isinstance(bank, dict) else None
     if not isinstance(levels, dict) or set(levels) != set(LEVELS):
         raise ValueError(f'{path}: "levels" must hold {", ".join(LEVELS)} and nothing else')
     for level, attributes in levels.items():
         if not isinstance(attributes, dict) or not (attributes or partial):
-            raise ValueError(
-                f"{path}: the level {level} must be {{attribute: [sentences]}} and not empty"
-            )
+            raise ValueError(f"{path}: level {level} must be {{attribute: [sentences]}}, not empty")
         for name, sentences in attributes.items():
-            if (
-                not isinstance(sentences, list)
-                or not all(isinstance(s, str) for s in sentences)
-                or (not sentences and not partial)
-            ):
+            is_list = isinstance(sentences, list) and all(isinstance(s, str) for s in sentences)
+            if not is_list or not (sentences or partial):
                 raise ValueError(f"{path}: {level} / {name}: must be a list of sentences")
     return bank
 
 
-STOP_WORDS = frozenset(
-    re.findall(
-        r"\w+",
-        """a an the of and or in on with to is are at by from as that this its it be
-    their than while for into over through each where which no not but have has within across between around""",
-    )
-)
+# What does not count in a comparison; what no image of tissue shows; what needs a stain to be seen.
+STOP_WORDS = """a an the of and or in on with to is are at by from as that this its it be their than
+while for into over through each where which no not but have has within across between around"""
 INVISIBLE = re.compile(
-    r"\b(ph|acidity|(mi(cro-?)?)?rnas?|dna|gen(e|es|etic\w*|om\w*)|muta\w*|wild-?type|methyl\w*|idh\w*|egfr|tert|1p/?19q|"
-    r"codelet\w*|ki-?67|mib-?1|p53|gfap|\w*kines?|interleukins?|receptors?|hormon\w*|enzym\w*|antibod\w*|"
-    r"immuno(histo|stain)\w*|serum|oxygen\w*|hypoxi\w*|metaboli\w*|glucose|signal+ing|pathway|expression|biomarkers?|"
-    r"prognos\w*|survival|outcome|recurren\w*|therap\w*|treat\w*|symptom\w*|headaches?|seizures?|age|sex|male|female|"
-    r"smok\w*|mri|radiolog\w*|enhanc\w*|temperature|electr\w*)\b",
-    re.I,
+    r"(?i)\b(ph|acidity|(mi(cro-?)?)?rnas?|dna|gen(e|es|etic\w*|om\w*)|muta\w*|wild-?type|"
+    r"methyl\w*|idh\w*|egfr|tert|1p/?19q|codelet\w*|ki-?67|mib-?1|p53|gfap|\w*kines?|interleukins?|"
+    r"receptors?|hormon\w*|enzym\w*|antibod\w*|immuno(histo|stain)\w*|serum|oxygen\w*|hypoxi\w*|"
+    r"metaboli\w*|glucose|signal+ing|pathway|expression|biomarkers?|prognos\w*|survival|outcome|"
+    r"recurren\w*|therap\w*|treat\w*|symptom\w*|headaches?|seizures?|age|sex|male|female|smok\w*|"
+    r"mri|radiolog\w*|enhanc\w*|temperature|electr\w*)\b"
 )
 STAIN_WORDS = re.compile(
-    r"\b(pink\w*|purple\w*|blue\w*|violet|magenta|red(dish)?|\w*eosin\w*|\w*sophil\w*|"
-    r"ha?ematoxylin\w*|h(yper|ypo)chroma\w*|stain\w*|h&e|colou?r\w*)\b",
-    re.I,
+    r"(?i)\b(pink\w*|purple\w*|blue\w*|violet|magenta|red(dish)?|\w*eosin\w*|\w*sophil\w*|"
+    r"ha?ematoxylin\w*|h(yper|ypo)chroma\w*|stain\w*|h&e|colou?r\w*)\b"
 )
 
 
-def _words(text):
+def words_of(text):
     return re.findall(r"[a-z0-9]+", text.lower())
 
 
-def _frames(text):
-    return {" ".join(_words(text)[i : i + 3]) for i in range(len(_words(text)) - 2)}
+def content_of(text):
+    return set(words_of(text)) - set(words_of(STOP_WORDS))
 
 
-def _plain(text):
-    """Printable ASCII without HTML entities: what every tokenizer reads alike."""
-    return (
-        text.isascii()
-        and text.isprintable()
-        and all(html.unescape(t) == t for t in (text, text.lower()))
-    )
+def frames_of(text):  # all runs of three words, each once: what boilerplate is made of
+    words = words_of(text)
+    return dict.fromkeys(" ".join(run) for run in zip(words, words[1:], words[2:]))
 
 
-def _content(text):
-    return frozenset(_words(text)) - STOP_WORDS
+def is_plain(text):  # printable ASCII without HTML entities: every tokenizer reads it alike
+    entities = any(html.unescape(form) != form for form in (text, text.lower()))
+    return text.isascii() and text.isprintable() and not entities
 
 
-def _alike(texts, threshold):
-    """Pairs of texts whose content words overlap (Jaccard) by at least the threshold: [(i, j, overlap)]."""
-    sets = [_content(text) for text in texts]
-    column = {word: i for i, word in enumerate(sorted(set().union(*sets)))}
-    present = np.zeros((len(sets), len(column)), np.float32)
-    for row, words in enumerate(sets):
-        present[row, [column[w] for w in words]] = 1
-    shared, size = present @ present.T, present.sum(axis=1)
-    overlap = shared / np.maximum(size[:, None] + size - shared, 1)
-    return [(i, j, overlap[i, j]) for i, j in zip(*np.nonzero(np.triu(overlap >= threshold, 1)))]
+def faults_of_text(text, name, is_name, tokens, context, unseen):
+    """What is wrong with a sentence of an attribute, or with its name if is_name, as messages.
+    unseen: {message: pattern of the words that no such image shows}."""
+    length = len(words_of(text))
+    rules = [
+        (not is_plain(text), "not ASCII"),
+        (tokens > context, f"{tokens} tokens, at most {context}"),
+        (is_name and not 1 <= length <= 8, "a name has 1 to 8 words"),
+        (not is_name and length < 6, "under 6 words"),
+        (not is_name and length > 40, "over 40 words"),  # some 60 tokens, where none are counted
+        (not is_name and len(content_of(text) - content_of(name)) < 4, "restates its name"),
+    ]
+    for message, pattern in unseen.items():
+        found = pattern.search(text)
+        rules.append((found, f"{message} {found.group()!r}" if found else ""))
+    return [message for broken, message in rules if broken]
 
 
-def check_bank(bank, attributes=None, tokenizer=None, context=77, sentences=None, only=None):
-    """Everything about a bank that a program can measure. Returns (lines of findings, {line of a problem: the (level,
-    attribute)s it is about}); no problems: it passes.
+def faults_of_counts(levels, attributes, sentences):
+    """Problems, as in all that follows: {line to print: [(level, name) that it is about, ...]}."""
+    problems = {}
+    for level, names in levels.items():
+        if attributes and len(names) != attributes:
+            problems[f"{level}: {len(names)} attributes, not {attributes}"] = []
+    for level, names in levels.items():
+        for name, said in names.items():
+            if len(said) != sentences:
+                line = f"{level} / {name}: {len(said)} sentences, not {sentences}"
+                problems[line] = [(level, name)]
+    return problems
 
-    attributes, sentences: how many each level and each attribute must have. tokenizer: to count tokens; a sentence
-    must fit the context with its start and end. only: the (level, attribute) whose texts are read one by one, if the
-    others were before.
-    """
-    named = [(level, name) for level in LEVELS for name in bank["levels"][level]]
-    said = [(level, name, s) for level, name in named for s in bank["levels"][level][name]]
-    if sentences is None:
-        sentences = Counter(len(bank["levels"][level][name]) for level, name in named).most_common(
-            1
-        )[0][0]
-    problems = {
-        f"{level}: {len(bank['levels'][level])} attributes, not {attributes}": []
-        for level in LEVELS
-        if attributes and len(bank["levels"][level]) != attributes
-    }
-    for level, name in named:
-        number = len(bank["levels"][level][name])
-        if number != sentences:
-            problems[f"{level} / {name}: {number} sentences, not {sentences}"] = [(level, name)]
-    for i, j, overlap in _alike([name for _, name in named], 0.75):
-        line = f"names alike ({overlap:.2f}): {' / '.join(named[i])} ~ {' / '.join(named[j])}"
-        problems[line] = [named[i], named[j]]
-    for i, j, overlap in _alike([s for *_, s in said], 0.6):
-        line = f"sentences alike ({overlap:.2f}): {' / '.join(said[i])} ~ {' / '.join(said[j])}"
-        problems[line] = [said[i][:2], said[j][:2]]
-    longest, raman = 0, "raman" in bank.get("tissue", "").lower()
-    for level, name, text in [
-        *((*place, place[1]) for place in named),
-        *said,
-    ]:  # names are looked at as sentences are
-        if only not in (None, (level, name)):
-            continue
-        wrong, length = [], len(_words(text))
-        if not _plain(text):
-            wrong.append("not ASCII")
-        elif tokenizer:
-            tokens = len(tokenizer.encode(text)) + 2
-            longest = max(longest, tokens)
-            wrong += [f"{tokens} tokens, at most {context}"] if tokens > context else []
-        if text == name:
-            wrong += ["a name has 1 to 8 words"] if not 1 <= length <= 8 else []
-        else:
-            wrong += ["under 6 words"] if length < 6 else []
-            wrong += (
-                ["over 40 words"] if length > 40 else []
-            )  # some 60 tokens, for when they are not counted
-            wrong += ["restates its name"] if len(_content(text) - _content(name)) < 4 else []
-        wrong += (
-            [f"no image shows {unseen.group()!r}"] if (unseen := INVISIBLE.search(text)) else []
-        )
-        wrong += (
-            [f"unstained tissue has no {s.group()!r}"]
-            if raman and (s := STAIN_WORDS.search(text))
-            else []
-        )
-        problems |= {f"{what}: {level} / {name}: {text}": [(level, name)] for what in wrong}
-    frames = Counter(frame for *_, s in said for frame in _frames(s))
+
+def near_duplicates(kind, entries, threshold):
+    """Problems of two entries, (level, name) or (level, name, sentence), in much the same words."""
+    contents = [content_of(entry[-1]) for entry in entries]
+    column = {word: i for i, word in enumerate(sorted(set().union(*contents)))}
+    present = torch.zeros(len(entries), len(column))  # 1 where a text has a word
+    for row, words in enumerate(contents):
+        present[row, [column[word] for word in words]] = 1
+    shared = present @ present.T
+    size = present.sum(dim=1)
+    overlap = shared / (size[:, None] + size - shared).clamp(min=1)  # words in both / in either
+    problems = {}
+    for i, j in (overlap >= threshold).triu(1).nonzero().tolist():
+        pair = f"{' / '.join(entries[i])} ~ {' / '.join(entries[j])}"
+        problems[f"{kind} alike ({overlap[i, j]:.2f}): {pair}"] = [entries[i][:2], entries[j][:2]]
+    return problems
+
+
+def boilerplate(frames, said):
+    """Problems of three words in too many sentences. frames: {three words: how many have them}."""
+    problems = {}
     for frame, count in frames.items():
         if count > max(16, 0.1 * len(said)):  # a few sentences have no boilerplate yet
             line = f"{frame!r} stands in {count / len(said):.0%} of the sentences"
-            problems[line] = [(level, name) for level, name, s in said if frame in _frames(s)]
-    frame, count = frames.most_common(1)[0] if frames else ("none", 0)
-    found = [
-        f"{bank.get('name', '?')} ({bank.get('tissue', '?')}): {len(said)} sentences",
-        *(
-            f"  {level}: {len(bank['levels'][level])} attributes x {sentences} sentences"
-            for level in LEVELS
-        ),
-        f"  commonest three words: {frame!r} in {count / max(1, len(said)):.1%} of the sentences",
-        f"  longest sentence: {longest} tokens of {context}"
-        if tokenizer
-        else "  tokens not counted",
-    ]
-    return found, problems
+            problems[line] = [(level, name) for level, name, s in said if frame in frames_of(s)]
+    return problems
 
 
-# -------------------------------------------------------------------------------------------------- tokens and vectors
+def check_bank(bank, attributes=None, tokenizer=None, context=77, sentences=None, only=None):
+    """What a program can measure about a bank: lines to print, and the problems; none: it passes.
 
-
-class Tokenizer:
-    """CLIP's byte-pair tokenizer for ASCII text. Without merges every letter is a token, which is what the demo's CLIP
-    uses.
-
-    merges: pairs of symbols, the most frequent first. `vocabulary` is {symbol: id}: 256 bytes, the same as the last of
-    a word, the merges, start and end; so the end token has the largest id.
+    attributes, sentences: how many each level and each attribute must have; by default any, and as
+    many as most have. tokenizer: to count tokens; a text must fit the context with its start and
+    end. only: the (level, attribute) whose texts are read one by one, if the others were before.
     """
+    levels = {level: bank["levels"][level] for level in LEVELS}
+    named = [(level, name) for level in LEVELS for name in levels[level]]
+    said = [(level, name, text) for level, name in named for text in levels[level][name]]
+    if sentences is None:
+        sentences = Counter(len(levels[level][name]) for level, name in named).most_common(1)[0][0]
+    problems = faults_of_counts(levels, attributes, sentences)
+    problems |= near_duplicates("names", named, 0.75)
+    problems |= near_duplicates("sentences", said, 0.6)
 
-    def __init__(self, merges=()):
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        bytes_ = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-        symbols = (
-            bytes_
-            + [b + "</w>" for b in bytes_]
-            + ["".join(pair) for pair in merges]
-            + [START, END]
-        )
-        self.vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
-        self.rank = {pair: i for i, pair in enumerate(merges)}
+    # Every name and every sentence by itself.
+    unseen = {"no image shows": INVISIBLE}
+    if "raman" in bank.get("tissue", "").lower():
+        unseen["unstained tissue has no"] = STAIN_WORDS
+    texts = [(level, name, name, True) for level, name in named]
+    texts += [(level, name, text, False) for level, name, text in said]
+    longest = 0
+    for level, name, text, is_name in texts:
+        if only in (None, (level, name)):
+            counted = tokenizer and is_plain(text)
+            tokens = len(tokenizer.encode(text)) + 2 if counted else 0  # with start and end
+            longest = max(longest, tokens)
+            for message in faults_of_text(text, name, is_name, tokens, context, unseen):
+                problems[f"{message}: {level} / {name}: {text}"] = [(level, name)]
 
-    def split(self, word):
-        """One word -> its symbols: the pair that was merged first in training is merged first, until none is left."""
-        symbols = [*word[:-1], word[-1] + "</w>"]
-        while len(symbols) > 1:
-            pairs = list(itertools.pairwise(symbols))
-            best = min(pairs, key=lambda pair: self.rank.get(pair, float("inf")))
-            if best not in self.rank:
-                break
-            merged, i = [], 0
-            while i < len(symbols):
-                width = 2 if tuple(symbols[i : i + 2]) == best else 1
-                merged.append("".join(symbols[i : i + width]))
-                i += width
-            symbols = merged
-        return symbols
-
-    def encode(self, text):
-        """Text -> token ids, without start and end. Raises ValueError for what may be read otherwise elsewhere: other
-        characters than printable ASCII, and HTML entities."""
-        plain = html.unescape(html.unescape(text))
-        for found in re.findall(r"[^\t\n\f\r -~]|&#?\w+;", f"{text}\n{plain}"):
-            entity = found.lower() if found.isupper() else found
-            if found[0] != "&" or html.unescape(entity) != entity:
-                raise ValueError(
-                    f"only ASCII can be tokenized, and no HTML entity: not the {found!r} in {text!r}"
-                )
-        text = " ".join(plain.split()).lower()
-        words = re.findall(
-            rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+", text
-        )
-        return [
-            self.vocabulary[s]
-            for word in words
-            for s in ([word] if word in (START, END) else self.split(word))
-        ]
-
-    def __call__(self, texts, context):
-        """Texts -> [n, context] int64, zero-padded; what is too long is cut, its end token kept."""
-        tokens = torch.zeros(len(texts), context, dtype=torch.long)
-        for row, text in zip(tokens, texts):
-            ids = [self.vocabulary[START], *self.encode(text)][: context - 1] + [
-                self.vocabulary[END]
-            ]
-            row[: len(ids)] = torch.tensor(ids)
-        return tokens
+    # What is common to many, and the sum of it all.
+    frames = Counter(frame for *_, text in said for frame in frames_of(text))
+    problems |= boilerplate(frames, said)
+    frame, count = frames.most_common(1)[0] if frames else ("none", 0)
+    line = f"longest sentence: {longest} tokens of {context}" if tokenizer else "tokens not counted"
+    findings = [
+        f"{bank.get('name', '?')} ({bank.get('tissue', '?')}): {len(said)} sentences",
+        *(f"  {at}: {len(levels[at])} attributes x {sentences} sentences" for at in LEVELS),
+        f"  commonest three words: {frame!r} in {count / max(1, len(said)):.1%} of the sentences",
+        f"  {line}",
+    ]
+    return findings, problems
 
 
-VOCABULARY = (
+# ------------------------------------------------------------- CLIP's tokenizer, and the vectors
+
+START = "<start_of_text>"
+END = "<end_of_text>"
+WORD = re.compile(rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+")
+VOCABULARY = (  # address and SHA-256
     "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
     "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a",
 )
 
 
+class Tokenizer:
+    """CLIP's byte-pair tokenizer (Radford et al. 2021), for ASCII text.
+
+    merges: pairs of symbols, the most frequent first; without any, as for the demo's CLIP, every
+    letter is a token. `vocabulary` is {symbol: id}: 256 bytes, the same as the last of a word, the
+    merges, start and end; so the end token has the largest id.
+    """
+
+    def __init__(self, merges=()):
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = range(256, 512 - len(printable))  # characters that stand for the other bytes
+        single = [chr(code) for code in [*printable, *others]]
+        last = [symbol + "</w>" for symbol in single]
+        symbols = [*single, *last, *map("".join, merges), START, END]
+        self.vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
+        self.rank = {pair: i for i, pair in enumerate(merges)}
+
+    def split(self, word):
+        """The symbols of a word: of all neighbours, those that rank first are merged, and again."""
+        symbols = [*word[:-1], word[-1] + "</w>"]
+        while len(symbols) > 1:
+            best = min(pairwise(symbols), key=lambda pair: self.rank.get(pair, len(self.rank)))
+            if best not in self.rank:
+                break
+            merged = []
+            for symbol in symbols:
+                if merged and (merged[-1], symbol) == best:
+                    merged[-1] += symbol
+                else:
+                    merged.append(symbol)
+            symbols = merged
+        return symbols
+
+    def encode(self, text):
+        """The token ids of a text, without start and end. Raises ValueError for what another
+        tokenizer may read otherwise: characters that are not printable ASCII, HTML entities."""
+        plain = html.unescape(html.unescape(text))
+        for found in re.findall(r"[^\t\n\f\r -~]|&#?\w+;", f"{text}\n{plain}"):
+            entity = found.lower() if found.isupper() else found  # some read &NBSP; as &nbsp;
+            if found[0] != "&" or html.unescape(entity) != entity:
+                refused = f"not the {found!r} in {text!r}"
+                raise ValueError(f"only ASCII can be tokenized, and no HTML entity: {refused}")
+        ids = []
+        for word in WORD.findall(" ".join(plain.split()).lower()):
+            symbols = [word] if word in (START, END) else self.split(word)
+            ids += [self.vocabulary[symbol] for symbol in symbols]
+        return ids
+
+    def __call__(self, texts, context):
+        """The tokens of n texts, [n, context] int64, zero-padded; a cut text keeps its end."""
+        tokens = torch.zeros(len(texts), context, dtype=torch.long)
+        for row, text in zip(tokens, texts):
+            ids = [self.vocabulary[START], *self.encode(text)]
+            ids = [*ids[: context - 1], self.vocabulary[END]]
+            row[: len(ids)] = torch.tensor(ids)
+        return tokens
+
+
 def read_merges(path=""):
-    """The merges in CLIP's bpe_simple_vocab_16e6.txt.gz: all that its 49,408 ids leave room for. Without a path, the
-    copy of an installed open_clip, or a download. Raises ValueError for another file."""
-    if not path and (installed := importlib.util.find_spec("open_clip")):
-        copy = os.path.join(os.path.dirname(installed.origin), os.path.basename(VOCABULARY[0]))
-        path = copy if os.path.exists(copy) else ""
+    """The merges in bpe_simple_vocab_16e6.txt.gz of CLIP: the file at path, or an installed
+    open_clip's, or a download. "bytes": no merges. Raises ValueError for another file."""
+    if path == "bytes":
+        return []
+    package = importlib.util.find_spec("open_clip")
+    if not path and package:
+        path = os.path.join(os.path.dirname(package.origin), os.path.basename(VOCABULARY[0]))
     with gzip.open(published(*VOCABULARY, path), "rt", encoding="utf-8") as file:
-        return [tuple(line.split()) for line in file.read().split("\n")[1 : 49408 - 512 - 2 + 1]]
+        title, *lines = file.read().split("\n")
+    return [tuple(line.split()) for line in lines[: 49408 - 512 - 2]]  # CLIP took no more of them
 
 
 def tokenizer_of(tower, vocab=""):
-    """The Tokenizer that a text tower was trained with: CLIP's, or the demo's of bytes. ValueError for neither."""
+    """The Tokenizer of a text tower: CLIP's (vocab: see `read_merges`), or the demo's."""
     tokenizer = Tokenizer(read_merges(vocab) if tower.vocabulary > 514 else ())
-    if len(tokenizer.vocabulary) != tower.vocabulary:
-        raise ValueError(
-            f"this text tower has {tower.vocabulary} tokens, CLIP's {len(tokenizer.vocabulary)}"
-        )
+    size = len(tokenizer.vocabulary)
+    if size != tower.vocabulary:
+        raise ValueError(f"this text tower has {tower.vocabulary} tokens, CLIP's {size}")
     return tokenizer
 
 
 @torch.no_grad()
 def encode_bank(bank, tower, tokenizer, batch=64):
-    """Sentences -> one unit vector an attribute: t = norm(mean_j norm(TextEncoder(sentence_j))).
+    """One unit vector for each attribute, {level: [K_l, D]}, in the order of the file.
 
-    bank: as `read_bank`. tower: frozen text tower. Returns {level: [K_l, D]} in the order of the file. Memory is that
-    of one batch of sentences.
+        t = norm(mean_j norm(TextEncoder(sentence_j)))
+
+    bank: as `read_bank`. tower: frozen text tower. batch: how many sentences are in memory at once.
     """
     attributes = [sentences for level in LEVELS for sentences in bank["levels"][level].values()]
-    texts = [s for sentences in attributes for s in sentences]
+    texts = [text for sentences in attributes for text in sentences]
     encoded = []
     for start in tqdm(range(0, len(texts), batch), desc="bank", unit="batch", leave=False):
-        tokens = tokenizer(texts[start : start + batch], tower.context)
-        tokens = tokens[
-            :, : int(tokens.argmax(dim=1).max()) + 1
-        ]  # to the last end token: more padding only costs time
-        encoded.append(F.normalize(tower(tokens), dim=1))
-    means = [
-        part.mean(dim=0)
-        for part in torch.cat(encoded).split([len(sentences) for sentences in attributes])
-    ]
-    vectors = F.normalize(torch.stack(means), dim=1).split(
-        [len(bank["levels"][level]) for level in LEVELS]
-    )
-    return dict(zip(LEVELS, vectors))
+        tokens = tokenizer(texts[start : start + batch], tower.context)  # [batch, context]
+        longest = int(tokens.argmax(dim=1).max()) + 1  # the end token has the largest id
+        encoded.append(F.normalize(tower(tokens[:, :longest]), dim=1))  # padding only costs time
+    parts = torch.cat(encoded).split([len(sentences) for sentences in attributes])
+    vectors = F.normalize(torch.stack([part.mean(dim=0) for part in parts]), dim=1)
+    return dict(zip(LEVELS, vectors.split([len(bank["levels"][level]) for level in LEVELS])))
 
 
 def open_bank(path, state, vocab=""):
-    """A bank file, encoded with the text tower of a CLIP's state dict, or a bank.pt, as it is -> {level: [names]},
-    {level: [K_l, D]}. vocab: a path for `read_merges`; a CLIP of bytes, as the demo's, needs none."""
+    """The attributes of a bank, {level: [names]}, and their unit vectors, {level: [K_l, D]}.
+
+    path: a bank.pt, as it is, or a bank file, encoded with the text tower of a CLIP's state dict.
+    vocab: for `read_merges`. Raises ValueError that names a file which is neither.
+    """
     if path.endswith(".pt"):
-        saved = torch.load(path, weights_only=True)
-        return saved["attributes"], saved["vectors"]
-    bank, tower = read_bank(path), text_tower(state)
+        try:
+            saved = torch.load(path, weights_only=True)
+            return saved["attributes"], saved["vectors"]
+        except Exception as error:  # whatever zip, pickle and torch make of another or damaged file
+            raise ValueError(
+                f"{path} cannot be read as a bank.pt: encode the bank again"
+            ) from error
+    bank = read_bank(path)
+    tower = text_tower(state)
     vectors = encode_bank(bank, tower, tokenizer_of(tower, vocab))
     return {level: list(bank["levels"][level]) for level in LEVELS}, vectors
 
@@ -344,313 +338,261 @@ def open_bank(path, state, vocab=""):
 def save_bank(path, bank, vectors):
     """Write bank.pt: {"name", "attributes": {level: [names]}, "vectors": {level: [K_l, D]}}."""
     attributes = {level: list(bank["levels"][level]) for level in LEVELS}
-    torch.save({"name": bank["name"], "attributes": attributes, "vectors": vectors}, path)
+    saved = {"name": bank.get("name", ""), "attributes": attributes, "vectors": vectors}
+    write_whole(os.fspath(path), lambda file: torch.save(saved, file))
 
 
-# --------------------------------------------------------------------------------------- the bank, by a language model
+# ------------------------------------------------------------ the bank, written by a language model
 
 SHOWS = {
-    "patch": "one high-power field: cells, nuclei, cytoplasm, matrix and the walls of single vessels",
-    "slide": "one whole slide at low power: architecture, density, vessels, necrosis, borders, infiltration",
-    "patient": "all slides of a patient side by side: how they differ, overall grade, growth and extent, what recurs",
+    "patch": "one high-power field: cells, nuclei, cytoplasm, matrix and the walls of single "
+    "vessels",
+    "slide": "one whole slide at low power: architecture, density, vessels, necrosis, borders, "
+    "infiltration",
+    "patient": "all slides of a patient side by side: how they differ, overall grade, growth and "
+    "extent, what recurs",
 }
-PROMPT = """You are a pathologist who describes what {tissue} looks like, so that an image model can learn from it.
+PROMPT = """You are a pathologist who describes what {tissue} looks like, so that an image model can
+learn from it.
 {task}
 
 Rules:
-- Only what an eye sees in these images at that magnification: no molecules, genes, laboratory values, clinical facts,
-  treatment or outcome; colours only where there is a stain. Plain ASCII.
+- Only what an eye sees in these images at that magnification: no molecules, genes, laboratory
+  values, clinical facts, treatment or outcome; colours only where there is a stain. Plain ASCII.
 {refused}
 Reply with {form} and nothing else."""
 NAMES = """Name {count} attributes that can be seen in {shows}.
-Each is 2 to 6 words in lower case. Cover normal and abnormal, common and rare, in contrasts where there is one (sparse
-nuclei, crowded nuclei). No two mean the same, and none repeats or rephrases one of these, which are taken:
+Each is 2 to 6 words in lower case. Cover normal and abnormal, common and rare, in contrasts where
+there is one (sparse nuclei, crowded nuclei). No two mean the same, and none repeats or rephrases
+one of these, which are taken:
 {listed}"""
 SENTENCES = """For each attribute below write {count} sentences on how it looks in {shows}.
-They state the same finding in different ways, in this order: its form; a comparison with a related or opposite
-finding; its arrangement in space; a plain summary for a lay reader. Each has 8 to 25 words and does not lean on those
-of the attribute's name. No two begin alike or share a frame such as "the image shows". The attributes:
+They state the same finding in different ways, in this order: its form; a comparison with a related
+or opposite finding; its arrangement in space; a plain summary for a lay reader. Each has 8 to 25
+words and does not lean on those of the attribute's name. No two begin alike or share a frame such
+as "the image shows". The attributes:
 {listed}"""
-PLAIN = str.maketrans(
-    "\u2018\u2019\u201c\u201d\u2010\u2011\u2013\u2014", "''''----"
-)  # what models type for ' and -
+TYPOGRAPHY = str.maketrans("\u2018\u2019\u201c\u201d\u2010\u2011\u2013\u2014", "''''----")
 
 
 def next_prompt(bank, levels=LEVELS, attributes=128, sentences=4, batch=8):
-    """What to ask next: (level, attributes to write sentences for or None to ask for attributes, prompt); None when
-    all is written. It depends on the bank alone, so that an interrupted run goes on where it stopped."""
+    """What to ask next: (level, names, prompt), or None when all is written.
+
+    names: the attributes, at most `batch`, to write sentences for; None: it asks for new ones. All
+    depends on the bank alone, so that an interrupted run goes on where it stopped.
+    """
+    refused = [f"- Refused in your last reply: {line}\n" for line in bank.get("refused", [])[:30]]
     for level in levels:
         here = bank["levels"][level]
         names = [name for name in here if not here[name]][:batch]
         if len(here) < attributes:
-            names, count = None, min(batch, attributes - len(here))
-            listed = "\n".join(
-                f"{at}: {', '.join(taken) or 'none'}" for at, taken in bank["levels"].items()
-            )
-            task = NAMES.format(count=count, shows=SHOWS[level], listed=listed)
+            names = None
+            count = min(batch, attributes - len(here))
+            taken = [f"{at}: {', '.join(have) or 'none'}" for at, have in bank["levels"].items()]
+            task = NAMES.format(count=count, shows=SHOWS[level], listed="\n".join(taken))
             form = f"a JSON array of {count} strings"
         elif names:
             task = SENTENCES.format(count=sentences, shows=SHOWS[level], listed="\n".join(names))
             form = f"a JSON object {{attribute as spelled above: [{sentences} strings]}}"
         else:
             continue
-        refused = "".join(
-            f"- Refused in your last reply: {line}\n" for line in bank.get("refused", [])[:30]
-        )
-        return (
-            level,
-            names,
-            PROMPT.format(tissue=bank["tissue"], task=task, refused=refused, form=form),
-        )
+        context = {"tissue": bank["tissue"], "refused": "".join(refused)}
+        return level, names, PROMPT.format(**context, task=task, form=form)
     return None
 
 
 def take_reply(bank, level, names, reply, attributes=128, sentences=4, tokenizer=None):
-    """Move what passes `check_bank` from a reply into the bank, one attribute after the other, and note in
-    bank["refused"] what does not. level, names: as asked by `next_prompt`. Returns how many attributes were taken."""
-    here, taken, refused = bank["levels"][level], 0, []
+    """How many attributes a reply brought into the bank: those that pass `check_bank`. The faults
+    of the others stand in bank["refused"]. level, names: from `next_prompt`."""
+    bank["refused"] = []
     reply = reply.rpartition("</think>")[2]
-    first, last = "{}" if names else "[]"
-    try:  # code fences and talk stand outside the outermost brackets
+    first, last = "{}" if names else "[]"  # code fences and talk stand outside the brackets
+    try:
         answer = json.loads(reply[reply.find(first) : reply.rfind(last) + 1])
     except (ValueError, RecursionError):
-        answer, refused = [], [f"not the JSON asked for: {reply[:80]!r}"]
+        bank["refused"].append(f"not the JSON asked for: {reply[:80]!r}")
+        return 0
     if names:
-        answer = {name.strip().lower(): texts for name, texts in dict(answer).items()}
-        answer = {name: answer.get(name.lower()) for name in names if not refused}
+        proposed = new_sentences(names, answer, sentences)
     else:
-        answer = {
-            " ".join(name.translate(PLAIN).lower().split()): []
-            for name in answer
-            if isinstance(name, str)
-        }
-        refused += [f"{level} / {name}: is taken" for name in answer if name in here]
-        answer = dict(
-            [item for item in answer.items() if item[0] not in here][: attributes - len(here)]
-        )
-    for name, texts in answer.items():
-        texts = texts if isinstance(texts, list) else []
-        here[name] = [" ".join(s.translate(PLAIN).split()) for s in texts if isinstance(s, str)][
-            :sentences
-        ]
-        number = sentences if names else 0
-        _, problems = check_bank(bank, tokenizer=tokenizer, sentences=number, only=(level, name))
-        found = [line for line, places in problems.items() if (level, name) in places]
-        if found and names:
+        proposed = new_names(bank, level, answer, attributes)
+        sentences = 0  # which come later
+    here = bank["levels"][level]
+    taken = 0
+    for name, texts in proposed.items():
+        here[name] = texts
+        _, problems = check_bank(bank, None, tokenizer, sentences=sentences, only=(level, name))
+        faults = [line for line, places in problems.items() if (level, name) in places]
+        bank["refused"] += faults
+        if not faults:
+            taken += 1
+        elif names:
             here[name] = []
-        elif found:
+        else:
             del here[name]
-        refused += found
-        taken += not found
-    bank["refused"] = refused
     return taken
 
 
-def ask(endpoint, model, prompt, key="", timeout=600, tries=8, wait=2):
-    """A prompt -> the reply of a model behind an OpenAI-compatible chat endpoint.
+def new_names(bank, level, answer, attributes):
+    """{name: []} of the names in an answer that are new to the level, until it has enough."""
+    here = bank["levels"][level]
+    names = dict.fromkeys(tidy(name).lower() for name in answer if isinstance(name, str))
+    bank["refused"] += [f"{level} / {name}: is taken" for name in names if name in here]
+    new = [name for name in names if name not in here]
+    return {name: [] for name in new[: attributes - len(here)]}
 
-    What may pass (429, 5xx, time-outs, lost connections, half an answer) is asked again after wait, 2 wait, 4 wait ...
-    seconds, or what Retry-After says. Raises ConnectionError when that has not helped or cannot help.
+
+def new_sentences(names, answer, sentences):
+    """{name: [sentences]} of the names asked for, in whatever case the answer spells them."""
+    answer = {name.strip().lower(): texts for name, texts in answer.items()}
+    proposed = {}
+    for name in names:
+        texts = answer.get(name.lower())
+        texts = texts if isinstance(texts, list) else []
+        proposed[name] = [tidy(text) for text in texts if isinstance(text, str)][:sentences]
+    return proposed
+
+
+def tidy(text):  # with ' and - for what models type instead
+    return " ".join(text.translate(TYPOGRAPHY).split())
+
+
+def ask(endpoint, model, prompt, key="", timeout=600, tries=8, wait=2):
+    """The reply to a prompt of a model behind an OpenAI-compatible chat endpoint.
+
+    What may pass (429, 5xx, time-outs, lost connections, half an answer) is asked again after wait,
+    2 wait, 4 wait ... seconds, or as Retry-After says. Raises ConnectionError if that is no help.
     """
-    key = "".join(
-        key.split()
-    )  # urllib's complaint about a line break in a header would show the key
+    key = "".join(key.split())  # urllib's complaint about a line break in a header would show it
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": prompt}]}).encode()
     headers = {"Content-Type": "application/json", "User-Agent": "hlss"}
     request = urllib.request.Request(endpoint.rstrip("/") + "/chat/completions", body, headers)
-    if key:
-        request.add_unredirected_header(
-            "Authorization", f"Bearer {key}"
-        )  # a redirect must not carry it elsewhere
-    for attempt in itertools.count():
-        pause, status = min(wait * 2**attempt, 60), 0
+    if key:  # unredirected: a redirect must not carry it elsewhere
+        request.add_unredirected_header("Authorization", f"Bearer {key}")
+    for attempt in range(tries):
+        status = 0
+        pause = min(wait * 2**attempt, 60)
         try:
             try:
                 response = urllib.request.urlopen(request, timeout=timeout)
             except urllib.error.HTTPError as error:
                 response = error  # a response all the same
             with response:
-                status, text = response.status, response.read().decode()
+                status = response.status
+                text = response.read().decode()
             if status == 200:
                 content = json.loads(text)["choices"][0]["message"]["content"]
                 return content if isinstance(content, str) else ""
-            reason, after = f"HTTP {status} {text[:300]}", response.headers.get("Retry-After", "")
+            reason = f"HTTP {status} {text[:300]}"
+            after = response.headers.get("Retry-After", "")
             pause = min(int(after), 600) if after.isdecimal() else pause
         except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
             reason = f"{type(error).__name__} {error}"
         reason = f"{endpoint}: {reason.replace(key, '***') if key else reason}"
         if attempt + 1 == tries or (200 < status < 500 and status not in (408, 429)):
             raise ConnectionError(f"{reason} (request {attempt + 1} of at most {tries})")
-        tqdm.write(f"{reason}: again in {pause} s")
+        print(f"{reason}: again in {pause} s")
         time.sleep(pause)
 
 
 def generate(
     path, answer, tissue=None, levels=LEVELS, attributes=128, sentences=4, batch=8, tokenizer=None
 ):
-    """Have a bank file written, or go on with it; it is saved after every reply. Returns whether it is whole.
+    """Whether a bank file is whole, after a model (answer: prompt -> reply) wrote it or went on.
 
-    answer: prompt -> reply, or None to stop there. Raises ValueError for a file about another tissue, RuntimeError
-    when four replies in a row bring nothing.
+    The file is saved after every reply. Raises ValueError for a file about another tissue,
+    RuntimeError when four replies in a row bring nothing.
     """
     name = os.path.basename(path).removesuffix(".json")
-    bank = {"name": name, "tissue": tissue, "levels": {at: {} for at in LEVELS}}
-    bank = read_bank(path, partial=True) if os.path.exists(path) else bank
+    bank = {"name": name, "tissue": tissue, "levels": {level: {} for level in LEVELS}}
+    if os.path.exists(path):
+        bank = read_bank(path, partial=True)
     if not bank.get("tissue"):
         raise ValueError(f"{path} says no tissue: name one with --tissue, or in the file")
     if tissue not in (None, bank["tissue"]):
         raise ValueError(f"{path} is about {bank['tissue']!r}, not {tissue!r}: name another --out")
-    counts, idle = (attributes, sentences), 0
-    done = sum(1 + bool(texts) for level in levels for texts in bank["levels"][level].values())
-    with tqdm(total=2 * attributes * len(levels), initial=done, leave=False) as bar:
-        while step := next_prompt(bank, levels, *counts, batch):
-            level, names, prompt = step
-            bar.set_description(f"{level} {'sentences' if names else 'names'}")
-            if (reply := answer(prompt)) is None:
-                break
-            taken = take_reply(bank, level, names, reply, *counts, tokenizer)
-            if next_prompt(bank, levels, *counts, batch) is None:
-                del bank["refused"]
-            with open(path + ".part", "w", encoding="utf-8") as file:
-                file.write(json.dumps(bank, indent=1) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(path + ".part", path)
-            bar.update(taken)
-            idle = 0 if taken else idle + 1
-            if idle == 4:
-                raise RuntimeError(
-                    f"{path}: four replies in a row brought nothing. Take a better model or a smaller "
-                    "--batch, or edit the file. Refused:\n" + "\n".join(bank["refused"])
-                )
-    return next_prompt(bank, LEVELS, *counts) is None
+    idle = 0  # replies in a row that brought nothing
+    while step := next_prompt(bank, levels, attributes, sentences, batch):
+        level, names, prompt = step
+        taken = take_reply(bank, level, names, answer(prompt), attributes, sentences, tokenizer)
+        kind = "sentences" if names else "names"
+        print(f"{level} {kind}: {taken} attributes taken, {len(bank['refused'])} faults refused")
+        if next_prompt(bank, levels, attributes, sentences, batch) is None:
+            del bank["refused"]
+        write_whole(path, lambda file: file.write(f"{json.dumps(bank, indent=1)}\n".encode()))
+        idle = 0 if taken else idle + 1
+        if idle == 4:
+            reason = f"{path}: four replies in a row brought nothing. Refused:"
+            remedy = "Take a better model or a smaller --batch, or edit the file."
+            raise RuntimeError("\n".join([reason, *bank["refused"], remedy]))
+    return next_prompt(bank, LEVELS, attributes, sentences) is None
 
 
-def run_generate(args, tokenizer, error):
-    """`generate` as its flags say: by an endpoint, or one step by hand. Returns whether the bank is whole."""
-    if args.from_reply:
-        with open(args.from_reply, encoding="utf-8") as file:
-            replies = [file.read()]
-    elif not args.print_prompts and not (
-        args.endpoint.startswith(("http://", "https://")) and args.model
-    ):
-        error("needs --endpoint http://... and --model, or --print-prompts, or --from-reply")
+# ---------------------------------------------------------------------------------- the commands
 
-    def answer(prompt):
-        if args.print_prompts:
-            print(prompt)
-            return None
-        if args.from_reply:
-            return replies.pop() if replies else None
-        return ask(args.endpoint, args.model, prompt, os.environ.get("OPENAI_API_KEY", ""))
 
+def run_check(args):
+    bank = read_bank(args.bank)
+    tokenizer = Tokenizer(read_merges(args.vocab)) if args.vocab else None
+    findings, problems = check_bank(bank, args.attributes, tokenizer, sentences=args.sentences)
+    print("\n".join([*findings, *problems]))
+    raise SystemExit(f"{args.bank}: {len(problems)} problems" if problems else 0)
+
+
+def run_generate(args):
+    tokenizer = Tokenizer(read_merges(args.vocab)) if args.vocab else None
+    answer = functools.partial(ask, args.endpoint, args.model, key=os.getenv("OPENAI_API_KEY", ""))
+    counts = (args.attributes, args.sentences, args.batch)
     try:
-        whole = generate(
-            args.bank,
-            answer,
-            args.tissue,
-            args.levels,
-            args.attributes,
-            args.sentences,
-            args.batch,
-            tokenizer,
-        )
-    except (ConnectionError, RuntimeError, ValueError) as reason:
-        raise SystemExit(
-            f"{reason}\nThe same command goes on from what is in {args.bank}"
-        ) from reason
-    if not whole and not args.print_prompts:
-        print(
-            f"{args.bank} is not whole yet: --print-prompts shows what is asked next and what was refused"
-        )
-    return whole
+        whole = generate(args.bank, answer, args.tissue, args.levels, *counts, tokenizer)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SystemExit(f"{error}\nThe same command goes on from {args.bank}") from error
+    if whole:
+        run_check(args)
+    print(f"{args.bank} is not whole yet: the same command without --levels goes on with it")
+
+
+def run_encode(args):
+    state = load_clip(args.clip, args.activation)
+    _, vectors = open_bank(args.bank, state, args.vocab)
+    save_bank(args.out, read_bank(args.bank), vectors)
+    shapes = ", ".join(f"{level} {tuple(t.shape)}" for level, t in vectors.items())
+    print(f"{args.out}, {args.clip}, {state['activation']}: {shapes}")
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("check", help="measure a bank file, fail with the offending lines")
-    check.add_argument("bank", help="a bank file (JSON)")
-    check.add_argument(
-        "--attributes", type=int, help="how many attributes each level must have (the paper: 128)"
-    )
-    check.add_argument(
-        "--sentences", type=int, help="how many each attribute must have (the paper: 4)"
-    )
-    check.add_argument(
-        "--vocab", help="count tokens: CLIP's bpe_simple_vocab_16e6.txt.gz, or 'bytes' (the demo's)"
-    )
-    write = commands.add_parser(
-        "generate", help="have a language model write a bank file; run again to go on with it"
-    )
-    write.add_argument(
-        "--out", dest="bank", default="bank.json", help="the bank file, made or gone on with"
-    )
-    write.add_argument(
-        "--tissue", help='what the images show, for instance "H&E of colorectal cancer"'
-    )
-    write.add_argument(
-        "--endpoint",
-        default="",
-        help="an OpenAI-compatible API, as http://localhost:11434/v1; the "
-        "environment variable OPENAI_API_KEY holds its key, if it needs one",
-    )
-    write.add_argument("--model", help="the model's name there")
-    write.add_argument(
-        "--levels", nargs="+", choices=LEVELS, default=LEVELS, help="write these alone"
-    )
-    write.add_argument(
-        "--attributes", type=int, default=128, help="how many each level gets (the paper: 128)"
-    )
-    write.add_argument(
-        "--sentences", type=int, default=4, help="how many each attribute gets (the paper: 4)"
-    )
-    write.add_argument(
-        "--batch", type=int, default=8, help="attributes a request; fewer if replies are cut off"
-    )
-    write.add_argument("--vocab", help="as for check")
-    write.add_argument(
-        "--print-prompts", action="store_true", help="print what is asked next, for use by hand"
-    )
-    write.add_argument(
-        "--from-reply", metavar="FILE", help="read the reply to what --print-prompts printed"
-    )
-    encode = commands.add_parser("encode", help="a bank file and a CLIP -> bank.pt")
-    encode.add_argument("bank", help="a bank file (JSON)")
-    encode.add_argument(
-        "--clip", required=True, help="a CLIP with a text tower: a file, or " + ", ".join(CLIPS)
-    )
-    encode.add_argument(
-        "--activation", choices=ACTIVATIONS, help="of the CLIP, where its file does not say it"
-    )
-    encode.add_argument(
-        "--vocab", help="CLIP's bpe_simple_vocab_16e6.txt.gz (default: open_clip's, or a download)"
-    )
-    encode.add_argument("--out", default="bank.pt", help="file to write")
+
+    flag = commands.add_parser("check", help="measure a bank file").add_argument
+    flag("bank", help="a bank file (JSON)")
+    flag("--attributes", type=int, help="how many each level must have (the paper: 128)")
+    flag("--sentences", type=int, help="how many each attribute must have (the paper: 4)")
+    flag("--vocab", help="count tokens by: bpe_simple_vocab_16e6.txt.gz of CLIP, or 'bytes' (demo)")
+
+    flag = commands.add_parser("generate", help="have a language model write one").add_argument
+    flag("--out", dest="bank", default="bank.json", help="the bank file, made or gone on with")
+    flag("--tissue", help='what the images show, for instance "H&E of colorectal cancer"')
+    flag("--endpoint", default="", help="an OpenAI-compatible API; OPENAI_API_KEY holds its key")
+    flag("--model", help="the model's name there")
+    flag("--levels", nargs="+", choices=LEVELS, default=LEVELS, help="write these alone")
+    flag("--attributes", type=int, default=128, help="how many each level gets (the paper: 128)")
+    flag("--sentences", type=int, default=4, help="how many each attribute gets (the paper: 4)")
+    flag("--batch", type=int, default=8, help="attributes a request; fewer if replies are cut off")
+    flag("--vocab", help="as for check")
+
+    flag = commands.add_parser("encode", help="a bank file and a CLIP -> bank.pt").add_argument
+    flag("bank", help="a bank file (JSON)")
+    flag("--clip", required=True, help=f"a CLIP with a text tower: a file, or {', '.join(CLIPS)}")
+    flag("--activation", choices=ACTIVATIONS, help="of the CLIP, where its file does not say it")
+    flag("--vocab", help="bpe_simple_vocab_16e6.txt.gz of CLIP (default: open_clip's, a download)")
+    flag("--out", default="bank.pt", help="file to write")
     args = parser.parse_args()
-    if args.command in ("check", "generate"):
-        tokenizer = (
-            Tokenizer(() if args.vocab == "bytes" else read_merges(args.vocab))
-            if args.vocab
-            else None
-        )
-        if args.command == "generate" and not run_generate(args, tokenizer, write.error):
-            return
-        found, problems = check_bank(
-            read_bank(args.bank), args.attributes, tokenizer, sentences=args.sentences
-        )
-        print("\n".join([*found, *problems]))
-        raise SystemExit(f"{args.bank}: {len(problems)} problems" if problems else 0)
-    if args.command == "encode":
-        state = load_clip(args.clip, args.activation)
-        _, vectors = open_bank(args.bank, state, args.vocab)
-        save_bank(args.out, read_bank(args.bank), vectors)
-        print(
-            f"{args.out}, {args.clip}, {state['activation']}: "
-            + ", ".join(f"{level} {tuple(v.shape)}" for level, v in vectors.items())
-        )
+    if args.command == "generate" and not (args.model and re.match("https?://", args.endpoint)):
+        parser.error("generate needs --endpoint http://... and --model")
+    commands = {"check": run_check, "generate": run_generate, "encode": run_encode}
+    commands[args.command](args)
 
 
 if __name__ == "__main__":

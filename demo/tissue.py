@@ -18,15 +18,7 @@ from tqdm import tqdm
 from data import STAINS, read_cohort
 from model import write_whole
 
-FACTORS = (
-    "cellularity",
-    "nuclear_size",
-    "pleomorphism",
-    "elongation",
-    "vessels",
-    "necrosis",
-    "fibres",
-)
+FACTORS = "cellularity nuclear_size pleomorphism elongation vessels necrosis fibres".split()
 CLASSES = {  # the mean of each factor
     "high_grade": (0.60, 0.50, 0.80, 0.30, 0.45, 0.35, 0.30),
     "low_grade": (0.55, 0.45, 0.25, 0.30, 0.40, 0.25, 0.30),

@@ -2,7 +2,7 @@
 
     python -m tools.cohort index ROOT --pattern '{label}/{patient}/{slide}/*.png'
     python -m tools.cohort opensrh ROOT      make it from OpenSRH's own JSON
-    python -m tools.cohort check ROOT        decode every patch, list those that cannot be used
+    python -m tools.cohort check ROOT        data.decode every patch, list those that cannot be used
     python -m tools.cohort show ROOT         draw a patient's patches and their views
 
 The first two write ROOT/manifest.csv, which is all that training reads.
@@ -22,27 +22,14 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from data import (
-    AUGMENTATIONS,
-    COLUMNS,
-    SPLITS,
-    build_cohort,
-    decode,
-    hash_split,
-    hierarchical_batch,
-    load_batches,
-    make_views,
-    plain_view,
-    read_cohort,
-    view_parameters,
-)
+import data
 
 # --------------------------------------------------------------------------------- write a manifest
 
 
 def write_manifest(path, cohort, rows, with_split):
     """Write the manifest of some rows of a cohort, whole or not at all."""
-    columns = list(COLUMNS)
+    columns = list(data.COLUMNS)
     if not cohort.classes:
         columns.remove("label")
     if not with_split:
@@ -60,7 +47,7 @@ def write_manifest(path, cohort, rows, with_split):
                     "patient": cohort.patients[patient],
                     "slide": cohort.slides[cohort.slide[row]],
                     "label": cohort.classes[label] if label >= 0 else "",
-                    "split": SPLITS[cohort.patient_split[patient]],
+                    "split": data.SPLITS[cohort.patient_split[patient]],
                 }
             )
     os.replace(f"{path}.part", path)
@@ -95,7 +82,7 @@ def path_pattern(pattern):
     except re.error as error:
         raise ValueError(f"--pattern {pattern!r} is no regular expression: {error}") from error
     names = set(compiled.groupindex)
-    if not {"patient", "slide"} <= names <= set(COLUMNS[1:]):
+    if not {"patient", "slide"} <= names <= set(data.COLUMNS[1:]):
         raise ValueError(
             f"--pattern {pattern!r} must name patient and slide, and may name label and split; it "
             f"names {', '.join(compiled.groupindex) or 'nothing'}"
@@ -147,7 +134,7 @@ def index(root, pattern, label_level="patch", nested=False, partial=False):
             f"{root}: {pattern!r} matches {len(entries)} image files and not {len(others)} others"
             f"{examples}\nMend the pattern{remedy}"
         )
-    cohort = build_cohort(root, entries)
+    cohort = data.build_cohort(root, entries)
     check_labels(cohort, label_level)
     return cohort
 
@@ -191,7 +178,7 @@ def opensrh(root):
         raise ValueError(
             f"{meta} and {split_file} are not OpenSRH's ({type(error).__name__} {error})"
         ) from error
-    return build_cohort(root, entries)
+    return data.build_cohort(root, entries)
 
 
 # ----------------------------------------------------------------------------------- check and show
@@ -212,7 +199,7 @@ def summary(cohort):
         by_class.append(f"without {counts[-1]}")
     lines.append("patches by class: " + ", ".join(by_class))
     counts = Counter(cohort.patient_split[cohort.present].tolist())
-    by_split = [f"{name} {counts[i]}" for i, name in enumerate(SPLITS)]
+    by_split = [f"{name} {counts[i]}" for i, name in enumerate(data.SPLITS)]
     lines.append("patients by split: " + ", ".join(by_split))
     return lines
 
@@ -220,7 +207,7 @@ def summary(cohort):
 def look(path):
     """The shape of a patch, or what is wrong with it: "truncated", "unreadable", "constant"."""
     try:
-        pixels = decode(path)
+        pixels = data.decode(path)
     except ValueError as error:
         return "truncated" if "truncated" in str(error) else "unreadable"
     # Glass varies by its noise alone. SRH uses a small part of its 65,536 levels: only what is flat
@@ -251,11 +238,13 @@ def check(cohort, workers=2):
 def contact_sheet(cohort, augmentation, views=4, seed=0, size=160):
     """A Pillow image: two slides of a patient, two patches of each, and views beside each patch."""
     # Pixels: a column for the patch as it is, one for each view.
-    rows = hierarchical_batch(cohort, 0, seed, patients=1).reshape(-1)
-    _, patches = next(load_batches(cohort, [rows], 2 * size))
-    parameters = view_parameters(len(rows) * views, seed, 0, AUGMENTATIONS[augmentation])
-    drawn = make_views(patches, parameters, size).unflatten(0, (len(rows), views))
-    sheet = torch.cat([plain_view(patches, size)[:, None], drawn], dim=1)  # [R, 1 + V, 3, H, W]
+    rows = data.hierarchical_batch(cohort, 0, seed, patients=1).reshape(-1)
+    _, patches = next(data.load_batches(cohort, [rows], 2 * size))
+    parameters = data.view_parameters(len(rows) * views, seed, 0, data.AUGMENTATIONS[augmentation])
+    drawn = data.make_views(patches, parameters, size).unflatten(0, (len(rows), views))
+    sheet = torch.cat(
+        [data.plain_view(patches, size)[:, None], drawn], dim=1
+    )  # [R, 1 + V, 3, H, W]
 
     # One image: room for a line of text above each, then rows and columns side by side.
     sheet = F.pad(sheet, (2, 2, 18, 2), value=1)
@@ -294,7 +283,7 @@ def run_index(args):
 
 def run_check(args):
     """`check`: list what cannot be used, write a manifest without it; exit code 1 if some is."""
-    cohort = read_cohort(args.root)
+    cohort = data.read_cohort(args.root)
     path = os.path.join(cohort.root, args.clean)
     if args.clean and (not path.endswith(".csv") or os.path.exists(path)):
         raise SystemExit(f"--clean {args.clean}: name a file NAME.csv that is not there yet")
@@ -307,7 +296,7 @@ def run_check(args):
     bad = set().union(*problems.values())
     if args.clean:
         good = [row for row in range(len(cohort)) if row not in bad]
-        by_hash = (cohort.patient_split == hash_split(cohort.patients)).all()
+        by_hash = (cohort.patient_split == data.hash_split(cohort.patients)).all()
         write_manifest(path, cohort, good, with_split=not by_hash)  # a hash needs no column
         print(f"{path} holds the other {len(good)}")
     raise SystemExit(1 if bad else 0)
@@ -315,7 +304,7 @@ def run_check(args):
 
 def run_show(args):
     """`show`: draw views."""
-    cohort = read_cohort(args.root)
+    cohort = data.read_cohort(args.root)
     contact_sheet(cohort, args.augmentation, seed=args.seed).save(args.out)
     print(f"{args.out}: each row is a patch, as it is and in four views")
 
@@ -335,34 +324,24 @@ def main():
     overwrite = "replace a manifest.csv that is there"
     folder = "the folder; manifest.csv is written there"
     flag = command("index", run_index, "write a manifest from a folder tree", folder)
-    flag(
-        "--pattern",
-        required=True,
-        help="how paths below it are made, as '{label}/{patient}/{slide}/*.png', or a regular "
-        "expression with groups patient, slide, and optionally label and split",
-    )
-    flag(
-        "--label-level",
-        choices=("patch", "slide", "patient"),
-        default="patch",
-        help="what a label belongs to; two in one are refused",
-    )
+    pattern = "how paths are made: '{label}/{patient}/{slide}/*.png', or a regular expression with "
+    pattern += "groups patient and slide, and optionally label and split"
+    flag("--pattern", required=True, help=pattern)
+    levels = ("patch", "slide", "patient")
+    label = "what a label belongs to; two in one are refused"
+    flag("--label-level", choices=levels, default="patch", help=label)
     flag("--nested", action="store_true", help="slides of different patients share names, as 1, 2")
     flag("--partial", action="store_true", help="leave out images that the pattern does not match")
     flag("--overwrite", action="store_true", help=overwrite)
     flag = command("opensrh", run_index, "write a manifest from OpenSRH as released", folder)
     flag("--overwrite", action="store_true", help=overwrite)
     flag = command("check", run_check, "decode every patch; exit with 1 if some cannot be used")
-    flag(
-        "--clean",
-        metavar="NAME.csv",
-        default="",
-        help="write a manifest without them, in the cohort's folder",
-    )
+    clean = "write a manifest without them, in the cohort's folder"
+    flag("--clean", metavar="NAME.csv", default="", help=clean)
     flag("--workers", type=int, default=os.cpu_count(), help="decoding threads, at least 1")
     flag = command("show", run_show, "draw a patient, two slides, their patches and their views")
     flag("--out", default="views.png", help="the picture to write")
-    flag("--augmentation", choices=AUGMENTATIONS, default="demo", help="as in train.py")
+    flag("--augmentation", choices=data.AUGMENTATIONS, default="demo", help="as in train.py")
     flag("--seed", type=int, default=0, help="another seed: another patient and other views")
     args = parser.parse_args()
     args.run(args)

@@ -85,8 +85,19 @@ class Cohort:
         return np.stack([rows, slide, self.slide_patient[slide]], axis=1)
 
     def select(self, rows):
-        """The cohort of these rows alone, which must be in ascending order."""
+        """The cohort of these rows alone: ascending numbers, or a mask."""
         return replace(self, names=self.names[rows], slide=self.slide[rows], label=self.label[rows])
+
+    def digests(self):
+        """{what: SHA-256} of all that a run depends on, so not of where the folder is."""
+        parts = {
+            "paths of patches": self.names.tobytes(),
+            "slides and patients": repr([self.slides, self.patients]).encode()
+            + self.slide.tobytes(),
+            "labels": repr(self.classes).encode() + self.label.tobytes(),
+            "splits": self.patient_split.tobytes(),
+        }
+        return {what: hashlib.sha256(content).hexdigest() for what, content in parts.items()}
 
     def restrict(self, split):
         """The patches of the patients in a split. Raises ValueError when there are none."""
@@ -128,7 +139,10 @@ def read_cohort(root, val_fraction=0.2):
             "slide; python -m tools.cohort --help says how to make it"
         )
     folder = os.path.dirname(os.path.abspath(manifest))
-    return build_cohort(folder, read_manifest(manifest), val_fraction)
+    try:
+        return build_cohort(folder, read_manifest(manifest), val_fraction)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{manifest} is not UTF-8 ({error}): save it as UTF-8") from error
 
 
 def read_manifest(manifest):
@@ -206,8 +220,12 @@ def check_entry(root, where, path, patient, slide, split):
     """Raises ValueError for a line of a manifest that is wrong by itself."""
     if not (path and patient and slide):
         raise ValueError(f"{where}: path, patient and slide must not be empty")
-    if path.startswith(("/", "\\")) or ".." in path.replace("\\", "/").split("/"):
+    parts = path.replace("\\", "/").split("/")
+    if parts[0] == "" or ".." in parts:
         raise ValueError(f"{where}: the path {path!r} leaves {root}; use paths relative to it")
+    if "" in parts or "." in parts:  # the same file could stand here under two names
+        plain = "/".join(part for part in parts if part not in ("", "."))
+        raise ValueError(f"{where}: the path {path!r} must be written {plain!r}")
     if split and split not in SPLITS:
         raise ValueError(f"{where}: the split {split!r} is none of {', '.join(SPLITS)}")
 
@@ -466,9 +484,9 @@ AUGMENTATIONS = {
 }
 
 
-def seed_of_step(seed, step):
-    """One seed for all that is random about the views of a step."""
-    return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
+def seed_of(*numbers):
+    """One seed that is a function of several numbers, as the run's seed and the step."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def view_parameters(n, seed, step, augmentation=DEMO):
@@ -478,7 +496,7 @@ def view_parameters(n, seed, step, augmentation=DEMO):
     Draw for the global batch and let each process take its rows: then the views do not depend on
     the number of processes.
     """
-    generator = torch.Generator().manual_seed(seed_of_step(seed, step))
+    generator = torch.Generator().manual_seed(seed_of(seed, step))
 
     def random(*shape):
         return torch.rand(n, *shape, generator=generator)
@@ -592,10 +610,15 @@ def blur(x, sigma):
 
 
 def erase(x, area, hole):
-    """A square about `hole` [n, 2] gets the image's mean. x: [n, C, H, W]. area: [n], a share."""
+    """A square of this area inside the image gets the image's mean.
+
+    x: [n, C, H, W]. area: [n], a share of the image. hole: [n, 2] in [0, 1], where the square is.
+    """
+    side = area.sqrt()[:, None]
+    middle = side / 2 + hole * (1 - side)  # [n, 2]: nothing of the square is outside
     place = (torch.arange(x.shape[-1], device=x.device) + 0.5) / x.shape[-1]
-    distance = (place - hole[:, :, None]).abs()  # [n, 2, side]
-    inside = (distance < area.sqrt()[:, None, None] / 2).to(x)
+    distance = (place - middle[:, :, None]).abs()  # [n, 2, W]
+    inside = (distance < side[:, :, None] / 2).to(x)
     inside = (inside[:, 0, :, None] * inside[:, 1, None, :])[:, None]  # [n, 1, side, side]
     return torch.lerp(x, x.mean(dim=(1, 2, 3), keepdim=True), inside)
 
@@ -693,6 +716,6 @@ def load_views(cohort, config, first, read_size, image_size, device, rank=0, wor
         parameters = {name: value.chunk(world)[rank] for name, value in parameters.items()}
 
         patches = patches.to(device, non_blocking=True)
-        images = make_views(patches, parameters, image_size, seed_of_step(config.seed, step))
+        images = make_views(patches, parameters, image_size, seed_of(config.seed, step))
         ids = torch.from_numpy(cohort.ids(rows)).to(device).repeat_interleave(config.views, dim=0)
         yield images.contiguous(memory_format=torch.channels_last), ids

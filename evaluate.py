@@ -39,12 +39,13 @@ NO_LANGUAGE = "the encoder started from random weights: its attribute names carr
 
 
 @torch.no_grad()
-def embed(model, cohort, read_size, image_size, batch=128, workers=2):
+def embed(model, cohort, read_size, image_size, batch=128, workers=2, stop=()):
     """z of every patch, [n, D] float32 on the CPU, in the order of the cohort.
 
     Under torch.distributed the processes share the batches, and each gets the whole of z. The
     batches, and so the last digits of z, do not depend on how many processes there are. The model
-    is in eval mode meanwhile. Raises ValueError, naming it, for a patch that cannot be read.
+    is in eval mode meanwhile. stop: a list; once something is in it, on any process, None is
+    returned. Raises ValueError, naming it, for a patch that cannot be read.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -58,10 +59,16 @@ def embed(model, cohort, read_size, image_size, batch=128, workers=2):
     for _, images in tqdm(loader, "embed", len(mine), leave=False, disable=rank > 0):
         z = model.encode(plain_view(images.to(device), image_size))
         parts.append(z.cpu().numpy())
+        if stop:
+            break
     model.train(was_training)
+    if world == 1 and stop:
+        return None
     if world > 1:  # batch number i is part i // world of process i % world
         everyone = [None] * world
-        dist.all_gather_object(everyone, parts)
+        dist.all_gather_object(everyone, None if stop else parts)
+        if None in everyone:
+            return None
         parts = [everyone[i % world][i // world] for i in range(len(batches))]
     return torch.from_numpy(np.concatenate(parts))
 

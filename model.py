@@ -1,4 +1,4 @@
-"""The networks: CLIP's towers, HLSS with its projections, and the checkpoints of a run.
+"""The networks: CLIP's towers, HLSS with its projections; and what a run keeps on the disk.
 
 The towers carry the parameter names of OpenAI's CLIP (Radford et al. 2021, arXiv 2103.00020), and
 their sizes are read off a state dict: the demo's small CLIP and the real RN50 are the same lines.
@@ -11,10 +11,14 @@ Shapes: N images or texts of L tokens, S pixels a side, D dimensions of the embe
 attributes of level l.
 """
 
+import fcntl
 import glob
+import json
 import os
+import socket
 import zipfile
 from collections import OrderedDict
+from itertools import pairwise
 
 import torch
 import torch.nn as nn
@@ -425,7 +429,7 @@ def write_whole(path, write):
 
     A crash at any moment, or a full disk, leaves what stood there before. Raises OSError.
     """
-    part = path + ".part"
+    part = f"{path}.{os.getpid()}.part"  # of this process alone
     try:
         with open(part, "wb") as file:
             write(file)
@@ -434,8 +438,30 @@ def write_whole(path, write):
     except (OSError, RuntimeError) as error:  # torch.save may turn the one into the other
         if os.path.exists(part):
             os.remove(part)
-        raise OSError(f"{path} cannot be written ({error}): make room and start again") from error
+        remedy = "make room and start again" if "space" in str(error) else "look at the folder"
+        raise OSError(f"{path} cannot be written ({error}): {remedy}") from error
     os.replace(part, path)
+
+
+def lock_folder(folder):
+    """A file whose lock the kernel releases when this process ends, however it ends.
+
+    Raises ValueError, with the other process, if there is one that holds it.
+    """
+    lock = open(os.path.join(folder, "lock"), "a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        raise ValueError(
+            f"process {lock.read()} is training in {folder}: wait for it, or give another --out"
+        ) from None
+    lock.truncate(0)
+    lock.write(f"{os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    for path in glob.glob(os.path.join(glob.escape(folder), "*.part")):
+        os.remove(path)  # of a process that was killed
+    return lock
 
 
 def checkpoints(run):
@@ -496,3 +522,60 @@ def load_run(path):
     names = ("objective", "activation", "backbone")
     options = {name: config[name] for name in names if name in config}
     return hlss_from_state(checkpoint["model"], **options).eval(), checkpoint
+
+
+class Log:
+    """log.jsonl, one JSON line at a time. All ranks know it, only rank 0 writes and speaks.
+
+    On opening, what a killed run wrote after its last checkpoint (of step `until`) is dropped. What
+    is damaged or missing before it is said.
+    """
+
+    def __init__(self, folder, until, rank, every):
+        self.path = os.path.join(folder, "log.jsonl")
+        self.lines = []
+        self.silent = rank > 0
+        if until:
+            self.read(until, every)
+        if not self.silent:
+            content = "".join(json.dumps(line) + "\n" for line in self.lines)
+            write_whole(self.path, lambda file: file.write(content.encode()))
+
+    def read(self, until, every):
+        """Lines up to a step. every: the most steps that lie between two lines."""
+        lines = []
+        if os.path.exists(self.path):
+            with open(self.path, "rb") as file:
+                lines = file.read().split(b"\n")
+        *lines, unfinished = lines or [b""]  # the last is empty, or what a kill left
+        notes = []
+        for number, line in enumerate(lines, 1):
+            try:
+                line = json.loads(line)
+                if line["step"] <= until:
+                    self.lines.append(line)
+            except (ValueError, TypeError, KeyError):
+                notes.append(f"{self.path}, line {number}, is damaged and left out")
+        steps = [0, *(line["step"] for line in self.lines if "loss" in line), until + 1]
+        for before, after in pairwise(steps):
+            if after - before > every + 1:
+                notes.append(f"{self.path} has no line between the steps {before} and {after}")
+        if notes and not self.silent:
+            print("\n".join(notes))
+
+    def write(self, **line):
+        """Append a line, on the disk before a checkpoint that it describes."""
+        self.lines.append(line)
+        if not self.silent:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+    def has_probe(self, step):
+        return any("probe" in line for line in self.lines if line["step"] == step)
+
+    def probes(self):
+        """{"step N": result} of the first and the last kNN probe."""
+        probes = [line for line in self.lines if line.get("probe")]
+        return {f"step {line['step']}": line["probe"] for line in [*probes[:1], *probes[-1:]]}

@@ -32,11 +32,13 @@ from tqdm import tqdm
 
 from data import (
     AUGMENTATIONS,
+    SPLITS,
     channel_statistics,
     class_patients,
     load_views,
     patch_size,
     read_cohort,
+    seed_of,
 )
 from demo.prepare import demo_clip, demo_tissue
 from describe import open_bank
@@ -46,8 +48,11 @@ from model import (
     ACTIVATIONS,
     HLSS,
     OBJECTIVES,
+    Log,
     backbone_tower,
+    checkpoints,
     image_tower,
+    lock_folder,
     newest_checkpoint,
     save_checkpoint,
     write_whole,
@@ -188,13 +193,12 @@ CHOICES = {
     "augmentation": list(AUGMENTATIONS),
     "normalise": ["", "clip", "data"],
 }
-RANGES = {  # lowest and highest
-    "val_fraction": (0, 1),
-    "warmup": (0, 1),
-    "steps": (1, math.inf),
-    "workers": (1, math.inf),
-    "patients": (1, math.inf),
-    "views": (2, math.inf),  # with 1, nothing attracts at patch level
+LOWEST = {
+    "steps patients slides patches workers log_every save_every timeout": 1,
+    "views": 2,  # with 1, nothing attracts at patch level
+    "seed image_size read_size probe_every lr weight_decay val_fraction warmup ha_weight": 0,
+    "patch_weight slide_weight patient_weight": 0,
+    "temperature ha_temperature": 1e-3,
 }
 MAY_CHANGE = (  # on resuming: it makes no other run
     "data out cache clip vocab bank workers log_every probe_every save_every compile timeout"
@@ -223,10 +227,12 @@ def parse_config(argv=None):
     typed = vars(parser.parse_args(argv))
     preset = PRESETS[typed.pop("preset")]
     config = Config(**preset | typed)
-    for name, (low, high) in RANGES.items():
-        value = getattr(config, name)
-        if not low <= value <= high:
-            parser.error(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
+    for names, low in LOWEST.items():
+        for name in names.split():
+            value = getattr(config, name)
+            high = 1 if name in ("val_fraction", "warmup") else math.inf
+            if not low <= value <= high:
+                parser.error(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
     return config
 
 
@@ -320,10 +326,15 @@ def memory():
 
 
 def prepare(config, rank):
-    """Fill in the paths that were not typed. Rank 0 makes and downloads, the others wait."""
+    """Fill in the paths that were not typed. Rank 0 makes and downloads, the others wait.
+
+    Returns a lock on the run folder: no other training may begin there while it is referenced.
+    """
     config.bank = find_bank(config.bank)
+    lock = None
     if rank == 0:
         os.makedirs(config.out, exist_ok=True)
+        lock = lock_folder(config.out)
         os.makedirs(config.cache, exist_ok=True)
         config.data = config.data or demo_tissue(config.cache)
         config.clip = config.clip or demo_clip(config.cache)
@@ -332,6 +343,7 @@ def prepare(config, rank):
     if dist.is_initialized():
         dist.broadcast_object_list(paths)
     config.data, config.clip = paths
+    return lock
 
 
 def find_bank(path):
@@ -409,11 +421,10 @@ def wrap(model, config, world, device):
     return torch.nn.parallel.DistributedDataParallel(model)
 
 
-def resume(config, model, optimizer, attributes):
+def resume(config, model, optimizer, attributes, cohort):
     """Load the newest checkpoint, if there is one. Returns the step to go on from.
 
-    Raises ValueError when a flag contradicts the checkpoint's: that would be neither the old run
-    nor a new one.
+    Raises ValueError when that would be neither the old run nor a new one.
     """
     checkpoint = newest_checkpoint(config.out)
     step = checkpoint["step"]
@@ -426,6 +437,14 @@ def resume(config, model, optimizer, attributes):
     if step == 0:
         return 0
 
+    check_same_run(config, model, attributes, cohort, checkpoint)
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    return step
+
+
+def check_same_run(config, model, attributes, cohort, checkpoint):
+    """Raises ValueError when flags, cohort or bank are not those of the checkpoint."""
     # The same flags, as far as they make the run. A flag that the checkpoint does not know is new.
     then = checkpoint["config"]
     changed = []
@@ -441,6 +460,17 @@ def resume(config, model, optimizer, attributes):
             "flags to go on with it, or another --out to start anew"
         )
 
+    # The same cohort, wherever its folder is now.
+    now = cohort.digests()
+    before = checkpoint.get("cohort", now)
+    changed = [what for what in now if now[what] != before[what]]
+    if changed:
+        raise ValueError(
+            f"{config.data} is not the cohort that {config.out} was trained on: other "
+            f"{', '.join(changed)} (added, removed, renamed or in another order). Restore its "
+            "manifest, or give another --out to start anew"
+        )
+
     # The same bank, up to rounding.
     same = attributes == checkpoint["attributes"]
     for level, t in model.bank.items():
@@ -451,9 +481,6 @@ def resume(config, model, optimizer, attributes):
             f"{config.bank} is not the bank that {config.out} was trained with: restore it, or "
             "give another --out to start anew"
         )
-    model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    return step
 
 
 # --------------------------------------------------------------------------------- what a run keeps
@@ -475,11 +502,9 @@ def describe_run(typed, config, world, device):
             command += [f"--{name}", str(value)]
 
     here = os.path.dirname(os.path.abspath(__file__))
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git here
-        commit = ""
+    commit = ""
+    if git(here, "rev-parse", "--show-toplevel") == os.path.realpath(here):
+        commit = git(here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     about = {
         "command": shlex.join(command),
         "commit": commit,
@@ -492,37 +517,13 @@ def describe_run(typed, config, world, device):
     write_whole(os.path.join(config.out, "config.json"), lambda file: file.write(content))
 
 
-class Log:
-    """log.jsonl, one JSON line at a time; only rank 0 writes.
-
-    On opening, what a killed run wrote after its last checkpoint is dropped, and so is a line that
-    it left half written.
-    """
-
-    def __init__(self, folder, until, rank):
-        self.path = os.path.join(folder, "log.jsonl")
-        self.lines = []
-        self.silent = rank > 0
-        if self.silent:
-            return
-        if until and os.path.exists(self.path):
-            with open(self.path) as file:
-                lines = [json.loads(line) for line in file if line.endswith("\n")]
-            self.lines = [line for line in lines if line["step"] <= until]
-        content = "".join(json.dumps(line) + "\n" for line in self.lines)
-        write_whole(self.path, lambda file: file.write(content.encode()))
-
-    def write(self, **line):
-        if self.silent:
-            return
-        self.lines.append(line)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def probes(self):
-        """{"step N": result} of the first and the last kNN probe."""
-        probes = [line for line in self.lines if line.get("probe")]
-        return {f"step {line['step']}": line["probe"] for line in [*probes[:1], *probes[-1:]]}
+def git(folder, *arguments):
+    """What git says there; "" if there is no git, or it knows nothing of the folder."""
+    try:
+        said = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return said.stdout.strip()
 
 
 def check_finite(numbers, step, ids, cohort, config):
@@ -531,6 +532,10 @@ def check_finite(numbers, step, ids, cohort, config):
     if not bad:
         return
     rows = gather(ids[:: config.views, 0]).tolist()
+    remedy = "If the images are sound, start anew with a lower --lr"
+    if step == 1:
+        remedy = "No step was taken: look at the CLIP, the bank and the images, not at --lr"
+    kept = "the last checkpoint is kept" if checkpoints(config.out) else "there is no checkpoint"
     path = os.path.join(config.out, f"fault-{step:07d}.json")
     paths = [cohort.path(row) for row in rows]
     fault = {"step": step, "fault": bad, "rows": rows, "paths": paths}
@@ -538,8 +543,8 @@ def check_finite(numbers, step, ids, cohort, config):
         content = json.dumps(fault, indent=1).encode()
         write_whole(path, lambda file: file.write(content))
     raise FloatingPointError(
-        f"step {step}: {', '.join(bad)}. The step was not taken, the last checkpoint is kept and "
-        f"{path} lists the batch. If its images are sound, start anew with a lower --lr"
+        f"step {step}: {', '.join(bad)}. The step was not taken, {kept} and {path} lists the "
+        f"batch. {remedy}"
     )
 
 
@@ -571,14 +576,27 @@ def catch_signals():
     return signals
 
 
-def probe_now(step, model, cohort, sizes, config, log):
-    """kNN on the held-out patients, written to the log."""
+def probe_due(step, config):
+    """Whether the held-out patients are probed after a step."""
+    every = config.probe_every
+    return step in (0, config.steps) or (every > 0 and step % every == 0)
+
+
+def probe_now(step, model, cohort, sizes, config, log, signals):
+    """kNN on the held-out patients, written to the log. False if a signal came in between."""
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)  # batch norm's averages; the checkpoint holds those of rank 0
-    z = embed(model, cohort, **sizes, workers=config.workers)
-    if not log.silent:
-        log.write(step=step, probe=probe(z, cohort))
+    needed = cohort.select((cohort.label >= 0) & (cohort.split != SPLITS.index("test")))
+    result = {}
+    if len(needed):
+        z = embed(model, needed, **sizes, workers=config.workers, stop=signals)
+        if z is None:
+            return False
+        if not log.silent:
+            result = probe(z, needed)
+    log.write(step=step, probe=result)
+    return True
 
 
 def conclude(log, config):
@@ -608,7 +626,7 @@ def train(config, rank=0, world=1, device=CPU):
     """Train to the end, or to a SIGTERM or SIGINT. Returns whether it reached the end."""
     # The cohort, the model, the optimizer, and the step to go on from.
     typed = dataclasses.replace(config)  # before the paths of the demo are filled in
-    prepare(config, rank)
+    _lock = prepare(config, rank)  # until this function ends
     cohort = read_cohort(config.data, config.val_fraction)
     train_cohort = training_cohort(cohort, config, world)
     model, attributes = build_model(config, device)
@@ -616,13 +634,14 @@ def train(config, rank=0, world=1, device=CPU):
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, weight_decay=config.weight_decay
     )
-    first = resume(config, model, optimizer, attributes)
+    first = resume(config, model, optimizer, attributes, cohort)
     wrapped = wrap(model, config, world, device)
-    log = Log(config.out, first, rank)
+    log = Log(config.out, first, rank, config.log_every)
     introduce(typed, config, first, rank, world, device, cohort)
     signals = catch_signals()
-    if first == 0:
-        probe_now(0, model, cohort, sizes, config, log)
+    probing = (model, cohort, sizes, config, log, signals)
+    if probe_due(first, config) and not log.has_probe(first) and not probe_now(first, *probing):
+        return False
 
     weights = loss_weights(config)
     durations = deque(maxlen=config.log_every)  # seconds of each step
@@ -633,6 +652,9 @@ def train(config, rank=0, world=1, device=CPU):
     )
     bar = tqdm(batches, "train", total=config.steps, initial=first, unit="step", disable=rank > 0)
     for step, (images, ids) in enumerate(bar, first + 1):  # [n, 3, S, S] in [0, 1]; [n, L]
+        # Dropout, where a tower has it: the masks are those of the step, resumed or not.
+        torch.manual_seed(seed_of(config.seed, step, rank))
+
         # Forward. The encoder in bf16 where asked for; the losses are float32 inside.
         with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
             z, projections = wrapped(images)  # [n, D]; {level: [n, K_l]}
@@ -660,16 +682,20 @@ def train(config, rank=0, world=1, device=CPU):
         # What a person watches, and what a killed run comes back to.
         durations.append(time.perf_counter() - began)
         end = step == config.steps
+        due = probe_due(step, config)
         if end or stop or step % config.log_every == 0:
             log.write(step=step, **numbers, **vitals(step, z, model.bank, config, durations))
             bar.set_postfix(loss=f"{numbers['loss']:.3f}")
-        if end or (config.probe_every and step % config.probe_every == 0):
-            probe_now(step, model, cohort, sizes, config, log)
-        if rank == 0 and (end or stop or step % config.save_every == 0):
+        if rank == 0 and (due or stop or step % config.save_every == 0):
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-            about = {"config": vars(config), "attributes": attributes, "classes": cohort.classes}
+            about = {
+                "config": vars(config),
+                "attributes": attributes,
+                "classes": cohort.classes,
+                "cohort": cohort.digests(),
+            }
             save_checkpoint(config.out, state | about | sizes)
-        if stop and not end:
+        if (stop and not end) or (due and not probe_now(step, *probing)):
             bar.close()
             return False
         began = time.perf_counter()

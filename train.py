@@ -258,8 +258,8 @@ def loss_weights(config):
 def processes(timeout):
     """Join the processes of torchrun, if there are any. Yields (rank, world size, device).
 
-    A process that is dead, stopped or late makes the others fail within `timeout` seconds. On gloo,
-    the error says which rank it is.
+    A process that is dead, stopped or stuck makes the others fail within `timeout` seconds. On
+    gloo, the error says which rank it is.
     """
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -279,29 +279,27 @@ def processes(timeout):
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     try:
         yield rank, world, device
-    except RuntimeError as error:
-        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+    except RuntimeError as error:  # as a collective raises, among others
+        missing = who_is_missing(store, rank, world)
+        if not missing:
             raise
-        raise RuntimeError(who_is_missing(store, rank, world)) from error
+        raise RuntimeError(f"{missing} is dead, stopped or stuck: see what it said") from error
     finally:
         dist.destroy_process_group()
 
 
 def who_is_missing(store, rank, world, seconds=5):
-    """After a collective has failed: what to tell the user. Who does not report is missing.
+    """The ranks that do not report within some seconds, as a text; "" if all do.
 
-    store: that all processes share. A process that waited for another cannot tell for whom.
+    store: that all processes share. When a collective fails, nobody is told for whom it waited.
     """
     try:
         store.set(f"rank {rank} reports", "")
         time.sleep(seconds)
         reports = [store.check([f"rank {other} reports"]) for other in range(world)]
     except RuntimeError:  # the store went with the process that kept it
-        reports = [False] + [True] * (world - 1)
-    missing = [f"rank {other}" for other in range(world) if not reports[other]]
-    if missing:
-        return f"{', '.join(missing)} is dead, stopped or stuck: see what it printed last"
-    return "all processes are there, but one was later than --timeout: give them more"
+        return "rank 0"
+    return ", ".join(f"rank {other}" for other in range(world) if not reports[other])
 
 
 def average(numbers, device):

@@ -34,7 +34,7 @@ NEIGHBOURS = {"knn200": 200, "knn20": 20}  # the k of each kNN probe
 # "linear" is a regression on z, "attributes" the same one on nothing but the attribute scores.
 PROBES = (*NEIGHBOURS, "linear", "attributes")
 RESAMPLES = 1000  # of the bootstrap
-FEW = 5  # fewer patients than this tell nothing about others, and get no interval
+FEW = 20  # of fewer patients than this, intervals come out too narrow: see docs/RESULTS.md
 NO_LANGUAGE = "the encoder started from random weights: its attribute names carry no meaning"
 
 

@@ -499,13 +499,9 @@ def describe_run(typed, config, world, device):
         else:
             command += [f"--{name}", str(value)]
 
-    here = os.path.dirname(os.path.abspath(__file__))
-    commit = ""
-    if git(here, "rev-parse", "--show-toplevel") == os.path.realpath(here):
-        commit = git(here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     about = {
         "command": shlex.join(command),
-        "commit": commit,
+        "commit": commit_of(os.path.dirname(os.path.abspath(__file__))),
         "processes": world,
         "device": device.type,
         "python": sys.version.split()[0],
@@ -522,6 +518,13 @@ def git(folder, *arguments):
     except OSError:
         return ""
     return said.stdout.strip()
+
+
+def commit_of(folder):
+    """The commit of the repository in this very folder; "" for that of one around it."""
+    if git(folder, "rev-parse", "--show-toplevel") != os.path.realpath(folder):
+        return ""
+    return git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 
 
 def check_finite(numbers, step, ids, cohort, config):

@@ -158,6 +158,8 @@ def main():
     flag("--patients", type=int, default=40, help="patients in each of the four classes")
     flag("--seed", type=int, default=0, help="another seed is another cohort of the same kind")
     args = parser.parse_args()
+    if os.path.exists(os.path.join(args.out, "manifest.csv")):
+        raise SystemExit(f"{args.out} holds a cohort already: name another folder")
     print(read_cohort(write_demo(args.out, patients=args.patients, seed=args.seed)))
 
 

@@ -36,6 +36,14 @@ Z = F.normalize(torch.from_numpy(RNG.normal(size=(300, 8))).float(), dim=1)
 Y = RNG.integers(0, 4, 300)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few():
+    """The small cohorts of these tests have intervals, as honest as they are narrow."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "FEW", 5)
+        yield
+
+
 @pytest.mark.parametrize("k", [1, 20, 200])
 def test_knn_is_scikit_learns(k):
     ours = evaluate.knn(Z[:240], torch.from_numpy(Y[:240]), Z[240:], 4, k=k, chunk=17)
@@ -211,7 +219,7 @@ def test_probe_of_perfect_and_of_blind_embeddings(cohort_folder):
 
 def test_a_few_patients_have_no_interval():
     """One patient resampled is that patient again: no width would look like certainty."""
-    for patients, there in ((4, False), (5, True)):
+    for patients, there in ((evaluate.FEW - 1, False), (evaluate.FEW, True)):
         names = [f"p{i}" for i in range(patients + 3) for _ in range(4)]
         cohort = cohort_of(list("ABAB") * (patients + 3), names)
         splits = [(np.arange(12), np.arange(12, len(cohort)))]

@@ -1,11 +1,13 @@
 """What goes wrong in a long run: it is killed, the disk is full, a number is not finite, a rank
 hangs."""
 
+import builtins
 import contextlib
 import glob
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +24,7 @@ from test_train import log_of, weights_of
 
 import train
 from data import hierarchical_batch, read_cohort
-from model import checkpoints
+from model import checkpoints, lock_folder, write_whole
 
 
 def out_of(flags):
@@ -108,7 +110,7 @@ def wait_for(condition, ranks, timeout=60):
 
 def half_written(out):
     found = set()
-    for path in glob.glob(f"{out}/step-*.pt.part"):
+    for path in glob.glob(f"{out}/step-*.part"):
         with contextlib.suppress(FileNotFoundError):  # finished meanwhile
             found.add((path, os.path.getmtime(path)))
     return found
@@ -259,7 +261,7 @@ def test_ranks_that_see_different_checkpoints_are_told(flags, monkeypatch):
     monkeypatch.setattr(train, "average", lambda numbers, device: {"step": numbers["step"] / 2})
     monkeypatch.setattr(train, "newest_checkpoint", lambda folder: {"step": 4})
     with pytest.raises(ValueError, match="put it on a shared disk"):
-        train.resume(train.parse_config(flags), torch.nn.Linear(1, 1), None, {})
+        train.resume(train.parse_config(flags), torch.nn.Linear(1, 1), None, {}, None)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(flags, tmp_path):
@@ -298,13 +300,132 @@ def test_a_full_disk_leaves_the_checkpoint_before(flags, tmp_path):
     assert log_of(out_of(flags))[-1]["step"] == 8
 
 
+def test_a_read_only_folder_is_not_a_full_disk(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise PermissionError("Permission denied")
+
+    monkeypatch.setattr(builtins, "open", refuse)
+    with pytest.raises(OSError, match=r"x\.json cannot be written \(Perm.*: look at the folder"):
+        write_whole(str(tmp_path / "x.json"), None)
+
+
+# -------------------------------------------------------------------------- resuming another thing
+
+
+SPOILS = {  # what is said <- what is done to the lines of manifest.csv
+    "other splits": lambda lines: [
+        re.sub("train|val", lambda m: {"train": "val", "val": "train"}[m[0]], x) for x in lines
+    ],
+    "other paths of patches, slides and patients, labels, splits": lambda lines: lines[:-30],
+    "other paths of patches ": lambda lines: [lines[0], lines[2], lines[1], *lines[3:]],
+    "other labels ": lambda lines: [line.replace(",spindle,", ",round,") for line in lines],
+}
+
+
+@pytest.mark.parametrize("said", SPOILS)
+def test_another_cohort_is_not_resumed(flags, cohort_folder, tmp_path, said):
+    folder = tmp_path / "elsewhere"
+    shutil.copytree(cohort_folder, folder)
+    flags = [*flags, "--probe-every", "0"]
+    train.train(train.parse_config([*flags, "--steps", "1"]))
+    moved = train.parse_config([*flags, "--steps", "1", "--data", str(folder)])
+    assert train.train(moved)  # the same cohort in another folder
+    header, *lines = (folder / "manifest.csv").read_text().splitlines()
+    (folder / "manifest.csv").write_text("\n".join([header, *SPOILS[said](lines)]))
+    with pytest.raises(ValueError, match=f"is not the cohort that .* was trained on: {said}"):
+        train.train(train.parse_config([*flags, "--steps", "1", "--data", str(folder)]))
+
+
+def test_two_trainings_in_one_folder_are_refused(flags):
+    out = out_of(flags)
+    os.makedirs(out)
+    lock = lock_folder(out)
+    message = f"process {os.getpid()} on .* is training in {out}: wait for it, or give another"
+    with pytest.raises(ValueError, match=message):
+        train.train(train.parse_config(flags))
+    lock.close()  # as the kernel does when a process ends
+    assert train.train(train.parse_config(flags))
+
+
+def test_the_log_is_on_the_disk_before_the_checkpoint_that_it_describes(flags, monkeypatch):
+    fsync = os.fsync
+    synced = []
+
+    def spy(descriptor):
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    train.train(train.parse_config([*flags, "--save-every", "1"]))
+    checkpoint = [i for i, name in enumerate(synced) if name.startswith("step-")]
+    assert len(checkpoint) == 4
+    assert all(synced[i - 1] == "log.jsonl" for i in checkpoint[:-1])
+
+
+def test_what_is_missing_or_damaged_in_the_log_is_said(flags, capsys):
+    config = train.parse_config(flags)
+    train.train(config)
+    path = os.path.join(config.out, "log.jsonl")
+    with open(path) as file:
+        lines = file.read().splitlines()
+    with open(path, "w") as file:
+        file.write("\n".join([*lines[:2], "\0\0\0", *lines[4:]]) + "\n")
+    train.train(train.parse_config(flags))
+    said = capsys.readouterr().out
+    assert "log.jsonl, line 3, is damaged and left out" in said
+    assert "log.jsonl has no line between the steps 1 and 4" in said
+    os.remove(path)
+    train.train(train.parse_config(flags))
+    assert "log.jsonl has no line between the steps 0 and 5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("backbone", ["mobilenet_v3_small", "convnext_tiny"])
+def test_dropout_and_stochastic_depth_resume_bit_by_bit(flags, backbone):
+    """Their random masks are a function of seed, step and rank."""
+    flags = [*flags, *LIGHT, "--backbone", backbone, "--image-size", "32", "--patients", "2"]
+    train.train(train.parse_config(flags))
+    whole = weights_of(out_of(flags))
+    os.remove(checkpoints(out_of(flags))[-1])  # back to step 3
+    torch.manual_seed(123)
+    train.train(train.parse_config(flags))
+    assert all(torch.equal(value, whole[name]) for name, value in weights_of(out_of(flags)).items())
+
+
+def test_a_signal_ends_a_probe_that_the_resumed_run_begins_again(flags, tmp_path, monkeypatch):
+    flags = [*flags, "--probe-every", "2"]
+    train.train(train.parse_config([*flags, "--out", str(tmp_path / "whole")]))
+    embed = train.embed
+    calls = []
+
+    def interrupted(*arguments, stop, **options):
+        calls.append(stop)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return embed(*arguments, stop=stop, **options)
+
+    monkeypatch.setattr(train, "embed", interrupted)
+    assert not train.train(train.parse_config(flags))
+    assert [line["step"] for line in log_of(out_of(flags))] == [0, 1, 2]
+    assert train.train(train.parse_config(flags))
+    assert log_of(out_of(flags)) == log_of(tmp_path / "whole")
+
+
 # ------------------------------------------------------------------------------------------ numbers
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(flags):
-    with pytest.raises(FloatingPointError, match="step 2: loss is nan, hvc_patch is nan"):
+    message = "step 2: loss is nan, hvc_patch is nan.* there is no checkpoint .* a lower --lr"
+    with pytest.raises(FloatingPointError, match=message):
         train.train(train.parse_config([*flags, "--lr", "1e30", "--warmup", "0"]))
     assert checkpoints(out_of(flags)) == []
+
+
+def test_a_clip_that_is_not_finite_does_not_blame_the_rate(flags, tmp_path):
+    clip = torch.load(flags[flags.index("--clip") + 1], weights_only=True)
+    clip["state_dict"]["visual.conv1.weight"][:] = float("nan")
+    torch.save(clip, tmp_path / "clip.pt")
+    with pytest.raises(FloatingPointError, match=r"step 1: .* look at the CLIP, the bank and the"):
+        train.train(train.parse_config([*flags, "--clip", str(tmp_path / "clip.pt")]))
 
 
 def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(flags, monkeypatch):

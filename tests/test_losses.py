@@ -140,6 +140,12 @@ def test_nearest_attribute():
     assert nearest_attribute(t[[3, 1, 4]] + 0.01, t).tolist() == [3, 1, 4]
 
 
+def test_the_nearest_attribute_is_the_same_under_bf16_autocast():
+    z, t = unit(2000, 64).float(), unit(128, 64, seed=1).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(nearest_attribute(z, t), (z.double() @ t.double().T).argmax(dim=1))
+
+
 # -------------------------------------------------------------------------------------- distributed
 
 

@@ -131,10 +131,20 @@ def test_another_bank_is_refused(flags, tmp_path):
 
 
 def test_numbers_out_of_range_are_refused(capsys):
-    for words in (["--warmup", "2"], ["--val-fraction", "1.5"], ["--workers", "0"]):
+    for flag in (
+        "--warmup 2",
+        "--val-fraction 1.5",
+        "--workers 0",
+        "--save-every 0",
+        "--log-every 0",
+        "--slides 0",
+        "--seed -1",
+        "--temperature 0",
+        "--patch-weight -1",
+    ):
         with pytest.raises(SystemExit):
-            train.parse_config(words)
-        assert f"{words[0]} " in capsys.readouterr().err
+            train.parse_config(flag.split())
+        assert f"{flag} is not between" in capsys.readouterr().err.replace(".0 is", " is")
 
 
 def test_a_run_of_before_goes_on_unless_it_used_what_is_gone(flags):
@@ -256,6 +266,35 @@ def test_config_json_says_how_to_run_it_again(flags):
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
     assert about["commit"].removesuffix("-dirty") == head
+
+
+def test_the_commit_of_a_repository_around_it_is_not_ours(tmp_path):
+    (tmp_path / "inside").mkdir()
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    assert train.git(tmp_path, "rev-parse", "--show-toplevel") == os.path.realpath(tmp_path)
+    assert train.commit_of(tmp_path / "inside") == ""
+    assert train.commit_of(ROOT)
+
+
+def test_only_what_the_probe_uses_is_embedded(flags, cohort_folder, tmp_path, monkeypatch):
+    """Not the patients of the split test, and nothing without labels."""
+    embedded = []
+    embed = train.embed
+
+    def spy(model, cohort, *arguments, **options):
+        embedded.append(len(cohort))
+        return embed(model, cohort, *arguments, **options)
+
+    monkeypatch.setattr(train, "embed", spy)
+    with open(os.path.join(cohort_folder, "manifest.csv")) as file:
+        rows = [line.split(",") for line in file.read().splitlines()]
+    os.symlink(os.path.join(cohort_folder, "images"), tmp_path / "images")
+    test = [[*row[:4], "test"] if row[1].endswith("-01") else row for row in rows]
+    for name, table in {"test": test, "none": [row[:3] for row in rows]}.items():
+        (tmp_path / f"{name}.csv").write_text("\n".join(",".join(row) for row in table))
+        more = ["--data", str(tmp_path / f"{name}.csv"), "--out", str(tmp_path / name)]
+        train.train(train.parse_config([*flags, *more, "--steps", "1"]))
+    assert embedded == [96, 96]  # of 120, before and after training
 
 
 def test_an_all_background_cohort_gives_no_nan(flags, tmp_path):

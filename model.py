@@ -21,11 +21,12 @@ from collections import OrderedDict
 from itertools import pairwise
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from losses import LEVELS
+from losses import LEVELS, exchange
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, RGB in [0, 1]
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -230,6 +231,83 @@ class TextTower(nn.Module):
         end = tokens.argmax(dim=1)  # it has the largest id; the padding after it is never seen
         x = x[torch.arange(N, device=tokens.device), end]  # [N, width]
         return x @ self.text_projection
+
+
+# ------------------------------------------------------------------ batch norm over all processes
+
+
+class _BatchNorm(torch.autograd.Function):
+    """Batch norm (Ioffe and Szegedy 2015) whose batch is that of all processes.
+
+        x^ = (x - mean) / sqrt(var + eps),  y = w x^ + b
+        dL/dx = w / sqrt(var + eps) (g - mean(g) - x^ mean(g x^)),  g = dL/dy
+
+    Every mean is over the rows and places of all processes, which hold equal shares.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        rows = x.movedim(1, -1).reshape(-1, x.shape[1]).float()  # [M, C], a view if channels last
+        count = len(rows) * dist.get_world_size()
+        sums = torch.stack([rows.sum(dim=0), rows.square().sum(dim=0)])
+        sums = exchange([sums] * dist.get_world_size()).sum(dim=0)
+        mean, square = sums.double() / count
+        var = square - mean**2
+        scale = (var + eps).rsqrt()
+        ctx.count = count
+        ctx.save_for_backward(x, weight, mean, scale)
+        ctx.mark_non_differentiable(mean, var)
+        factor = weight * scale
+        shift = bias - mean * factor
+        return affine(x, factor, shift), mean, var
+
+    @staticmethod
+    def backward(ctx, g, *_):
+        x, weight, mean, scale = ctx.saved_tensors
+        rows = x.movedim(1, -1).reshape(-1, x.shape[1]).float()
+        g_rows = g.movedim(1, -1).reshape(-1, x.shape[1]).float()
+        g_sum = g_rows.sum(dim=0)
+        gx_sum = ((g_rows * rows).sum(dim=0) - mean * g_sum) * scale  # of g x^
+        sums = torch.stack([g_sum, gx_sum.float()])
+        sums = exchange([sums] * dist.get_world_size()).sum(dim=0)
+        g_mean, gx_mean = sums.double() / ctx.count
+        # dL/dx = factor g + slope x + shift, gathered from the equation above
+        factor = weight * scale
+        slope = -factor * scale * gx_mean
+        shift = -factor * g_mean - slope * mean
+        # weight and bias: of this process alone, for DistributedDataParallel averages them
+        return affine(g, factor, shift, slope, x), gx_sum.float(), g_sum, None
+
+
+def affine(x, factor, shift, slope=None, other=None):
+    """factor x + slope other + shift in each channel. x, other: [N, C, H, W]; the rest: [C]."""
+    y = x * factor.to(x)[:, None, None]
+    if slope is not None:
+        y += other * slope.to(x)[:, None, None]
+    return y.add_(shift.to(x)[:, None, None])
+
+
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm as of one process with all rows; PyTorch's SyncBatchNorm refuses the CPU."""
+
+    def forward(self, x):
+        """x: [N, C, H, W], the rows of this process -> the same."""
+        if not self.training:
+            return super().forward(x)
+        y, mean, var = _BatchNorm.apply(x, self.weight, self.bias, self.eps)
+        count = x.numel() // len(mean) * dist.get_world_size()
+        self.num_batches_tracked += 1
+        momentum = self.momentum or 1 / self.num_batches_tracked.item()
+        self.running_mean.lerp_(mean.to(self.running_mean), momentum)
+        self.running_var.lerp_((var * count / (count - 1)).to(self.running_var), momentum)
+        return y
+
+
+def share_batch_norm(model):
+    """Turns every batch norm of a model, in place, into one over all processes."""
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = GlobalBatchNorm2d
 
 
 # ------------------------------------------------------------------ from a state dict to a tower

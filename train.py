@@ -55,6 +55,7 @@ from model import (
     lock_folder,
     newest_checkpoint,
     save_checkpoint,
+    share_batch_norm,
     write_whole,
 )
 from tools.weights import CLIPS, find_clip, load_clip
@@ -163,7 +164,7 @@ class Config:
         False, "torch.compile the encoder, for CUDA: a slow first step, then faster ones"
     )
     sync_bn: bool = flag(
-        False, "batch norm over all processes (CUDA only): the statistics of one big batch"
+        True, "batch norm over all processes, so that any number of them trains as one does"
     )
     workers: int = flag(2, "decoding threads of a process. If the device waits for data: more")
     log_every: int = flag(10, "steps between the lines of log.jsonl")
@@ -416,7 +417,9 @@ def wrap(model, config, world, device):
         return model
     if config.sync_bn and device.type == "cuda":
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return torch.nn.parallel.DistributedDataParallel(model)
+    elif config.sync_bn:
+        share_batch_norm(model)
+    return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=not config.sync_bn)
 
 
 def resume(config, model, optimizer, attributes, cohort):

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, on_processes
 from test_train import log_of, weights_of
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from data import load_views, read_cohort
 from losses import ha, hvc, supcon
-from model import checkpoints
+from model import checkpoints, share_batch_norm
 
 OBJECTIVES = ("simclr", "hidisc", "hlss")
 
@@ -87,6 +88,77 @@ def test_1_2_and_4_processes_train_as_one(flags):
                 assert gradients.keys() == expected.keys()
                 assert loss == pytest.approx(expected_loss, rel=1e-6)
                 assert worst < 1e-5 * norm
+
+
+def small_net():
+    torch.manual_seed(0)
+    layers = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()
+    return torch.nn.Sequential(*layers)
+
+
+def _normed(rank, world, images, dtype):
+    """Output, gradients and running averages of a batch norm on this rank's share."""
+    net = small_net().to(dtype, memory_format=torch.channels_last)
+    share_batch_norm(net)
+    x = images.chunk(world)[rank].to(dtype).requires_grad_()
+    y = net(x)
+    y = net(y[:, :3])  # twice, so that a gradient goes through
+    y.square().mean().backward()
+    gradients = [p.grad for p in net.parameters()]
+    for gradient in gradients:
+        dist.all_reduce(gradient)
+    return y.detach(), x.grad, [g / world for g in gradients], dict(net.named_buffers())
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_batch_norm_over_all_processes_is_that_of_one(world):
+    images = torch.randn(16, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+    net = small_net().double()
+    x = images.double().requires_grad_()
+    y = net(x)
+    y = net(y[:, :3])
+    y.square().mean().backward()
+    shares = on_processes(world, _normed, images, torch.float32)
+
+    def assert_close(ours, theirs, scale=1.0):
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-6 * scale)
+
+    assert_close(torch.cat([share[0] for share in shares]), y.detach())
+    x_gradient = torch.cat([share[1] for share in shares]) / world
+    assert_close(x_gradient, x.grad, scale=x.grad.abs().max().item())
+    largest = max(p.grad.abs().max().item() for p in net.parameters())
+    for _, _, gradients, buffers in shares:
+        for ours, p in zip(gradients, net.parameters(), strict=True):
+            assert_close(ours, p.grad, scale=2 * largest)
+        for name, buffer in net.named_buffers():
+            assert_close(buffers[name], buffer.double())
+
+
+STEPS = 20
+DEMO_STEPS = ["--steps", str(STEPS), "--warmup", "1", "--lr", "2.5e-4"]  # the demo's first 20
+
+
+@pytest.mark.slow
+def test_1_2_and_4_processes_train_alike(demo, tmp_path):
+    """The demo's first 20 steps, in training mode; and a run that goes on on others."""
+    losses = {}
+    for name, worlds in {"1": [1], "2": [2], "4": [4], "1 2 4": [1, 2, 4]}.items():
+        out = tmp_path / name.replace(" ", "-")
+        flags = [*demo, *DEMO_STEPS, "--out", out, "--log-every", "1", "--probe-every", "0"]
+        for world in worlds:
+            flags += ["--save-every", "8"]
+            code, _, errors = finish(
+                torchrun(f"--nproc_per_node={world}", "--standalone", "train.py", *flags)
+            )
+            assert code == 0, errors
+            if world != worlds[-1]:  # back to step 16, then 8
+                os.remove(checkpoints(str(out))[-1])
+        losses[name] = [line["loss"] for line in log_of(str(out)) if "loss" in line]
+    for name, values in losses.items():
+        assert len(values) == STEPS
+        worst = max(abs(a - b) for a, b in zip(values, losses["1"]))
+        print(f"{name} processes: largest difference of the loss from one process {worst:.1e}")
+        assert worst < 1e-4
 
 
 def _contrast_flops(rank, world, n):

@@ -6,7 +6,7 @@
 
 A bank file is JSON: {"name": ..., "tissue": ..., "levels": {"patch": {attribute: [sentences]},
 "slide": {...}, "patient": {...}}}. It may hold "truth", {attribute: "+factor" or "-factor"}, where
-the factors behind the images are known. `python -m demo.clip OUT` trains the CLIP of the demo.
+the factors behind the images are known. `python -m demo.clip OUT` trains the demo's CLIP.
 """
 
 import argparse
@@ -571,7 +571,7 @@ def main():
     flag("--sentences", type=int, help="how many each attribute must have (the paper: 4)")
     flag("--vocab", help="count tokens by: bpe_simple_vocab_16e6.txt.gz of CLIP, or 'bytes' (demo)")
 
-    flag = commands.add_parser("generate", help="have a language model write one").add_argument
+    flag = commands.add_parser("generate", help="have a language model write it").add_argument
     flag("--out", dest="bank", default="bank.json", help="the bank file, made or gone on with")
     flag("--tissue", help='what the images show, for instance "H&E of colorectal cancer"')
     flag("--endpoint", default="", help="an OpenAI-compatible API; OPENAI_API_KEY holds its key")

@@ -241,14 +241,12 @@ def test_another_file_than_a_bank_pt_is_refused_by_name(content, tmp_path):
         path.write_text("sparse nuclei")
     else:
         torch.save({"a": 1} if content == "another dict" else ["a"], path)
-    with pytest.raises(
-        ValueError, match=r"other\.pt cannot be read as a bank\.pt: encode the bank"
-    ):
+    with pytest.raises(ValueError, match=r"other\.pt cannot be read as bank\.pt: encode the bank"):
         open_bank(str(path), state={})
 
 
 def test_a_bank_is_encoded_in_batches_no_longer_than_their_longest_sentence():
-    """Which is what bounds the memory, and most of the time: sentences fill some 20 of 77 tokens."""
+    """Which bounds the memory, and saves most of the time: sentences fill some 20 of 77 tokens."""
     shapes = []
 
     class Tower:

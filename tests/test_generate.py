@@ -1,5 +1,5 @@
-"""`describe.py generate` against a stub of an OpenAI-compatible endpoint that misbehaves as real ones
-do."""
+"""`describe.py generate` against a stub of an OpenAI-compatible endpoint, which misbehaves as the
+real ones do."""
 
 import contextlib
 import json

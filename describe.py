@@ -6,7 +6,7 @@
 
 A bank file is JSON: {"name": ..., "tissue": ..., "levels": {"patch": {attribute: [sentences]},
 "slide": {...}, "patient": {...}}}. It may hold "truth", {attribute: "+factor" or "-factor"}, where
-the factors behind the images are known. `python -m demo.clip OUT` trains the CLIP of the demo.
+the factors behind the images are known. `python -m demo.clip OUT` trains the demo's CLIP.
 """
 
 import argparse
@@ -65,9 +65,14 @@ def read_bank(path, partial=False):
     return bank
 
 
+def words_of(text):
+    return re.findall(r"[a-z0-9]+", text.lower())
+
+
 # What does not count in a comparison; what no image of tissue shows; what needs a stain to be seen.
-STOP_WORDS = """a an the of and or in on with to is are at by from as that this its it be their than
-while for into over through each where which no not but have has within across between around"""
+STOP_WORDS = words_of("""a an the of and or in on with to is are at by from as that this its it be
+their than while for into over through each where which no not but have has within across between
+around""")
 INVISIBLE = re.compile(
     r"(?i)\b(ph|acidity|(mi(cro-?)?)?rnas?|dna|gen(e|es|etic\w*|om\w*)|muta\w*|wild-?type|"
     r"methyl\w*|idh\w*|egfr|tert|1p/?19q|codelet\w*|ki-?67|mib-?1|p53|gfap|\w*kines?|interleukins?|"
@@ -82,12 +87,8 @@ STAIN_WORDS = re.compile(
 )
 
 
-def words_of(text):
-    return re.findall(r"[a-z0-9]+", text.lower())
-
-
 def content_of(text):
-    return set(words_of(text)) - set(words_of(STOP_WORDS))
+    return set(words_of(text)).difference(STOP_WORDS)
 
 
 def frames_of(text):  # all runs of three words, each once: what boilerplate is made of
@@ -280,7 +281,8 @@ def read_merges(path=""):
         return []
     package = importlib.util.find_spec("open_clip")
     if not path and package:
-        path = os.path.join(os.path.dirname(package.origin), os.path.basename(VOCABULARY[0]))
+        copy = os.path.join(os.path.dirname(package.origin), os.path.basename(VOCABULARY[0]))
+        path = copy if os.path.exists(copy) else ""
     with gzip.open(published(*VOCABULARY, path), "rt", encoding="utf-8") as file:
         title, *lines = file.read().split("\n")
     return [tuple(line.split()) for line in lines[: 49408 - 512 - 2]]  # CLIP took no more of them
@@ -301,7 +303,7 @@ def encode_bank(bank, tower, tokenizer, batch=64):
 
         t = norm(mean_j norm(TextEncoder(sentence_j)))
 
-    bank: as `read_bank`. tower: frozen text tower. batch: how many sentences are in memory at once.
+    bank: from `read_bank`. tower: a frozen text tower. batch: sentences in memory at a time.
     """
     attributes = [sentences for level in LEVELS for sentences in bank["levels"][level].values()]
     texts = [text for sentences in attributes for text in sentences]
@@ -326,9 +328,7 @@ def open_bank(path, state, vocab=""):
             saved = torch.load(path, weights_only=True)
             return saved["attributes"], saved["vectors"]
         except Exception as error:  # whatever zip, pickle and torch make of another or damaged file
-            raise ValueError(
-                f"{path} cannot be read as a bank.pt: encode the bank again"
-            ) from error
+            raise ValueError(f"{path} cannot be read as bank.pt: encode the bank again") from error
     bank = read_bank(path)
     tower = text_tower(state)
     vectors = encode_bank(bank, tower, tokenizer_of(tower, vocab))
@@ -571,7 +571,7 @@ def main():
     flag("--sentences", type=int, help="how many each attribute must have (the paper: 4)")
     flag("--vocab", help="count tokens by: bpe_simple_vocab_16e6.txt.gz of CLIP, or 'bytes' (demo)")
 
-    flag = commands.add_parser("generate", help="have a language model write one").add_argument
+    flag = commands.add_parser("generate", help="have a language model write it").add_argument
     flag("--out", dest="bank", default="bank.json", help="the bank file, made or gone on with")
     flag("--tissue", help='what the images show, for instance "H&E of colorectal cancer"')
     flag("--endpoint", default="", help="an OpenAI-compatible API; OPENAI_API_KEY holds its key")

@@ -1,7 +1,4 @@
-"""The demo's CLIP: a small one, trained on captioned demo tissue in a minute or so.
-
-python -m demo.clip OUT
-"""
+"""The demo's CLIP: small, and trained in a minute on captioned demo tissue, into one file."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""The bank's check, the tokenizer, and the bank as vectors."""
+"""The bank file, its check, the tokenizer, and the bank as vectors."""
 
 import copy
 import json
@@ -11,8 +11,17 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
-from demo.clip import caption
-from describe import Tokenizer, check_bank, encode_bank, main, read_bank, read_merges, save_bank
+from demo.tissue import FACTORS
+from describe import (
+    Tokenizer,
+    check_bank,
+    encode_bank,
+    main,
+    open_bank,
+    read_bank,
+    read_merges,
+    save_bank,
+)
 from losses import LEVELS
 from model import text_tower
 from tools.weights import load_clip
@@ -21,8 +30,6 @@ DEMO = os.path.join(ROOT, "demo/attributes.json")
 
 
 def test_the_demo_bank_passes_and_its_truth_is_known():
-    from demo.tissue import FACTORS
-
     bank = read_bank(DEMO)
     found, problems = check_bank(bank, attributes=14, tokenizer=Tokenizer())
     assert problems == {}
@@ -35,6 +42,11 @@ def replace_first(sentence):
     return lambda patch, slide: patch["crowded nuclei"].__setitem__(0, sentence)
 
 
+def frame_everything(patch, slide):
+    for sentences in [*patch.values(), *slide.values()]:
+        sentences[0] = f"The slide has {sentences[0]}"
+
+
 FAULTS = {  # what the check must say <- what is done to the demo bank
     "14 attributes, not 15": lambda patch, slide: None,
     "patch / crowded nuclei: 3 sentences": lambda patch, slide: patch["crowded nuclei"].pop(),
@@ -45,7 +57,9 @@ FAULTS = {  # what the check must say <- what is done to the demo bank
         0, patch["crowded nuclei"][0].upper()
     ),
     "restates its name": replace_first("There are very crowded nuclei here."),
+    "restates its name: patch / crowded nuclei: crowded nuclei": replace_first("crowded nuclei"),
     "under 6 words": replace_first("Cells huddle wall to wall."),
+    "over 40 words": replace_first("one " * 41),
     "no image shows 'IDH'": replace_first(
         "Densely set tumour cells with an IDH defect throughout."
     ),
@@ -54,10 +68,10 @@ FAULTS = {  # what the check must say <- what is done to the demo bank
         "and obliterate the intervening background entirely."
     ),
     "not ASCII": replace_first("Cells crowd na\u00efvely against one another here today."),
-    "'the slide has' stands in": lambda patch, slide: [
-        sentences.__setitem__(0, f"The slide has {sentences[0]}")
-        for sentences in [*patch.values(), *slide.values()]
-    ],
+    "not ASCII: patch / crowded nuclei: H&amp;E": replace_first(
+        "H&amp;E shows cells wall to wall."
+    ),
+    "'the slide has' stands in": frame_everything,
 }
 
 
@@ -73,7 +87,7 @@ def test_the_check_finds(message):
 
 @pytest.mark.parametrize("name", ["opensrh", "tcga"])
 def test_the_shipped_banks_pass_with_the_tokens_of_clip(name):
-    """Counts, duplicates, frames, invisible things, and at most 77 tokens by CLIP's own vocabulary."""
+    """Counts, duplicates, frames, what no image shows, and at most 77 tokens of CLIP's own."""
     open_clip = pytest.importorskip("open_clip")
     vocabulary = os.path.join(os.path.dirname(open_clip.__file__), "bpe_simple_vocab_16e6.txt.gz")
     bank = read_bank(os.path.join(ROOT, f"attributes/{name}.json"))
@@ -84,42 +98,47 @@ def test_the_shipped_banks_pass_with_the_tokens_of_clip(name):
     )
 
 
+def test_all_that_is_wrong_with_a_text_is_told_in_one_go():
+    bank = read_bank(DEMO)
+    bank["levels"]["patch"]["crowded nuclei"][0] = "IDH na\u00efve"
+    _, problems = check_bank(bank)
+    place = "patch / crowded nuclei: IDH na\u00efve"
+    messages = ("not ASCII", "under 6 words", "restates its name", "no image shows 'IDH'")
+    assert list(problems) == [f"{message}: {place}" for message in messages]
+    assert all(places == [("patch", "crowded nuclei")] for places in problems.values())
+
+
+def check(monkeypatch, *arguments):
+    """How `describe.py check` ends: 0, or a message for the exit status 1."""
+    monkeypatch.setattr(sys, "argv", ["describe.py", "check", *arguments, "--vocab", "bytes"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code
+
+
 def test_near_duplicates_within_and_across_levels_are_told_with_both_places_and_end_in_an_error(
     tmp_path, monkeypatch, capsys
 ):
-    bank, path = read_bank(DEMO), tmp_path / "bank.json"
+    bank = read_bank(DEMO)
     original = bank["levels"]["patch"]["crowded nuclei"][0]
-    for level, name in (("patch", "sparse nuclei"), ("slide", next(iter(bank["levels"]["slide"])))):
+    copies = [("patch", "sparse nuclei"), ("slide", next(iter(bank["levels"]["slide"])))]
+    for level, name in copies:
         bank["levels"][level][name][1] = f"Certainly, {original}"
+    path = tmp_path / "bank.json"
     path.write_text(json.dumps(bank))
-    monkeypatch.setattr(sys, "argv", ["describe.py", "check", str(path), "--vocab", "bytes"])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert "problems" in ended.value.code  # a message: the exit status is 1
-    said = [
-        line for line in capsys.readouterr().out.splitlines() if line.startswith("sentences alike")
-    ]
-    for level, name in (("patch", "sparse nuclei"), ("slide", next(iter(bank["levels"]["slide"])))):
-        assert any(
-            f"{level} / {name} / Certainly, {original}" in line
-            and f"patch / crowded nuclei / {original}" in line
-            for line in said
-        ), said
-    monkeypatch.setattr(
-        sys, "argv", ["describe.py", "check", DEMO, "--vocab", "bytes", "--sentences", "4"]
-    )
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 0
+    assert "problems" in check(monkeypatch, str(path))
+    said = [line for line in capsys.readouterr().out.splitlines() if "sentences alike" in line]
+    for level, name in copies:
+        pair = [f"{level} / {name} / Certainly, {original}", f"patch / crowded nuclei / {original}"]
+        assert any(all(place in line for place in pair) for line in said), said
+    assert check(monkeypatch, DEMO, "--sentences", "4") == 0
 
 
 def test_an_attribute_that_stands_twice_in_a_file_is_refused(tmp_path):
     path = tmp_path / "bank.json"
     path.write_text(open(DEMO).read().replace('"crowded nuclei":', '"sparse nuclei":', 1))
-    with pytest.raises(
-        ValueError, match="'sparse nuclei' stands twice"
-    ):  # JSON would drop the first without a word
-        read_bank(str(path))
+    with pytest.raises(ValueError, match="'sparse nuclei' stands twice"):
+        read_bank(str(path))  # JSON would drop the first without a word
 
 
 def test_unstained_tissue_has_no_stain_words():
@@ -128,21 +147,25 @@ def test_unstained_tissue_has_no_stain_words():
     assert any("has no 'Purple'" in problem for problem in check_bank(bank)[1])
 
 
-def test_a_bank_of_another_form_is_refused_by_name(tmp_path):
-    for content, message in (
-        ("{", "is not JSON"),
-        ("[]", '"levels"'),
-        ('{"levels": {"patch": {}}}', '"levels"'),
-        (json.dumps({"levels": {level: {} for level in LEVELS}}), "patch must be"),
-        (json.dumps({"levels": {level: {"a": "b"} for level in LEVELS}}), "patch / a"),
-    ):
-        path = tmp_path / "bank.json"
-        path.write_text(content)
-        with pytest.raises(ValueError, match=message):
-            read_bank(str(path))
+FORMS = {  # what is wrong with it <- a file of another form
+    "is not JSON": b"{",
+    "is not JSON: 'utf-8'": b"\xff\xfe{}",
+    '"levels"': b"[]",
+    '"levels" must hold patch, slide, patient': b'{"levels": {"patch": {}}}',
+    "patch must be": json.dumps({"levels": {level: {} for level in LEVELS}}).encode(),
+    "patch / a": json.dumps({"levels": {level: {"a": "b"} for level in LEVELS}}).encode(),
+}
 
 
-# ----------------------------------------------------------------------------------------------------------- tokenizer
+@pytest.mark.parametrize("message", FORMS)
+def test_a_bank_of_another_form_is_refused_by_name(message, tmp_path):
+    path = tmp_path / "bank.json"
+    path.write_bytes(FORMS[message])
+    with pytest.raises(ValueError, match=rf"bank\.json.*{message}"):
+        read_bank(str(path))
+
+
+# --------------------------------------------------------------------------------- the tokenizer
 
 
 def test_without_merges_every_letter_is_a_token():
@@ -172,7 +195,7 @@ def test_other_than_ascii_is_refused():
         Tokenizer().encode("5 \u00b5m")
 
 
-# ------------------------------------------------------------------------------------------------------------- vectors
+# ----------------------------------------------------------------------------------- the vectors
 
 
 def test_a_bank_vector_is_the_equation(clip_file, tmp_path):
@@ -185,14 +208,45 @@ def test_a_bank_vector_is_the_equation(clip_file, tmp_path):
                 F.normalize(tower(Tokenizer()([s], tower.context))[0], dim=0) for s in sentences
             ]
             torch.testing.assert_close(row, F.normalize(sum(each) / 4, dim=0), atol=1e-5, rtol=0)
-    save_bank(str(tmp_path / "bank.pt"), bank, vectors)
-    saved = torch.load(tmp_path / "bank.pt", weights_only=True)
-    assert saved["attributes"]["patch"][:2] == ["sparse nuclei", "crowded nuclei"]
-    assert torch.equal(saved["vectors"]["slide"], vectors["slide"])
+
+
+def test_a_bank_pt_is_what_was_saved_and_needs_no_clip(tmp_path):
+    bank, path = read_bank(DEMO), str(tmp_path / "bank.pt")
+    vectors = {level: F.normalize(torch.randn(14, 8), dim=1) for level in LEVELS}
+    save_bank(path, bank, vectors)
+    attributes, again = open_bank(path, state={})
+    assert attributes["patch"][:2] == ["sparse nuclei", "crowded nuclei"]
+    assert all(torch.equal(again[level], vectors[level]) for level in LEVELS)
+    assert os.listdir(tmp_path) == ["bank.pt"]
+
+
+def test_a_bank_file_is_encoded_with_the_clip(clip_file):
+    state = load_clip(clip_file)
+    attributes, vectors = open_bank(DEMO, state)
+    expected = encode_bank(read_bank(DEMO), text_tower(state), Tokenizer())
+    for level in LEVELS:
+        assert len(attributes[level]) == 14
+        assert torch.equal(vectors[level], expected[level])
+
+
+@pytest.mark.parametrize("content", ["nothing", "half", "text", "another dict", "a list"])
+def test_another_file_than_a_bank_pt_is_refused_by_name(content, tmp_path):
+    path = tmp_path / "other.pt"
+    save_bank(path, read_bank(DEMO), {level: torch.eye(14) for level in LEVELS})
+    if content == "nothing":
+        path.unlink()
+    elif content == "half":
+        path.write_bytes(path.read_bytes()[:1000])
+    elif content == "text":
+        path.write_text("sparse nuclei")
+    else:
+        torch.save({"a": 1} if content == "another dict" else ["a"], path)
+    with pytest.raises(ValueError, match=r"other\.pt cannot be read as bank\.pt: encode the bank"):
+        open_bank(str(path), state={})
 
 
 def test_a_bank_is_encoded_in_batches_no_longer_than_their_longest_sentence():
-    """Which is what bounds the memory, and most of the time: sentences have some 20 tokens of the context's 77."""
+    """Which bounds the memory, and saves most of the time: sentences fill some 20 of 77 tokens."""
     shapes = []
 
     class Tower:
@@ -200,9 +254,8 @@ def test_a_bank_is_encoded_in_batches_no_longer_than_their_longest_sentence():
 
         def __call__(self, tokens):
             shapes.append(tuple(tokens.shape))
-            assert (tokens == len(Tokenizer().vocabulary) - 1).any(dim=1).all(), (
-                "an end token was cut off"
-            )
+            end = len(Tokenizer().vocabulary) - 1
+            assert (tokens == end).any(dim=1).all(), "an end token was cut off"
             return torch.nn.functional.one_hot(tokens[:, 1], 514).float()
 
     bank = {
@@ -212,14 +265,3 @@ def test_a_bank_is_encoded_in_batches_no_longer_than_their_longest_sentence():
     }
     encode_bank(bank, Tower(), Tokenizer(), batch=4)
     assert shapes == [(4, 32)] * 3
-
-
-def test_captions_name_only_what_is_clear():
-    import numpy as np
-
-    rng = np.random.default_rng(0)
-    said = {caption([0.9, 0.5, 0.9, 0.9, 0.5, 0.5, 0.9], rng) for _ in range(50)}
-    assert all(
-        any(p in s for p in ("crowded nuclei", "many cells", "high cellularity")) for s in said
-    )
-    assert caption([0.5] * 7, rng) == "tissue"

@@ -1,4 +1,5 @@
-"""`describe.py generate` against a stub of an OpenAI-compatible endpoint that misbehaves as the real ones do."""
+"""`describe.py generate` against a stub of an OpenAI-compatible endpoint, which misbehaves as the
+real ones do."""
 
 import contextlib
 import json
@@ -23,12 +24,13 @@ SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
 
 
 def word(number):
-    """A word of its own for every number: what a stub says is never like anything that it said before."""
+    """A word of its own for every number: no two things that the stub says are alike."""
     return "".join(SYLLABLES[number // 70**place % 70] for place in (2, 1, 0))
 
 
 class Model:
-    """A language model that obeys every prompt. `spoil` may change a reply: (how many were given, reply) -> reply."""
+    """A language model that obeys every prompt. `spoil` may change a reply: (its number, reply) ->
+    reply."""
 
     def __init__(self, spoil=lambda number, reply: reply):
         self.prompts, self.said, self.spoil = [], 0, spoil
@@ -50,8 +52,8 @@ class Model:
 
 @contextlib.contextmanager
 def endpoint(model, faults=()):
-    """Serve `model` on 127.0.0.1; the first requests meet the faults instead, functions of the handler. Gives its URL
-    and the requests: (path, headers)."""
+    """Serve `model` on 127.0.0.1; the first requests meet the faults instead, functions of the
+    handler. Gives its URL and the requests: (path, headers)."""
     faults, requests = list(faults), []
 
     class Handler(BaseHTTPRequestHandler):
@@ -121,7 +123,7 @@ def no_proxy(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
-# ------------------------------------------------------------------------------------------------------ the connection
+# --------------------------------------------------------------------------------- the connection
 
 
 @pytest.mark.parametrize(
@@ -204,7 +206,7 @@ def test_a_redirect_does_not_carry_the_key_away():
     assert len(seen) == 1 and "Authorization" not in seen[0]
 
 
-# ------------------------------------------------------------------------------------------------------------ the bank
+# --------------------------------------------------------------------------------------- the bank
 
 
 def made(path, model, **options):
@@ -253,7 +255,8 @@ def replies(change):
     return spoil
 
 
-SPOILED = {  # what the next prompt must complain of <- how a reply is spoiled (number 1 names, number 3 has sentences)
+# What the next prompt must complain of <- how a reply is spoiled (1 has names, 3 has sentences).
+SPOILED = {
     "not the JSON asked for": lambda number, reply: (
         "I am sorry, I cannot." if number in (1, 3) else reply
     ),
@@ -370,8 +373,9 @@ def test_a_crash_while_the_file_is_written_leaves_the_one_before(tmp_path, monke
 
     model = Model()
     monkeypatch.setattr(os, "fsync", crash)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(OSError, match=r"bank\.json cannot be written \(no space left\)"):
         made(tmp_path / "bank.json", model)
+    assert os.listdir(tmp_path) == ["bank.json"]
     monkeypatch.undo()
     assert [
         len(names) for names in read_bank(tmp_path / "bank.json", partial=True)["levels"].values()
@@ -387,7 +391,7 @@ def test_another_tissue_or_none_is_refused(tmp_path):
         generate(str(tmp_path / "bank.json"), None, "SRH")
 
 
-# --------------------------------------------------------------------------------------------------------- the command
+# ------------------------------------------------------------------------------------ the command
 
 
 def command(out, *flags):
@@ -421,8 +425,8 @@ def run(monkeypatch, capfd):
 
 
 def test_killed_between_answers_it_goes_on_and_pays_for_nothing_twice(run, tmp_path):
-    """kill -9 while the seventh request is under way (the third was refused): the next run begins with that very
-    request, and has no other in common with the first run."""
+    """kill -9 while the seventh request is under way (the third was refused): the next run begins
+    with that very request, and has no other in common with the first run."""
     out, reached = tmp_path / "bank.json", threading.Event()
     flags = ["--tissue", "H&E of nothing", "--model", "m"]
     model = Model(replies(lambda said: said[:3]))
@@ -463,7 +467,7 @@ def test_it_ends_with_an_error_when_the_endpoint_does(run, tmp_path):
         ended, stdout, stderr = run(
             tmp_path / "bank.json", "--tissue", "H&E", "--model", "m", "--endpoint", url
         )
-    assert "HTTP 401" in ended and "goes on from what is in" in ended
+    assert "HTTP 401" in ended and "goes on from" in ended
     assert KEY not in ended + stdout + stderr
 
 
@@ -475,25 +479,11 @@ def test_flags_that_do_not_say_whom_to_ask_are_refused(run, flags, tmp_path):
     assert ended == 2 and "needs --endpoint" in stderr
 
 
-def test_by_hand_with_a_prompt_printed_and_a_reply_pasted(run, tmp_path):
-    out, reply, model = tmp_path / "bank.json", tmp_path / "reply.txt", Model()
-    flags = ["--tissue", "H&E", "--batch", "6"]
-    for step in range(6):
-        paying = [
-            "--endpoint",
-            "http://127.0.0.1:1",
-            "--model",
-            "m",
-        ]  # may stay in the command: printing asks no one
-        ended, prompt, _ = run(out, *flags, *paying, "--print-prompts")
-        assert ended is None and prompt.startswith("You are a pathologist")
-        assert ("Name 6 attributes", "write 4 sentences")[step % 2] in prompt
-        reply.write_text("Here:\n```json\n" + model(prompt) + "\n```")
-        ended, stdout, _ = run(out, *flags, "--from-reply", str(reply))
-        assert (
-            (ended == 0 and "72 sentences" in stdout)
-            if step == 5
-            else (ended is None and "not whole" in stdout)
-        )
-    assert check_bank(read_bank(out), attributes=6, sentences=4)[1] == {}
-    assert run(out, "--print-prompts")[0] == 0, "a whole bank is checked, nothing is asked"
+def test_some_levels_alone_leave_a_bank_that_is_not_whole(run, tmp_path):
+    out = tmp_path / "bank.json"
+    flags = ["--tissue", "H&E", "--model", "m", "--levels", "slide"]
+    with endpoint(Model()) as (url, _):
+        ended, stdout, _ = run(out, *flags, "--endpoint", url)
+    assert ended is None and "not whole yet" in stdout
+    levels = read_bank(out, partial=True)["levels"]
+    assert [len(levels[level]) for level in LEVELS] == [0, 6, 0]

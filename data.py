@@ -33,7 +33,7 @@ class Cohort:
     """n patches of S slides of P patients, as arrays that all threads share.
 
     A million patches take about 100 MB. Patches are in the order of slides, slides in the order of
-    patients. What `restrict` leaves keeps its numbers.
+    patients. In a part of a cohort, slides, patients and classes keep their numbers, rows do not.
     """
 
     root: str
@@ -125,6 +125,17 @@ def hash_split(patients, val_fraction=0.2):
     return split
 
 
+def find_manifest(root):
+    """The manifest of a cohort's folder, or the file that it is. Raises FileNotFoundError."""
+    manifest = str(root) if str(root).endswith(".csv") else os.path.join(root, "manifest.csv")
+    if not os.path.exists(manifest):
+        raise FileNotFoundError(
+            f"{manifest} does not exist: a cohort needs one, with the columns path, patient and "
+            "slide; python -m tools.cohort --help says how to make it"
+        )
+    return manifest
+
+
 def read_cohort(root, val_fraction=0.2):
     """A folder with a manifest.csv, or another manifest (.csv) -> Cohort.
 
@@ -132,12 +143,7 @@ def read_cohort(root, val_fraction=0.2):
     Raises ValueError, with file and line, for a missing column, an empty field, a path that leaves
     the folder, a path twice, a slide under two patients, and a patient in two splits.
     """
-    manifest = str(root) if str(root).endswith(".csv") else os.path.join(root, "manifest.csv")
-    if not os.path.exists(manifest):
-        raise FileNotFoundError(
-            f"{manifest} does not exist: a cohort needs one, with the columns path, patient and "
-            "slide; python -m tools.cohort --help says how to make it"
-        )
+    manifest = find_manifest(root)
     folder = os.path.dirname(os.path.abspath(manifest))
     try:
         return build_cohort(folder, read_manifest(manifest), val_fraction)
@@ -153,7 +159,9 @@ def read_manifest(manifest):
         missing = [column for column in COLUMNS[:3] if column not in header]
         if missing:
             line = ",".join(header)
-            raise ValueError(f"{manifest}: no column {', '.join(missing)}; line 1 is {line!r}")
+            remedy = "the first line names the columns, separated by commas"
+            line = f"line 1 is {line!r}: {remedy}"
+            raise ValueError(f"{manifest}: no column {', '.join(missing)}; {line}")
         places = [header.index(column) if column in header else -1 for column in COLUMNS]
         for row in reader:
             if not row:  # an empty line
@@ -648,7 +656,7 @@ def make_views(images, parameters, size, noise_seed=0):
 
 def augment(images, parameters, size, noise):
     """`make_views` for a few patches: one transform after the other."""
-    drawn = {name: value.to(images.device, non_blocking=True) for name, value in parameters.items()}
+    moved = {name: value.to(images.device, non_blocking=True) for name, value in parameters.items()}
     V = len(parameters["angle"]) // len(images)
     x = intensities(images)[:, None].expand(-1, V, -1, -1, -1).flatten(0, 1)
 
@@ -657,14 +665,14 @@ def augment(images, parameters, size, noise):
         rows = parameters[name].nonzero()[:, 0]  # on the CPU: no waiting for a GPU
         if len(rows):
             rows = rows.to(x.device, non_blocking=True)
-            values = [drawn[argument][rows] for argument in arguments]
+            values = [moved[argument][rows] for argument in arguments]
             x.index_copy_(0, rows, transform(x.index_select(0, rows), *values))
 
-    x = resample(x, size, drawn)
+    x = resample(x, size, moved)
     if (parameters["stain"] != 1).any() or parameters["background"].any():
-        x = stain_jitter(x, drawn["stain"], drawn["background"])
-    brightness = drawn["brightness"][:, None, None, None]
-    contrast = drawn["contrast"][:, None, None, None]
+        x = stain_jitter(x, moved["stain"], moved["background"])
+    brightness = moved["brightness"][:, None, None, None]
+    contrast = moved["contrast"][:, None, None, None]
     x *= brightness * contrast
     x += x.mean(dim=(1, 2, 3), keepdim=True) * (1 / contrast - 1)
     where_drawn("autocontrast", autocontrast)
@@ -696,7 +704,8 @@ def load_views(cohort, config, first, read_size, image_size, device, rank=0, wor
 
     images: views in [0, 1]. This process gets its share, rank of world, of every global batch. Rows
     stand in the order of patient, slide, patch and view. config: of train.py. read_size: pixels
-    that a patch is read at. image_size: S. All randomness is a function of (seed, step).
+    that a patch is read at. image_size: S. All randomness is a function of (seed, step), where
+    step is 0 for the batch that the loop and the log call step 1.
     """
     share = slice(rank * config.patients // world, (rank + 1) * config.patients // world)
     groups = class_patients(cohort) if config.balance_classes else None

@@ -2,7 +2,7 @@
 
     python describe.py check demo/attributes.json --vocab bytes
     python describe.py generate --tissue "lung, H&E" --endpoint http://localhost:11434/v1 --model M
-    python describe.py encode demo/attributes.json --clip runs/demo-clip.pt --out bank.pt
+    python describe.py encode demo/attributes.json --clip runs/cache/demo-clip.pt --out bank.pt
 
 A bank file is JSON: {"name": ..., "tissue": ..., "levels": {"patch": {attribute: [sentences]},
 "slide": {...}, "patient": {...}}}. It may hold "truth", {attribute: "+factor" or "-factor"}, where
@@ -491,7 +491,7 @@ def ask(endpoint, model, prompt, key="", timeout=600, tries=8, wait=2):
         reason = f"{endpoint}: {reason.replace(key, '***') if key else reason}"
         if attempt + 1 == tries or (200 < status < 500 and status not in (408, 429)):
             raise ConnectionError(f"{reason} (request {attempt + 1} of at most {tries})")
-        print(f"{reason}: again in {pause} s")
+        tqdm.write(f"{reason}: again in {pause} s")
         time.sleep(pause)
 
 
@@ -512,11 +512,13 @@ def generate(
     if tissue not in (None, bank["tissue"]):
         raise ValueError(f"{path} is about {bank['tissue']!r}, not {tissue!r}: name another --out")
     idle = 0  # replies in a row that brought nothing
+    done = sum(1 + bool(said) for level in levels for said in bank["levels"][level].values())
+    bar = tqdm(total=2 * attributes * len(levels), initial=done, leave=False)
     while step := next_prompt(bank, levels, attributes, sentences, batch):
         level, names, prompt = step
+        bar.set_description(f"{level} {'sentences' if names else 'names'}")
         taken = take_reply(bank, level, names, answer(prompt), attributes, sentences, tokenizer)
-        kind = "sentences" if names else "names"
-        print(f"{level} {kind}: {taken} attributes taken, {len(bank['refused'])} faults refused")
+        bar.update(taken)
         if next_prompt(bank, levels, attributes, sentences, batch) is None:
             del bank["refused"]
         write_whole(path, lambda file: file.write(f"{json.dumps(bank, indent=1)}\n".encode()))
@@ -525,6 +527,7 @@ def generate(
             reason = f"{path}: four replies in a row brought nothing. Refused:"
             remedy = "Take a better model or a smaller --batch, or edit the file."
             raise RuntimeError("\n".join([reason, *bank["refused"], remedy]))
+    bar.close()
     return next_prompt(bank, LEVELS, attributes, sentences) is None
 
 

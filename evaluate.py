@@ -502,7 +502,7 @@ def show(args, run, cohort, device):
         print(NO_LANGUAGE)
 
 
-def score(args, config, z, scores, cohort, splits):
+def run_probes(args, config, z, scores, cohort, splits):
     """All probes of the run's encoder (the first of z and scores) and its gain over the other."""
     held_out = np.concatenate([rows for _, rows in splits])
     clip = args.clip or config["clip"], config["activation"], config["vocab"]
@@ -589,7 +589,7 @@ def evaluate(args, device):
     probes = {}
     if splits:
         rows = np.concatenate([held_out for _, held_out in splits])
-        probes = score(args, config, z, scores, cohort, splits)
+        probes = run_probes(args, config, z, scores, cohort, splits)
 
     # Words.
     words = class_attributes(scores[step], names, cohort, rows)
@@ -609,6 +609,7 @@ def evaluate(args, device):
         "notes": reader_notes(args, config, cohort, rows, probes, words),
         "against": args.against,
         "probes": probes,
+        "levels": list(LEVELS),
         "attributes_used": used,
         "class_attributes": words,
     }

@@ -564,7 +564,8 @@ def _read_checkpoint(path):
             raise ValueError(f"wrong checksum of {member}")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever zip, pickle and torch make of a damaged file
-        raise ValueError(f"{path} is damaged ({error}): take the one before") from error
+        reason = f"{path} is damaged, or no checkpoint ({error})"
+        raise ValueError(f"{reason}: take the one before") from error
 
 
 def newest_checkpoint(folder):

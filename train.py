@@ -35,6 +35,7 @@ from data import (
     SPLITS,
     channel_statistics,
     class_patients,
+    find_manifest,
     load_views,
     patch_size,
     read_cohort,
@@ -145,7 +146,7 @@ class Config:
         "more",
     )
     weight_decay: float = flag(0.01, "AdamW's")
-    temperature: float = flag(0.07, "of the contrast. If the loss stays at chance: try 0.2")
+    temperature: float = flag(0.07, "of the contrast. If every hvc_* stays at chance: try 0.2")
     patch_weight: float = flag(1.0, "lambda of the contrast at patch level")
     slide_weight: float = flag(1.0, "lambda of the contrast at slide level")
     patient_weight: float = flag(
@@ -158,7 +159,8 @@ class Config:
         "attributes_used falls to 1: higher again",
     )
     amp: bool = flag(
-        torch.cuda.is_available(), "bf16 autocast of the encoder; the losses stay in float32"
+        torch.cuda.is_available(),
+        "bf16 autocast of tower and projections, on by default with CUDA; the losses are float32",
     )
     compile: bool = flag(
         False, "torch.compile the encoder, for CUDA: a slow first step, then faster ones"
@@ -192,7 +194,7 @@ CHOICES = {
     "init": ["text", "random"],
     "activation": list(ACTIVATIONS),
     "augmentation": list(AUGMENTATIONS),
-    "normalise": ["", "clip", "data"],
+    "normalise": ["clip", "data"],
 }
 LOWEST = {
     "steps patients slides patches workers log_every save_every timeout": 1,
@@ -211,7 +213,8 @@ def parse_config(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    preset_help = "a set of defaults, which flags override"
+    preset_help = "defaults, which flags override. demo: 800 steps of 64 images; tcga, opensrh: "
+    preset_help += "60,000 steps, 64 patients, 224 pixels, their bank, augmentation and folder"
     parser.add_argument("--preset", choices=PRESETS, default="demo", help=preset_help)
     for f in dataclasses.fields(Config):
         options = {"type": f.type}
@@ -334,6 +337,8 @@ def prepare(config, rank):
     if rank == 0:
         os.makedirs(config.out, exist_ok=True)
         lock = lock_folder(config.out)
+        if config.data:
+            find_manifest(config.data)  # before anything that takes long
         os.makedirs(config.cache, exist_ok=True)
         config.data = config.data or demo_tissue(config.cache)
         config.clip = config.clip or demo_clip(config.cache)
@@ -347,13 +352,16 @@ def prepare(config, rank):
 
 def find_bank(path):
     """A bank's path, from whatever folder this is run. Raises FileNotFoundError."""
-    if path == "attributes/demo.json" and not os.path.exists(path):
-        path = "demo/attributes.json"  # as runs of before name it
-    if not os.path.exists(path):
-        path = os.path.join(os.path.dirname(os.path.abspath(__file__)), path)
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"--bank {path} does not exist: name a bank file or a bank.pt")
-    return path
+    here = os.path.dirname(os.path.abspath(__file__))
+    places = [path, os.path.join(here, path)]
+    if path == "attributes/demo.json":  # as runs of before name it
+        places.append(os.path.join(here, "demo/attributes.json"))
+    for place in places:
+        if os.path.exists(place):
+            return place
+    raise FileNotFoundError(
+        f"--bank {path} is neither here nor beside train.py: name a bank file or a bank.pt"
+    )
 
 
 def training_cohort(cohort, config, world):
@@ -487,13 +495,13 @@ def check_same_run(config, model, attributes, cohort, checkpoint):
 # --------------------------------------------------------------------------------- what a run keeps
 
 
-def describe_run(typed, config, world, device):
+def describe_run(asked, config, world, device):
     """Write config.json: the settings, and what else it takes to repeat the run."""
     command = ["python", "train.py"]
     if world > 1:
         command = ["torchrun", f"--nproc_per_node={world}", "train.py"]
-    for f in dataclasses.fields(typed):
-        value = getattr(typed, f.name)
+    for f in dataclasses.fields(asked):
+        value = getattr(asked, f.name)
         name = f.name.replace("_", "-")
         if value == f.default and f.name != "amp":  # its default depends on the machine
             continue
@@ -535,14 +543,13 @@ def check_finite(numbers, step, ids, cohort, config):
     bad = [f"{name} is {value}" for name, value in numbers.items() if not math.isfinite(value)]
     if not bad:
         return
-    rows = gather(ids[:: config.views, 0]).tolist()
+    rows = gather(ids[:: config.views, 0]).tolist()  # a patch's id is its row in this cohort
     remedy = "If the images are sound, start anew with a lower --lr"
     if step == 1:
         remedy = "No step was taken: look at the CLIP, the bank and the images, not at --lr"
     kept = "the last checkpoint is kept" if checkpoints(config.out) else "there is no checkpoint"
     path = os.path.join(config.out, f"fault-{step:07d}.json")
-    paths = [cohort.path(row) for row in rows]
-    fault = {"step": step, "fault": bad, "rows": rows, "paths": paths}
+    fault = {"step": step, "fault": bad, "paths": [cohort.path(row) for row in rows]}
     if not dist.is_initialized() or dist.get_rank() == 0:
         content = json.dumps(fault, indent=1).encode()
         write_whole(path, lambda file: file.write(content))
@@ -552,20 +559,20 @@ def check_finite(numbers, step, ids, cohort, config):
     )
 
 
-def introduce(typed, config, first, rank, world, device, cohort):
+def introduce(asked, config, first, rank, world, device, cohort):
     """Writes config.json, and tells a person what to know before the loop begins."""
     if rank > 0:
         return
-    describe_run(typed, config, world, device)
+    describe_run(asked, config, world, device)
     n = config.patients * config.slides * config.patches * config.views
     print(
         f"{config.objective} from step {first} on {world} x {device}: {cohort.restrict('train')} "
         f"to train on, of {cohort}\n"
-        f"batches of {n} images; a contrast that learns nothing stays at log({n} - 1) = "
-        f"{math.log(n - 1):.2f}\n"
+        f"batches of {n} images; each hvc term stays at log({n} - 1) = {math.log(n - 1):.2f} "
+        "where nothing is learnt\n"
         f"{config.clip}, {config.bank}"
     )
-    if typed.data and (not typed.clip or typed.bank == Config.bank):
+    if asked.data and (not asked.clip or asked.bank == Config.bank):
         print(
             "note: the demo's CLIP and bank know nothing but demo tissue: --clip RN50 and --bank "
             "attributes/tcga.json, or your own, are for real images"
@@ -629,7 +636,7 @@ def vitals(step, z, bank, config, durations):
 def train(config, rank=0, world=1, device=CPU):
     """Train to the end, or to a SIGTERM or SIGINT. Returns whether it reached the end."""
     # The cohort, the model, the optimizer, and the step to go on from.
-    typed = dataclasses.replace(config)  # before the paths of the demo are filled in
+    asked = dataclasses.replace(config)  # before the paths of the demo are filled in
     _lock = prepare(config, rank)  # until this function ends
     cohort = read_cohort(config.data, config.val_fraction)
     train_cohort = training_cohort(cohort, config, world)
@@ -641,7 +648,7 @@ def train(config, rank=0, world=1, device=CPU):
     first = resume(config, model, optimizer, attributes, cohort)
     wrapped = wrap(model, config, world, device)
     log = Log(config.out, first, rank, config.log_every)
-    introduce(typed, config, first, rank, world, device, cohort)
+    introduce(asked, config, first, rank, world, device, cohort)
     signals = catch_signals()
     probing = (model, cohort, sizes, config, log, signals)
     if probe_due(first, config) and not log.has_probe(first) and not probe_now(first, *probing):
@@ -655,7 +662,7 @@ def train(config, rank=0, world=1, device=CPU):
         train_cohort, config, first, **sizes, device=device, rank=rank, world=world
     )
     bar = tqdm(batches, "train", total=config.steps, initial=first, unit="step", disable=rank > 0)
-    for step, (images, ids) in enumerate(bar, first + 1):  # [n, 3, S, S] in [0, 1]; [n, L]
+    for step, (images, ids) in enumerate(bar, first + 1):  # [n, 3, S, S] in [0, 1]; [n, 3]
         # Dropout, where a tower has it: the masks are those of the step, resumed or not.
         torch.manual_seed(seed_of(config.seed, step, rank))
 

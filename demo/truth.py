@@ -43,16 +43,17 @@ def read_factors(folder, paths):
 
 
 def truth_table(metrics, data):
-    """How well each attribute tells its factor, as dicts with an AUC for each encoder, or None.
+    """How well each attribute tells its factor: dicts with an AUC for each encoder.
 
-    AUC: of the score, for the factor being above ("-": not above) its median, both averaged over
-    the patch, slide or patient. metrics, data: as `report.read_results`.
+    The AUC asks whether places with the factor above its median score higher; for "-factor",
+    whether those with the factor not above it do. Score and factor are averaged over the patch,
+    slide or patient. It is None where all places are alike. metrics, data: of `read_results`.
     """
     rows = np.array(metrics["rows"])
     truth = read_truth(metrics["run"])
     factors = read_factors(metrics["data"], data["path"][rows])
     found = []
-    for level in metrics["attributes_used"]:
+    for level in metrics["levels"]:
         groups = rows if level == "patch" else data[level][rows]
         encoders = {f"step {metrics['step']}": data[f"scores_{level}"][rows]}
         if f"against_scores_{level}" in data:
@@ -81,7 +82,7 @@ def main():
     text = json.dumps(metrics, indent=1)
     write_whole(str(Path(run, "metrics.json")), lambda file: file.write(text.encode()))
     encoders = [key for key in metrics["truth"][0] if key.startswith("AUC")]
-    for level in metrics["attributes_used"]:
+    for level in metrics["levels"]:
         rows = [row for row in metrics["truth"] if row["level"] == level]
         for encoder in encoders:
             mean = np.mean([row[encoder] for row in rows if row[encoder] is not None])

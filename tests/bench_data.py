@@ -1,4 +1,5 @@
-"""What the data costs, on one core: opening a cohort, drawing a batch, and making views beside torchvision.
+"""What the data costs, on one core: opening a cohort, drawing a batch, and making views beside
+torchvision.
 
 python tests/bench_data.py
 """
@@ -46,7 +47,8 @@ def scale(folder):
         for step in range(200):
             data.hierarchical_batch(cohort, step, 0, 50)
         print(
-            f"{len(cohort):10d}{opened:11.2f}{added:13.0f}{(time.perf_counter() - start) * 5:15.2f}",
+            f"{len(cohort):10d}{opened:11.2f}{added:13.0f}"
+            f"{(time.perf_counter() - start) * 5:15.2f}",
             flush=True,
         )
 
@@ -57,7 +59,8 @@ class Noise(torch.nn.Module):
 
 
 def per_sample(path, pipeline):
-    """A view as the paper's code makes it: decode, three channels, one random transform after the other."""
+    """A view as the paper's code makes it: decode, three channels, one random transform after
+    the other."""
     ch2, ch3 = torch.from_numpy(tifffile.imread(path).astype(np.float32)) / 65536
     return pipeline(torch.stack([ch3 - ch2 + 5000 / 65536, ch2, ch3]).clamp(0, 1))
 

@@ -1,4 +1,5 @@
-"""What several tests share: a small cohort, a small untrained CLIP, and a way to run a function on several
+"""What several tests share: a small cohort, a small untrained CLIP, and a way to run a function
+on several
 processes."""
 
 import os
@@ -27,7 +28,8 @@ def manifest(folder, lines, header="path,patient,slide,label"):
 
 @pytest.fixture(scope="session")
 def cohort_folder(tmp_path_factory):
-    """Demo tissue: 4 classes x 5 patients x 2 slides x 3 patches of 64 pixels; of each 5 patients 2 are for
+    """Demo tissue: 4 classes x 5 patients x 2 slides x 3 patches of 64 pixels; of each 5
+    patients 2 are for
     validation."""
     from demo.tissue import write_demo
 

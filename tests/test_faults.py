@@ -450,7 +450,6 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(flags, monkeyp
         fault = json.load(file)
     cohort = read_cohort(config.data).restrict("train")
     rows = hierarchical_batch(cohort, 3, config.seed, 4)
-    assert fault["rows"] == rows.ravel().tolist()
     assert fault["paths"] == [cohort.path(row) for row in rows.ravel()]
     assert fault["fault"] == ["gradient_norm is nan"]
 

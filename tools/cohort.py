@@ -114,9 +114,12 @@ def index(root, pattern, label_level="patch", nested=False, partial=False):
     slide under two patients, and for two labels within one slide or patient.
     """
     expression = path_pattern(pattern)
+    paths = image_files(root)
+    if not paths:
+        raise ValueError(f"{root}: no image file is below it")
     entries = []
     others = []
-    for path in image_files(root):
+    for path in paths:
         match = expression.fullmatch(path)
         if match is None:
             others.append(path)
@@ -204,8 +207,13 @@ def summary(cohort):
     return lines
 
 
+PROBLEMS = ("missing", "unreadable", "truncated", "constant", "odd-sized")
+
+
 def look(path):
-    """The shape of a patch, or what is wrong with it: "truncated", "unreadable", "constant"."""
+    """The shape of a patch, or what is wrong with it: a key of PROBLEMS."""
+    if not os.path.exists(path):
+        return "missing"
     try:
         pixels = data.decode(path)
     except ValueError as error:
@@ -219,14 +227,14 @@ def look(path):
 
 
 def check(cohort, workers=2):
-    """Decodes every patch. Returns {"unreadable", "truncated", "constant", "odd-sized": rows}."""
+    """Decodes every patch. Returns {problem: rows that have it} for each of PROBLEMS."""
     paths = [cohort.path(row) for row in range(len(cohort))]
     with ThreadPoolExecutor(workers) as pool:
         looks = tqdm(pool.map(look, paths), "check", len(paths), unit="patch", leave=False)
         results = list(looks)
     shapes = Counter(result for result in results if isinstance(result, tuple))
     usual = shapes.most_common(1)[0][0] if shapes else None
-    problems = {"unreadable": [], "truncated": [], "constant": [], "odd-sized": []}
+    problems = {problem: [] for problem in PROBLEMS}
     for row, result in enumerate(results):
         if result == usual:
             continue

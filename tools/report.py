@@ -188,7 +188,7 @@ def gallery(metrics, data, levels, most=12):
 def draw(out):
     """Draw the page of a folder that evaluate.py wrote to; returns the page's path."""
     metrics, data = read_results(out)
-    levels = list(metrics["attributes_used"])
+    levels = metrics["levels"]
     probes = []
     for kind, probe in metrics["probes"].items():
         probes += [(kind, level, probe[level]) for level in levels]

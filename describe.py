@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from losses import LEVELS
-from model import ACTIVATIONS, text_tower, write_whole
+from model import ACTIVATIONS, read_whole, text_tower, write_whole
 from tools.weights import CLIPS, load_clip, published
 
 # ------------------------------------------------------------------ the bank file, and its check
@@ -41,17 +41,7 @@ def read_bank(path, partial=False):
     partial: it is being written still, so that a level or an attribute may be empty.
     """
 
-    def unique(pairs):  # JSON would silently keep the last of two attributes of one name
-        for name, times in Counter(name for name, _ in pairs).items():
-            if times > 1:
-                raise ValueError(f"{path}: {name!r} stands twice in one level")
-        return dict(pairs)
-
-    try:
-        with open(path, encoding="utf-8") as file:
-            bank = json.load(file, object_pairs_hook=unique)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    bank = read_json(path)
     levels = bank.get("levels") if isinstance(bank, dict) else None
     if not isinstance(levels, dict) or set(levels) != set(LEVELS):
         raise ValueError(f'{path}: "levels" must hold {", ".join(LEVELS)} and nothing else')
@@ -59,10 +49,33 @@ def read_bank(path, partial=False):
         if not isinstance(attributes, dict) or not (attributes or partial):
             raise ValueError(f"{path}: level {level} must be {{attribute: [sentences]}}, not empty")
         for name, sentences in attributes.items():
-            is_list = isinstance(sentences, list) and all(isinstance(s, str) for s in sentences)
-            if not is_list or not (sentences or partial):
-                raise ValueError(f"{path}: {level} / {name}: must be a list of sentences")
+            if sentences or not partial:
+                check_sentences(path, f"{level} / {name}", sentences)
     return bank
+
+
+def read_json(path):
+    """What a JSON file holds. Raises ValueError, with the path, where a name stands twice."""
+
+    def unique(pairs):  # JSON would silently keep the last of two values of one name
+        for name, times in Counter(name for name, _ in pairs).items():
+            if times > 1:
+                raise ValueError(f"{path}: {name!r} stands twice in one place")
+        return dict(pairs)
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file, object_pairs_hook=unique)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def check_sentences(path, name, sentences):
+    """Raises ValueError unless these are the sentences of a name: strings in a list, not empty."""
+    if not isinstance(sentences, list) or not sentences:
+        raise ValueError(f"{path}: {name}: must be a list of sentences")
+    if not all(isinstance(sentence, str) and sentence.strip() for sentence in sentences):
+        raise ValueError(f"{path}: {name}: every sentence must be a text, and not empty")
 
 
 def words_of(text):
@@ -324,11 +337,10 @@ def open_bank(path, state, vocab=""):
     vocab: for `read_merges`. Raises ValueError that names a file which is neither.
     """
     if path.endswith(".pt"):
-        try:
-            saved = torch.load(path, weights_only=True)
-            return saved["attributes"], saved["vectors"]
-        except Exception as error:  # whatever zip, pickle and torch make of another or damaged file
-            raise ValueError(f"{path} cannot be read as bank.pt: encode the bank again") from error
+        saved = read_whole(path, "encode the bank again")
+        if "vectors" not in saved:
+            raise ValueError(f"{path} is no bank.pt: encode the bank again")
+        return saved["attributes"], saved["vectors"]
     bank = read_bank(path)
     tower = text_tower(state)
     vectors = encode_bank(bank, tower, tokenizer_of(tower, vocab))

@@ -15,7 +15,6 @@ import os
 import sys
 import warnings
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import SPLITS, load_batches, plain_view, read_cohort
-from describe import encode_bank, tokenizer_of
+from describe import check_sentences, encode_bank, read_json, tokenizer_of
 from losses import LEVELS, attributes_used
 from model import HLSS, backbone_tower, image_tower, load_run, text_tower, write_whole
 from tools import report
@@ -153,7 +152,11 @@ def zero_shot(path, z, classes, clip, activation="", vocab=""):
     path: JSON, {class: [sentences]}; t: [C, D], a vector for each class, encoded as a bank is. s:
     the scale of the clip, a source of `load_clip`. Raises ValueError for prompts of other classes.
     """
-    prompts = json.loads(Path(path).read_text("utf-8"))
+    prompts = read_json(path)
+    if not isinstance(prompts, dict):
+        raise ValueError(f"{path} must hold {{class: [sentences]}}")
+    for name, sentences in prompts.items():
+        check_sentences(path, name, sentences)
     if sorted(prompts) != classes:
         given = f"{path} has prompts for {sorted(prompts)}"
         raise ValueError(f"{given}, but the classes are {classes}: name them alike")

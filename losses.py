@@ -61,7 +61,7 @@ def gather(x):
     return _Gather.apply(x)
 
 
-def _float32(x):
+def float32(x):
     """bf16 and fp16 are raised to float32; float64 stays, so that gradients can be checked."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -91,7 +91,7 @@ def supcon(features, ids, temperature=0.07):
     rank = dist.get_rank() if dist.is_initialized() else 0
     # float32: 1 / tau = 14 amplifies what bf16 would round away
     with torch.autocast(features.device.type, enabled=False):
-        features = _float32(features)
+        features = float32(features)
         all_features = gather(features)  # [W n, D]
         all_ids = gather(ids)  # [W n]
         column = torch.arange(len(all_ids), device=ids.device)
@@ -132,7 +132,7 @@ def nearest_attribute(z, t):
     """
     # float32: bf16 would change one nearest attribute in a hundred
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-        return (_float32(z) @ _float32(t).T).argmax(dim=1)
+        return (float32(z) @ float32(t).T).argmax(dim=1)
 
 
 def attributes_used(z, t):
@@ -158,8 +158,8 @@ def symmetric_kl(z, t, temperature=1.0):
     temperature 1 it always is: the divergence is about 1/D.
     """
     with torch.autocast(z.device.type, enabled=False):
-        log_s = (_float32(z) / temperature).log_softmax(dim=1)
-        log_t = (_float32(t) / temperature).log_softmax(dim=1)
+        log_s = (float32(z) / temperature).log_softmax(dim=1)
+        log_t = (float32(t) / temperature).log_softmax(dim=1)
         return 0.5 * ((log_s.exp() - log_t.exp()) * (log_s - log_t)).sum(dim=1).mean()
 
 

@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from losses import LEVELS, exchange
+from losses import LEVELS, exchange, float32
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, RGB in [0, 1]
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -247,7 +247,8 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
-        rows = x.movedim(1, -1).reshape(-1, x.shape[1]).float()  # [M, C], a view if channels last
+        rows = x.movedim(1, -1).reshape(-1, x.shape[1])  # [M, C], a view if channels last
+        rows = float32(rows)
         count = len(rows) * dist.get_world_size()
         sums = torch.stack([rows.sum(dim=0), rows.square().sum(dim=0)])
         sums = exchange([sums] * dist.get_world_size()).sum(dim=0)
@@ -264,11 +265,11 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, *_):
         x, weight, mean, scale = ctx.saved_tensors
-        rows = x.movedim(1, -1).reshape(-1, x.shape[1]).float()
-        g_rows = g.movedim(1, -1).reshape(-1, x.shape[1]).float()
+        rows = float32(x.movedim(1, -1).reshape(-1, x.shape[1]))
+        g_rows = float32(g.movedim(1, -1).reshape(-1, x.shape[1]))
         g_sum = g_rows.sum(dim=0)
         gx_sum = ((g_rows * rows).sum(dim=0) - mean * g_sum) * scale  # of g x^
-        sums = torch.stack([g_sum, gx_sum.float()])
+        sums = torch.stack([g_sum, gx_sum.to(g_sum)])
         sums = exchange([sums] * dist.get_world_size()).sum(dim=0)
         g_mean, gx_mean = sums.double() / ctx.count
         # dL/dx = factor g + slope x + shift, gathered from the equation above
@@ -276,7 +277,7 @@ class _BatchNorm(torch.autograd.Function):
         slope = -factor * scale * gx_mean
         shift = -factor * g_mean - slope * mean
         # weight and bias: of this process alone, for DistributedDataParallel averages them
-        return affine(g, factor, shift, slope, x), gx_sum.float(), g_sum, None
+        return affine(g, factor, shift, slope, x), gx_sum.to(weight), g_sum.to(weight), None
 
 
 def affine(x, factor, shift, slope=None, other=None):
@@ -555,8 +556,8 @@ def save_checkpoint(folder, checkpoint):
         os.remove(old)
 
 
-def _read_checkpoint(path):
-    """What a checkpoint file holds, on the CPU. Raises ValueError, with its name, if damaged."""
+def read_whole(path, remedy="take the one before"):
+    """What torch.save wrote to a file, on the CPU. Raises ValueError, with its name, if damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             member = archive.testzip()  # torch.load does not look at the checksums
@@ -564,8 +565,8 @@ def _read_checkpoint(path):
             raise ValueError(f"wrong checksum of {member}")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever zip, pickle and torch make of a damaged file
-        reason = f"{path} is damaged, or no checkpoint ({error})"
-        raise ValueError(f"{reason}: take the one before") from error
+        reason = f"{path} is damaged, or another file ({error})"
+        raise ValueError(f"{reason}: {remedy}") from error
 
 
 def newest_checkpoint(folder):
@@ -576,7 +577,7 @@ def newest_checkpoint(folder):
     paths = checkpoints(folder)
     for path in reversed(paths):
         try:
-            return _read_checkpoint(path)
+            return read_whole(path)
         except ValueError as error:
             print(error)
     if paths:
@@ -592,7 +593,7 @@ def load_run(path):
     """
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path} is neither a run folder nor a checkpoint file")
-    checkpoint = newest_checkpoint(path) if os.path.isdir(path) else _read_checkpoint(path)
+    checkpoint = newest_checkpoint(path) if os.path.isdir(path) else read_whole(path)
     if "config" not in checkpoint:
         raise ValueError(
             f"{path} holds no checkpoint of train.py (step-*.pt): train first, or name another"

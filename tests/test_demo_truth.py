@@ -42,6 +42,7 @@ def out(cohort_folder, tmp_path):
         "notes": [],
         "against": "start",
         "probes": {},
+        "levels": list(LEVELS),
         "attributes_used": dict.fromkeys(LEVELS, 2.0),
         "class_attributes": [],
     }

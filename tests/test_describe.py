@@ -229,6 +229,17 @@ def test_a_bank_file_is_encoded_with_the_clip(clip_file):
         assert torch.equal(vectors[level], expected[level])
 
 
+def test_one_flipped_byte_in_a_bank_pt_is_found(tmp_path):
+    path = tmp_path / "bank.pt"
+    vectors = {level: torch.arange(2000.0).view(2, 1000) for level in LEVELS}
+    save_bank(path, {"levels": {level: {"a": [], "b": []} for level in LEVELS}}, vectors)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # in a tensor, where torch.load does not look
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"bank\.pt is damaged.* encode the bank again"):
+        open_bank(str(path), {})
+
+
 @pytest.mark.parametrize("content", ["nothing", "half", "text", "another dict", "a list"])
 def test_another_file_than_a_bank_pt_is_refused_by_name(content, tmp_path):
     path = tmp_path / "other.pt"
@@ -241,7 +252,7 @@ def test_another_file_than_a_bank_pt_is_refused_by_name(content, tmp_path):
         path.write_text("sparse nuclei")
     else:
         torch.save({"a": 1} if content == "another dict" else ["a"], path)
-    with pytest.raises(ValueError, match=r"other\.pt cannot be read as bank\.pt: encode the bank"):
+    with pytest.raises(ValueError, match=r"other\.pt is .*: encode the bank again"):
         open_bank(str(path), state={})
 
 

@@ -34,7 +34,7 @@ def views(flags, first=0, rank=0, world=1, steps=1):
 # ------------------------------------------------------------------------- equivalence and its cost
 
 
-def _gradients(rank, world, flags, images, ids):
+def _gradients(rank, world, flags, images, ids, mode):
     """{objective: (loss, {parameter: gradient})} of the real model on this rank's share."""
     mine = slice(rank * len(ids) // world, (rank + 1) * len(ids) // world)
     result = {}
@@ -43,12 +43,16 @@ def _gradients(rank, world, flags, images, ids):
         # rounding.
         config = train.parse_config([*flags, "--objective", objective, "--init", "random"])
         model, _ = train.build_model(config, torch.device("cpu"))
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.momentum = 1.0
-        with torch.no_grad():
-            model(images)  # batch norm then keeps the averages of the global batch, on every rank
-        model.eval()
+        if mode == "eval":
+            for module in model.modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    module.momentum = 1.0
+            with torch.no_grad():
+                model(images)  # batch norm then keeps the averages of the global batch
+            model.eval()
+        else:
+            model.tower.double()  # in float32, an untrained tower in training mode amplifies rounding
+            images = images.double()
         wrapped = train.wrap(model, config, world, torch.device("cpu"))
         z, projections = wrapped(images[mine])
         terms = hvc(projections, ids[mine])
@@ -61,20 +65,21 @@ def _gradients(rank, world, flags, images, ids):
     return result
 
 
-def test_1_2_and_4_processes_train_as_one(flags):
-    """Same global batch, float32, batch norm in eval mode.
+@pytest.mark.parametrize(("mode", "tolerance"), [("eval", 1e-6), ("train", 1e-6)])
+def test_1_2_and_4_processes_train_as_one(flags, mode, tolerance):
+    """Same global batch. In training mode, batch norm is over all processes.
 
-    The loss agrees to 1e-6 of itself, and the gradient of every parameter to 1e-5 of the norm of
-    the whole gradient: what float32 resolves.
+    The loss agrees to the tolerance, as a share of itself, and the gradient of every parameter to
+    ten times that share of the norm of the whole gradient: what float32 resolves, which z is in.
     """
     ((images, ids),) = views(flags)
-    (one,) = on_processes(1, _gradients, flags, images, ids)
+    (one,) = on_processes(1, _gradients, flags, images, ids, mode)
     print(
         f"\n{'':9}{'processes':>9}{'loss':>13}{'difference':>12}{'gradient norm':>15}"
         f"{'largest difference':>20}"
     )
     for world in (1, 2, 4):
-        for rank, result in enumerate(on_processes(world, _gradients, flags, images, ids)):
+        for rank, result in enumerate(on_processes(world, _gradients, flags, images, ids, mode)):
             for objective, (loss, gradients) in result.items():
                 expected_loss, expected = one[objective]
                 norm = torch.nn.utils.get_total_norm(expected.values()).item()
@@ -86,8 +91,8 @@ def test_1_2_and_4_processes_train_as_one(flags):
                         f"{worst:20.1e}"
                     )
                 assert gradients.keys() == expected.keys()
-                assert loss == pytest.approx(expected_loss, rel=1e-6)
-                assert worst < 1e-5 * norm
+                assert loss == pytest.approx(expected_loss, rel=tolerance)
+                assert worst < 10 * tolerance * norm
 
 
 def small_net():
@@ -136,6 +141,12 @@ def test_batch_norm_over_all_processes_is_that_of_one(world):
 
 STEPS = 20
 DEMO_STEPS = ["--steps", str(STEPS), "--warmup", "1", "--lr", "2.5e-4"]  # the demo's first 20
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """Flags of the demo as the README has it, prepared once."""
+    return ["--cache", str(tmp_path_factory.mktemp("cache")), "--no-amp"]
 
 
 @pytest.mark.slow

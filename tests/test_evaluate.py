@@ -558,6 +558,24 @@ def test_show_prints_the_top_attributes(run, evaluated, monkeypatch, capsys):
         command(monkeypatch, run, "--show", "nobody")
 
 
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ('{"cat": "a cat"}', "cat: must be a list of sentences"),
+        ('{"cat": []}', "cat: must be a list of sentences"),
+        ('{"cat": ["a cat", ""]}', "cat: every sentence must be a text, and not empty"),
+        ('{"cat": ["a cat"], "cat": ["a dog"]}', "'cat' stands twice"),
+        ("[]", "must hold {class: "),
+        ("{", "is not JSON"),
+    ],
+)
+def test_prompts_are_checked_as_a_bank_is(tmp_path, prompts, message):
+    """A string would be encoded letter by letter, and an empty list gives nan."""
+    (tmp_path / "p.json").write_text(prompts)
+    with pytest.raises(ValueError, match=rf"p\.json.*{message}"):
+        evaluate.zero_shot(str(tmp_path / "p.json"), torch.ones(1, 64), ["cat"], "no.pt")
+
+
 def test_prompts_for_other_classes_are_refused(tmp_path):
     (tmp_path / "p.json").write_text('{"cat": ["a cat"]}')
     with pytest.raises(ValueError, match=r"prompts for \['cat'\], but the classes are \['dog'\]"):

@@ -82,6 +82,7 @@ def out(cohort, tmp_path):
         "notes": ["a <note>"],
         "against": "start",
         "probes": probes,
+        "levels": list(LEVELS),
         "attributes_used": dict.fromkeys(LEVELS, 2.5),
         "class_attributes": evaluate.class_attributes(scores, NAMES, cohort, rows),
         "truth": TRUTH,

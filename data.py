@@ -2,7 +2,9 @@
 
 A cohort is a folder with a manifest.csv: the columns path, patient and slide, and optionally label
 (of the patch) and split (of the patient: train, val or test). Paths are relative to the manifest.
-Pretraining needs no labels. `python -m tools.cohort` writes, checks and shows manifests.
+Pretraining needs no labels. `python -m tools.cohort` writes, checks and shows manifests. With other
+levels than patch, slide and patient there is a column for each but the finest, which is the image;
+what is said of patients here holds for the coarsest level, whatever it is called.
 
 One batch takes the road of this file from top to bottom (`load_views`, at its end):
 
@@ -12,7 +14,7 @@ One batch takes the road of this file from top to bottom (`load_views`, at its e
 import csv
 import hashlib
 import os
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -21,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from losses import LEVELS
+
 SPLITS = ("train", "val", "test")
-COLUMNS = ("path", "patient", "slide", "label", "split")  # of a manifest; the first three must be
 
 
 # ---------------------------------------------------------------------------------------- cohort
@@ -30,36 +33,36 @@ COLUMNS = ("path", "patient", "slide", "label", "split")  # of a manifest; the f
 
 @dataclass
 class Cohort:
-    """n patches of S slides of P patients, as arrays that all threads share.
+    """n patches in a hierarchy of L levels, fine to coarse, as arrays that all threads share.
 
-    A million patches take about 100 MB. Patches are in the order of slides, slides in the order of
-    patients. In a part of a cohort, slides, patients and classes keep their numbers, rows do not.
+    A million patches take about 100 MB. Members of a group follow one another: patches are in the
+    order of slides, slides in the order of patients. In a part of a cohort, groups and classes keep
+    their numbers, rows do not.
     """
 
     root: str
+    levels: tuple  # L names, as LEVELS
     names: np.ndarray  # [n] bytes: the path of each patch, relative to the root
-    slide: np.ndarray  # [n] int32: the slide of each patch, never decreasing
+    parents: list  # L - 1 arrays: parents[0] [n] is the slide of each patch, then slide -> patient
+    groups: list  # L - 1 lists: the names of the slides, of the patients
     label: np.ndarray  # [n] int32: the class of each patch, -1 where it has none
-    slide_patient: np.ndarray  # [S] int32: the patient of each slide, never decreasing
-    patient_split: np.ndarray  # [P] int8: an index into SPLITS
-    slides: list  # S names
-    patients: list  # P names
+    patient_split: np.ndarray  # [P] int8: of the coarsest level, an index into SPLITS
     classes: list  # C names, sorted; empty without labels
 
     def __post_init__(self):
-        # Slide s holds the rows slide_rows[s] to slide_rows[s + 1],
-        # patient p the slides patient_slides[p] to patient_slides[p + 1].
-        self.slide_rows = np.searchsorted(self.slide, np.arange(len(self.slides) + 1))
-        self.patient_slides = np.searchsorted(self.slide_patient, np.arange(len(self.patients) + 1))
-        patient_rows = self.slide_rows[self.patient_slides]
-        self.present = np.flatnonzero(np.diff(patient_rows))  # the patients with patches here
+        self.starts = []  # members starts[l][g] to starts[l][g + 1] of level l are of group g
+        for parent, names in zip(self.parents, self.groups):
+            self.starts.append(np.searchsorted(parent, np.arange(len(names) + 1)))
+        self.patient = self.ids(np.arange(len(self)))[:, -1]  # [n]: the patient of each patch
+        self.present = np.unique(self.patient)  # the patients with patches here
 
     def __len__(self):
-        return len(self.slide)
+        return len(self.names)
 
     def __str__(self):
-        slides = (np.diff(self.slide_rows) > 0).sum()
-        return f"{len(self.present)} patients, {slides} slides, {len(self)} patches"
+        counts = [len(np.unique(column)) for column in self.ids(np.arange(len(self))).T]
+        parts = [f"{count} {plural(level)}" for count, level in zip(counts, self.levels)]
+        return ", ".join(reversed(parts))
 
     def name(self, row):
         """The path of a patch as it stands in the manifest."""
@@ -70,9 +73,9 @@ class Cohort:
         return os.path.join(self.root, self.name(row))
 
     @property
-    def patient(self):
-        """[n]: the patient of each patch."""
-        return self.slide_patient[self.slide]
+    def patients(self):
+        """The names of the coarsest level."""
+        return self.groups[-1]
 
     @property
     def split(self):
@@ -80,20 +83,28 @@ class Cohort:
         return self.patient_split[self.patient]
 
     def ids(self, rows):
-        """rows [n] -> ids [n, 3]: the patch, slide and patient of each, as the losses want them."""
-        slide = self.slide[rows]
-        return np.stack([rows, slide, self.slide_patient[slide]], axis=1)
+        """rows [n] -> ids [n, L]: the patch, slide and patient of each, as the losses want them."""
+        columns = [rows]
+        for parent in self.parents:
+            columns.append(parent[columns[-1]])
+        return np.stack(columns, axis=1)
+
+    def group_names(self, rows):
+        """The names of the groups that a row is in, coarse to fine."""
+        numbers = self.ids(np.array([rows]))[0, 1:]
+        return [names[number] for names, number in zip(self.groups, numbers)][::-1]
 
     def select(self, rows):
         """The cohort of these rows alone: ascending numbers, or a mask."""
-        return replace(self, names=self.names[rows], slide=self.slide[rows], label=self.label[rows])
+        parents = [self.parents[0][rows], *self.parents[1:]]
+        return replace(self, names=self.names[rows], parents=parents, label=self.label[rows])
 
     def digests(self):
         """{what: SHA-256} of all that a run depends on, so not of where the folder is."""
         parts = {
             "paths of patches": self.names.tobytes(),
-            "slides and patients": repr([self.slides, self.patients]).encode()
-            + self.slide.tobytes(),
+            "slides and patients": repr([self.levels, self.groups]).encode()
+            + b"".join(parent.tobytes() for parent in self.parents),
             "labels": repr(self.classes).encode() + self.label.tobytes(),
             "splits": self.patient_split.tobytes(),
         }
@@ -111,9 +122,8 @@ class Cohort:
 def hash_split(patients, val_fraction=0.2):
     """Splits by the hash of a patient's name: the same on every machine, whoever else is added.
 
-    patients: P names. Returns [P] int8, indices into SPLITS, train and val alone. If chance leaves
-    no patient in val (in train), as it can with a handful of patients, the one with the lowest
-    (highest) hash goes there.
+    patients: P names. Returns [P] int8, indices into SPLITS. If chance leaves no patient in val (in
+    train), as it can with a handful, the one with the lowest (highest) hash goes there.
     """
     digests = [hashlib.sha256(name.encode()).hexdigest() for name in patients]
     value = np.array([int(digest[:12], 16) / 2**48 for digest in digests])  # in [0, 1)
@@ -129,40 +139,44 @@ def find_manifest(root):
     """The manifest of a cohort's folder, or the file that it is. Raises FileNotFoundError."""
     manifest = str(root) if str(root).endswith(".csv") else os.path.join(root, "manifest.csv")
     if not os.path.exists(manifest):
-        raise FileNotFoundError(
-            f"{manifest} does not exist: a cohort needs one, with the columns path, patient and "
-            "slide; python -m tools.cohort --help says how to make it"
-        )
+        remedy = "a cohort needs one; python -m tools.cohort --help says how to make it"
+        raise FileNotFoundError(f"{manifest} does not exist: {remedy}")
     return manifest
 
 
-def read_cohort(root, val_fraction=0.2):
+def plural(level):
+    """A level's name for several: patches, slides."""
+    return level + ("es" if level.endswith("ch") else "s")
+
+
+def read_cohort(root, levels=LEVELS, val_fraction=0.2):
     """A folder with a manifest.csv, or another manifest (.csv) -> Cohort.
 
-    val_fraction: share of the patients held out where the manifest has no split column.
-    Raises ValueError, with file and line, for a missing column, an empty field, a path that leaves
-    the folder, a path twice, a slide under two patients, and a patient in two splits.
+    levels: fine to coarse; each but the first is a column. val_fraction: share of the patients held
+    out where there is no split column. Raises ValueError, with file and line, for a missing column,
+    an empty field, a path that leaves the folder, a path twice, a slide under two patients, and a
+    patient in two splits.
     """
     manifest = find_manifest(root)
     folder = os.path.dirname(os.path.abspath(manifest))
     try:
-        return build_cohort(folder, read_manifest(manifest), val_fraction)
+        return build_cohort(folder, read_manifest(manifest, levels), levels, val_fraction)
     except UnicodeDecodeError as error:
         raise ValueError(f"{manifest} is not UTF-8 ({error}): save it as UTF-8") from error
 
 
-def read_manifest(manifest):
+def read_manifest(manifest, levels=LEVELS):
     """Yields (file and line, path, patient, slide, label, split); a column not there gives ""."""
+    columns = ["path", *reversed(levels[1:]), "label", "split"]
     with open(manifest, newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file)
         header = next(reader, [])
-        missing = [column for column in COLUMNS[:3] if column not in header]
+        missing = [column for column in columns[:-2] if column not in header]
         if missing:
-            line = ",".join(header)
             remedy = "the first line names the columns, separated by commas"
-            line = f"line 1 is {line!r}: {remedy}"
+            line = f"line 1 is {','.join(header)!r}: {remedy}"
             raise ValueError(f"{manifest}: no column {', '.join(missing)}; {line}")
-        places = [header.index(column) if column in header else -1 for column in COLUMNS]
+        places = [header.index(column) if column in header else -1 for column in columns]
         for row in reader:
             if not row:  # an empty line
                 continue
@@ -173,61 +187,78 @@ def read_manifest(manifest):
             yield where, *(row[place].strip() for place in places)
 
 
-def build_cohort(root, entries, val_fraction=0.2):
+def build_cohort(root, entries, levels=LEVELS, val_fraction=0.2):
     """Lines of a manifest -> Cohort. entries: as `read_manifest` yields them. Raises as it says."""
     names = {}  # path: None; a dict, for its keys keep their order and are found at once
-    slide_numbers, slide_owner = {}, {}  # slide: number in order of appearance; slide: patient
-    patient_splits = {}  # patient: split
-    label_numbers = {}  # label: number in order of appearance
+    chains = {}  # slide: [patient, slide], the names of all that it is in; they keep their order
+    slide_numbers, label_numbers = {}, {}  # in order of appearance
+    patient_splits = {}
     slide_of, label_of = [], []  # for each patch
-    for where, path, patient, slide, label, split in entries:
-        check_entry(root, where, path, patient, slide, split)
+    for where, path, *chain, label, split in entries:
+        check_entry(root, where, path, chain, split)
         name = path.encode()
+        slide = chain[-1]
         if name in names:
             raise ValueError(f"{where}: the path {path!r} stands here a second time")
-        owner = slide_owner.setdefault(slide, patient)
-        if owner != patient:
-            raise ValueError(
-                f"{where}: the slide {slide!r} is of patient {owner!r} above and of {patient!r} "
-                "here; if these are two slides, name them differently (tools.cohort index "
-                "--nested does)"
-            )
+        if chains.setdefault(slide, chain) != chain:
+            before, now = (" of ".join(map(repr, c[-2::-1])) for c in (chains[slide], chain))
+            both = f"of {levels[2]} {before} above and of {now} here"
+            remedy = "name two of them differently (tools.cohort index --nested does)"
+            raise ValueError(f"{where}: the {levels[1]} {slide!r} is {both}: {remedy}")
+        patient = chain[0]
         if patient_splits.setdefault(patient, split) != split:
-            raise ValueError(
-                f"{where}: the patient {patient!r} is in {patient_splits[patient]!r} above and in "
-                f"{split!r} here; all patches of a patient must be on one side"
-            )
+            both = f"{patient_splits[patient]!r} above and in {split!r} here"
+            raise ValueError(f"{where}: {patient!r} is in {both}; all of it must be on one side")
         names[name] = None
         slide_of.append(slide_numbers.setdefault(slide, len(slide_numbers)))
         label_of.append(label_numbers.setdefault(label, len(label_numbers)) if label else -1)
     if not names:
         raise ValueError(f"{root}: the cohort has no patches")
 
-    # From the order of appearance to the order of names. Slides are sorted by patient, then name.
-    patients, patient = np.unique(list(slide_owner.values()), return_inverse=True)
-    keys = [f"{patient}\0{slide}" for slide, patient in slide_owner.items()]
-    keys, slide_number = np.unique(keys, return_inverse=True)
-    classes, label_number = np.unique(list(label_numbers), return_inverse=True)
-    slide = slide_number.astype(np.int32)[slide_of]
-    label = np.append(label_number, -1).astype(np.int32)[label_of]  # -1 looks up the last
+    # From the order of appearance to the order of names.
+    parents, groups = sort_groups(root, list(chains.values()), levels)
+    slide = parents[0][slide_of]
     order = np.argsort(slide, kind="stable")
+    classes, label_number = np.unique(list(label_numbers), return_inverse=True)
+    label = np.append(label_number, -1).astype(np.int32)[label_of]  # -1 looks up the last
     return Cohort(
         root,
+        levels=tuple(levels),
         names=np.array(list(names))[order],
-        slide=slide[order],
+        parents=[slide[order], *parents[1:]],
+        groups=groups,
         label=label[order],
-        slide_patient=np.sort(patient).astype(np.int32),
-        patient_split=splits_of(root, patients.tolist(), patient_splits, val_fraction),
-        slides=[key.partition("\0")[2] for key in keys.tolist()],
-        patients=patients.tolist(),
+        patient_split=splits_of(root, groups[-1], patient_splits, val_fraction),
         classes=classes.tolist(),
     )
 
 
-def check_entry(root, where, path, patient, slide, split):
+def sort_groups(root, chains, levels):
+    """Numbers of all groups, sorted by the names of what they are in, coarse to fine.
+
+    chains: [patient, slide] of each slide. Returns parents and groups as of Cohort, but parents[0]
+    is the number of each chain's slide. Raises ValueError for a name that stands in two groups.
+    """
+    parents, groups = [], []
+    first = slice(None)  # one chain for each group of the level below
+    for depth in range(len(levels) - 1, 0, -1):
+        keys = ["\0".join(chain[:depth]) for chain in chains]
+        keys, index, number = np.unique(keys, return_index=True, return_inverse=True)
+        names = [key.rpartition("\0")[2] for key in keys.tolist()]
+        level = levels[len(levels) - depth]
+        for name, times in Counter(names).items():
+            if times > 1:
+                raise ValueError(f"{root}: {times} different {plural(level)} are called {name!r}")
+        parents.append(number[first].astype(np.int32))
+        groups.append(names)
+        first = index
+    return parents, groups
+
+
+def check_entry(root, where, path, chain, split):
     """Raises ValueError for a line of a manifest that is wrong by itself."""
-    if not (path and patient and slide):
-        raise ValueError(f"{where}: path, patient and slide must not be empty")
+    if not (path and all(chain)):
+        raise ValueError(f"{where}: only label and split may be empty")
     parts = path.replace("\\", "/").split("/")
     if parts[0] == "" or ".." in parts:
         raise ValueError(f"{where}: the path {path!r} leaves {root}; use paths relative to it")
@@ -263,20 +294,15 @@ def batch_patients(cohort, step, seed, patients):
 
 
 def class_patients(cohort):
-    """The patients by class, a list of arrays, for --balance-classes.
-
-    Raises ValueError for a patient without a label or with several.
-    """
+    """The patients by class, a list of arrays. ValueError for one without one label."""
     groups = {}
     for patient in cohort.present:
-        first, last = cohort.slide_rows[cohort.patient_slides[patient : patient + 2]]
+        first, last = np.searchsorted(cohort.patient, (patient, patient + 1))
         labels = np.unique(cohort.label[first:last])
         if len(labels) > 1 or labels[0] < 0:
             found = " and ".join(cohort.classes[label] for label in labels if label >= 0)
-            raise ValueError(
-                f"--balance-classes: {cohort.patients[patient]!r} has {found or 'none'} and not "
-                "one class: leave the flag out, or label by patient"
-            )
+            name, remedy = cohort.patients[patient], "leave the flag out, or label by patient"
+            raise ValueError(f"--balance-classes: {name!r} has {found or 'none'}: {remedy}")
         groups.setdefault(labels[0], []).append(patient)
     return [np.array(group) for _, group in sorted(groups.items())]
 
@@ -304,8 +330,24 @@ def draw(rng, low, high, count):
     return low + np.resize(rng.permutation(high - low), count)
 
 
-def hierarchical_batch(cohort, step, seed, patients, slides=2, patches=2, groups=None):
-    """The patches of one global batch: rows [patients, slides, patches].
+def draw_below(cohort, rng, level, group, times, counts):
+    """Patches below a group of a level (1: slide), drawn several times: rows [times, *counts].
+
+    counts: how many members of it, how many members of each of these, and so on.
+    """
+    low, high = cohort.starts[level - 1][group : group + 2]
+    drawn = draw(rng, low, high, times * counts[0]).reshape(times, counts[0])
+    if level == 1:
+        return drawn
+    rows = np.empty((times, *counts), np.int64)
+    for member in np.unique(drawn):
+        places = drawn == member  # several, if it was drawn several times
+        rows[places] = draw_below(cohort, rng, level - 1, member, places.sum(), counts[1:])
+    return rows
+
+
+def hierarchical_batch(cohort, step, seed, patients, counts=(2, 2), groups=None):
+    """The patches of one global batch: rows [patients, *counts], counts of slides and of patches.
 
     A pure function of (seed, step), so that resuming needs no state. A patient with too few slides
     gives one twice (with different patches if it has enough), a slide with too few patches gives
@@ -316,18 +358,14 @@ def hierarchical_batch(cohort, step, seed, patients, slides=2, patches=2, groups
         batch = balanced_patients(groups, step, seed, patients)
     else:
         batch = batch_patients(cohort, step, seed, patients)
-    rows = np.empty((len(batch), slides, patches), np.int64)
-    for i, patient in enumerate(batch):
-        low, high = cohort.patient_slides[patient : patient + 2]
-        drawn = draw(rng, low, high, slides)
-        for slide in np.unique(drawn):
-            places = drawn == slide  # several, if the slide was drawn several times
-            low, high = cohort.slide_rows[slide : slide + 2]
-            rows[i, places] = draw(rng, low, high, places.sum() * patches).reshape(-1, patches)
-    return rows
+    top = len(cohort.levels) - 1
+    return np.concatenate([draw_below(cohort, rng, top, p, 1, counts) for p in batch])
 
 
 # -------------------------------------------------------------------------------------- decoding
+
+
+BITS_PER_SAMPLE = 258  # TIFF's tag
 
 
 def decode(path, size=None):
@@ -339,7 +377,10 @@ def decode(path, size=None):
     """
     try:
         with Image.open(path) as image:
-            if image.mode[0] in "IF" or (image.format == "TIFF" and not is_plain_tiff(image)):
+            deep = image.mode[0] in "IF"
+            if image.format == "TIFF":  # Pillow reads three 16-bit samples as if they had 8
+                deep |= image.n_frames > 1 or max(image.tag_v2.get(BITS_PER_SAMPLE, (8,))) > 8
+            if deep:
                 return two_planes(image, size)
             if size:
                 image.draft("RGB", (size, size))  # a JPEG is decoded smaller, never below `size`
@@ -347,14 +388,6 @@ def decode(path, size=None):
     except Exception as error:  # a damaged file also makes Pillow raise KeyError and TypeError
         remedy = "restore it or take it out of the manifest"
         raise ValueError(f"{path} cannot be read ({error}): {remedy}") from error
-
-
-BITS_PER_SAMPLE = 258  # TIFF's tag; Pillow reads three 16-bit samples as if they had 8
-
-
-def is_plain_tiff(image):
-    """Whether a TIFF is one 8-bit image."""
-    return image.n_frames == 1 and max(image.tag_v2.get(BITS_PER_SAMPLE, (8,))) <= 8
 
 
 def two_planes(image, size):
@@ -387,11 +420,6 @@ def fit(image, size):
         box = (left, top, left + side, top + side)
         image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     return np.asarray(image)
-
-
-def patch_size(cohort):
-    """The short side of the cohort's first patch, in pixels. Raises ValueError as `decode`."""
-    return min(decode(cohort.path(0)).shape[1:])
 
 
 def load_batches(cohort, batches, size, workers=2, ahead=3):
@@ -467,13 +495,10 @@ DEMO = {  # transform: (probability, lowest, highest)
     "noise": (0.1, 0.0, 0.05),  # standard deviation
     "erase": (0.1, 0.02, 0.15),  # share of the area
 }
-STRONG = {  # the paper's list, each with probability 1/2 as in its code
+STRONG = {name: DEMO[name] for name in ("flip", "translate", "brightness", "contrast")}
+STRONG |= {  # with these the paper's list, each with probability 1/2 as in its code
     "crop": (0.5, 0.2, 1.0),
-    "flip": (0.5, 0, 0),
     "rotate": (0.5, -10, 10),
-    "translate": (0.5, -0.1, 0.1),
-    "brightness": (0.5, 0.8, 1.2),
-    "contrast": (0.5, 0.8, 1.2),
     "autocontrast": (0.5, 1, 1),  # each channel stretched to [0, 1]
     "solarise": (0.5, 0.2, 0.2),  # threshold: what is above is inverted
     "sharpen": (0.5, 1, 1),
@@ -700,7 +725,7 @@ def plain_view(images, size):
 
 
 def load_views(cohort, config, first, read_size, image_size, device, rank=0, world=1):
-    """The batches of a run from step `first` on: yields (images [n, 3, S, S], ids [n, 3]).
+    """The batches of a run from step `first` on: yields (images [n, 3, S, S], ids [n, L]).
 
     images: views in [0, 1]. This process gets its share, rank of world, of every global batch. Rows
     stand in the order of patient, slide, patch and view. config: of train.py. read_size: pixels
@@ -709,22 +734,22 @@ def load_views(cohort, config, first, read_size, image_size, device, rank=0, wor
     """
     share = slice(rank * config.patients // world, (rank + 1) * config.patients // world)
     groups = class_patients(cohort) if config.balance_classes else None
-    sizes = (config.patients, config.slides, config.patches)
+    *counts, views = config.counts
     augmentation = AUGMENTATIONS[config.augmentation]
 
     def batches():
         for step in range(first, config.steps):
-            rows = hierarchical_batch(cohort, step, config.seed, *sizes, groups)
+            rows = hierarchical_batch(cohort, step, config.seed, config.patients, counts, groups)
             yield rows[share].reshape(-1)
 
     loaded = load_batches(cohort, batches(), read_size, config.workers)
     for step, (rows, patches) in enumerate(loaded, first):
         # The numbers of the global batch, of which this process takes its rows.
-        n = len(rows) * world * config.views
+        n = len(rows) * world * views
         parameters = view_parameters(n, config.seed, step, augmentation)
         parameters = {name: value.chunk(world)[rank] for name, value in parameters.items()}
 
         patches = patches.to(device, non_blocking=True)
         images = make_views(patches, parameters, image_size, seed_of(config.seed, step))
-        ids = torch.from_numpy(cohort.ids(rows)).to(device).repeat_interleave(config.views, dim=0)
+        ids = torch.from_numpy(cohort.ids(rows)).to(device).repeat_interleave(views, dim=0)
         yield images.contiguous(memory_format=torch.channels_last), ids

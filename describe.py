@@ -43,8 +43,8 @@ def read_bank(path, partial=False):
 
     bank = read_json(path)
     levels = bank.get("levels") if isinstance(bank, dict) else None
-    if not isinstance(levels, dict) or set(levels) != set(LEVELS):
-        raise ValueError(f'{path}: "levels" must hold {", ".join(LEVELS)} and nothing else')
+    if not isinstance(levels, dict) or not levels:
+        raise ValueError(f'{path}: "levels" must hold {{level: {{attribute: [sentences]}}}}')
     for level, attributes in levels.items():
         if not isinstance(attributes, dict) or not (attributes or partial):
             raise ValueError(f"{path}: level {level} must be {{attribute: [sentences]}}, not empty")
@@ -180,8 +180,8 @@ def check_bank(bank, attributes=None, tokenizer=None, context=77, sentences=None
     many as most have. tokenizer: to count tokens; a text must fit the context with its start and
     end. only: the (level, attribute) whose texts are read one by one, if the others were before.
     """
-    levels = {level: bank["levels"][level] for level in LEVELS}
-    named = [(level, name) for level in LEVELS for name in levels[level]]
+    levels = bank["levels"]
+    named = [(level, name) for level in levels for name in levels[level]]
     said = [(level, name, text) for level, name in named for text in levels[level][name]]
     if sentences is None:
         sentences = Counter(len(levels[level][name]) for level, name in named).most_common(1)[0][0]
@@ -211,7 +211,7 @@ def check_bank(bank, attributes=None, tokenizer=None, context=77, sentences=None
     line = f"longest sentence: {longest} tokens of {context}" if tokenizer else "tokens not counted"
     findings = [
         f"{bank.get('name', '?')} ({bank.get('tissue', '?')}): {len(said)} sentences",
-        *(f"  {at}: {len(levels[at])} attributes x {sentences} sentences" for at in LEVELS),
+        *(f"  {at}: {len(levels[at])} attributes x {sentences} sentences" for at in levels),
         f"  commonest three words: {frame!r} in {count / max(1, len(said)):.1%} of the sentences",
         f"  {line}",
     ]
@@ -318,7 +318,8 @@ def encode_bank(bank, tower, tokenizer, batch=64):
 
     bank: from `read_bank`. tower: a frozen text tower. batch: sentences in memory at a time.
     """
-    attributes = [sentences for level in LEVELS for sentences in bank["levels"][level].values()]
+    levels = bank["levels"]
+    attributes = [sentences for names in levels.values() for sentences in names.values()]
     texts = [text for sentences in attributes for text in sentences]
     encoded = []
     for start in tqdm(range(0, len(texts), batch), desc="bank", unit="batch", leave=False):
@@ -327,36 +328,44 @@ def encode_bank(bank, tower, tokenizer, batch=64):
         encoded.append(F.normalize(tower(tokens[:, :longest]), dim=1))  # padding only costs time
     parts = torch.cat(encoded).split([len(sentences) for sentences in attributes])
     vectors = F.normalize(torch.stack([part.mean(dim=0) for part in parts]), dim=1)
-    return dict(zip(LEVELS, vectors.split([len(bank["levels"][level]) for level in LEVELS])))
+    return dict(zip(levels, vectors.split([len(names) for names in levels.values()])))
 
 
-def open_bank(path, state, vocab=""):
+def open_bank(path, state, vocab="", levels=LEVELS):
     """The attributes of a bank, {level: [names]}, and their unit vectors, {level: [K_l, D]}.
 
     path: a bank.pt, as it is, or a bank file, encoded with the text tower of a CLIP's state dict.
-    vocab: for `read_merges`. Raises ValueError that names a file which is neither.
+    vocab: for `read_merges`. levels: those wanted. Raises ValueError that names a file which is
+    neither, or lacks a level.
     """
     if path.endswith(".pt"):
-        saved = read_whole(path, "encode the bank again")
-        if "vectors" not in saved:
+        bank = read_whole(path, "encode the bank again")
+        if "vectors" not in bank:
             raise ValueError(f"{path} is no bank.pt: encode the bank again")
-        return saved["attributes"], saved["vectors"]
-    bank = read_bank(path)
-    tower = text_tower(state)
-    vectors = encode_bank(bank, tower, tokenizer_of(tower, vocab))
-    return {level: list(bank["levels"][level]) for level in LEVELS}, vectors
+        attributes, vectors = bank["attributes"], bank["vectors"]
+    else:
+        bank = read_bank(path)
+        tower = text_tower(state)
+        attributes = {level: list(names) for level, names in bank["levels"].items()}
+        vectors = encode_bank(bank, tower, tokenizer_of(tower, vocab))
+    missing = [level for level in levels if level not in vectors]
+    if missing:
+        raise ValueError(f"{path} has {', '.join(vectors)}, and not the level {missing[0]}: add it")
+    return {level: attributes[level] for level in levels}, {
+        level: vectors[level] for level in levels
+    }
 
 
 def save_bank(path, bank, vectors):
     """Write bank.pt: {"name", "attributes": {level: [names]}, "vectors": {level: [K_l, D]}}."""
-    attributes = {level: list(bank["levels"][level]) for level in LEVELS}
+    attributes = {level: list(names) for level, names in bank["levels"].items()}
     saved = {"name": bank.get("name", ""), "attributes": attributes, "vectors": vectors}
     write_whole(os.fspath(path), lambda file: torch.save(saved, file))
 
 
 # ------------------------------------------------------------ the bank, written by a language model
 
-SHOWS = {
+SHOWS = {  # what to look at, unless the bank's own "shows" says it, as for another level
     "patch": "one high-power field: cells, nuclei, cytoplasm, matrix and the walls of single "
     "vessels",
     "slide": "one whole slide at low power: architecture, density, vessels, necrosis, borders, "
@@ -393,6 +402,7 @@ def next_prompt(bank, levels=LEVELS, attributes=128, sentences=4, batch=8):
     names: the attributes, at most `batch`, to write sentences for; None: it asks for new ones. All
     depends on the bank alone, so that an interrupted run goes on where it stopped.
     """
+    shows = SHOWS | bank.get("shows", {})
     refused = [f"- Refused in your last reply: {line}\n" for line in bank.get("refused", [])[:30]]
     for level in levels:
         here = bank["levels"][level]
@@ -401,10 +411,10 @@ def next_prompt(bank, levels=LEVELS, attributes=128, sentences=4, batch=8):
             names = None
             count = min(batch, attributes - len(here))
             taken = [f"{at}: {', '.join(have) or 'none'}" for at, have in bank["levels"].items()]
-            task = NAMES.format(count=count, shows=SHOWS[level], listed="\n".join(taken))
+            task = NAMES.format(count=count, shows=shows[level], listed="\n".join(taken))
             form = f"a JSON array of {count} strings"
         elif names:
-            task = SENTENCES.format(count=sentences, shows=SHOWS[level], listed="\n".join(names))
+            task = SENTENCES.format(count=sentences, shows=shows[level], listed="\n".join(names))
             form = f"a JSON object {{attribute as spelled above: [{sentences} strings]}}"
         else:
             continue
@@ -519,6 +529,11 @@ def generate(
     bank = {"name": name, "tissue": tissue, "levels": {level: {} for level in LEVELS}}
     if os.path.exists(path):
         bank = read_bank(path, partial=True)
+    for level in levels:
+        bank["levels"].setdefault(level, {})
+        if level not in SHOWS | bank.get("shows", {}):
+            line = f'"shows": {{"{level}": "one region at low power: ..."}}'
+            raise ValueError(f"{path} must say what a {level} shows, as {line}")
     if not bank.get("tissue"):
         raise ValueError(f"{path} says no tissue: name one with --tissue, or in the file")
     if tissue not in (None, bank["tissue"]):
@@ -540,7 +555,7 @@ def generate(
             remedy = "Take a better model or a smaller --batch, or edit the file."
             raise RuntimeError("\n".join([reason, *bank["refused"], remedy]))
     bar.close()
-    return next_prompt(bank, LEVELS, attributes, sentences) is None
+    return next_prompt(bank, bank["levels"], attributes, sentences) is None
 
 
 # ---------------------------------------------------------------------------------- the commands
@@ -569,8 +584,9 @@ def run_generate(args):
 
 def run_encode(args):
     state = load_clip(args.clip, args.activation)
-    _, vectors = open_bank(args.bank, state, args.vocab)
-    save_bank(args.out, read_bank(args.bank), vectors)
+    bank = read_bank(args.bank)
+    _, vectors = open_bank(args.bank, state, args.vocab, bank["levels"])
+    save_bank(args.out, bank, vectors)
     shapes = ", ".join(f"{level} {tuple(t.shape)}" for level, t in vectors.items())
     print(f"{args.out}, {args.clip}, {state['activation']}: {shapes}")
 
@@ -591,7 +607,7 @@ def main():
     flag("--tissue", help='what the images show, for instance "H&E of colorectal cancer"')
     flag("--endpoint", default="", help="an OpenAI-compatible API; OPENAI_API_KEY holds its key")
     flag("--model", help="the model's name there")
-    flag("--levels", nargs="+", choices=LEVELS, default=LEVELS, help="write these alone")
+    flag("--levels", nargs="+", default=LEVELS, help="write these alone")
     flag("--attributes", type=int, default=128, help="how many each level gets (the paper: 128)")
     flag("--sentences", type=int, default=4, help="how many each attribute gets (the paper: 4)")
     flag("--batch", type=int, default=8, help="attributes a request; fewer if replies are cut off")

@@ -14,7 +14,6 @@ import json
 import os
 import sys
 import warnings
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import SPLITS, load_batches, plain_view, read_cohort
+from data import SPLITS, load_batches, plain_view, plural, read_cohort
 from describe import check_sentences, encode_bank, read_json, tokenizer_of
 from losses import LEVELS, attributes_used
 from model import HLSS, backbone_tower, image_tower, load_run, text_tower, write_whole
@@ -162,8 +161,8 @@ def zero_shot(path, z, classes, clip, activation="", vocab=""):
         raise ValueError(f"{given}, but the classes are {classes}: name them alike")
     state = load_clip(clip, activation)
     tower = text_tower(state)
-    bank = {"patch": {name: prompts[name] for name in classes}, "slide": {}, "patient": {}}
-    t = encode_bank({"levels": bank}, tower, tokenizer_of(tower, vocab))["patch"]
+    bank = {"levels": {"class": {name: prompts[name] for name in classes}}}
+    t = encode_bank(bank, tower, tokenizer_of(tower, vocab))["class"]
     scale = state.get("logit_scale", torch.tensor(100.0).log()).exp()
     return (scale * z @ t.T).softmax(dim=1).numpy()
 
@@ -340,7 +339,7 @@ def assess(predictions, cohort, splits, resamples=RESAMPLES, other=None):
         if kind in NEIGHBOURS:
             results[kind]["k"] = min(NEIGHBOURS[kind], *(len(train) for train, _ in splits))
         both = [probabilities, other[kind]] if other else [probabilities]
-        for level, groups in zip(LEVELS, cohort.ids(rows).T):
+        for level, groups in zip(cohort.levels, cohort.ids(rows).T):
             metrics = assess_level(both, labels, groups, patient, counts, cohort.classes)
             results[kind][level] = metrics
     return results
@@ -381,7 +380,7 @@ def class_attributes(scores, names, cohort, rows, number=5):
     if labels.min() < 0:
         return []
     found = []
-    for level in LEVELS:
+    for level in cohort.levels:
         # Patients are what is independent, whatever the level of the words.
         mean, label, *_ = pool(scores[level][rows].numpy(), labels, cohort.patient[rows])
         if len(np.unique(label)) < 2:
@@ -399,21 +398,23 @@ def table(results):
     """The lines of a table, in percent. results: {encoder: what `assess` or `probe` gave}."""
     if not any(results.values()):
         return ["no held-out patient or no training patient has a label: there is nothing to probe"]
+    first = next(iter(next(iter(results.values())).values()))
+    levels = [key for key in first if isinstance(first[key], dict)]
     width = 2 + max(len(f"{name} {kind}") for name in results for kind in results[name])
-    lines = [" " * width + "".join(f"{level:>16}" for level in LEVELS)]
-    lines.append(" " * width + f"{'acc':>9}{'MCA':>7}" * len(LEVELS))
+    lines = [" " * width + "".join(f"{level:>16}" for level in levels)]
+    lines.append(" " * width + f"{'acc':>9}{'MCA':>7}" * len(levels))
     notes = []
     for name, probes in results.items():
         for kind, metrics in probes.items():
             heads = {"": f"{name} {kind}", "_interval": "  95%", "_gain_interval": "  gain, 95%"}
             for end, head in heads.items():
                 line = head.ljust(width)
-                for level in LEVELS:
+                for level in levels:
                     line += f"{percent(metrics[level].get('accuracy' + end)):>9}"
                     line += f"{percent(metrics[level].get('mca' + end)):>7}"
-                if end == "" or any(f"accuracy{end}" in metrics[level] for level in LEVELS):
+                if end == "" or any(f"accuracy{end}" in metrics[level] for level in levels):
                     lines.append(line.rstrip())
-            notes += table_notes(kind, metrics)
+            notes += table_notes(kind, metrics, levels)
     return lines + [f"  {note}" for note in dict.fromkeys(notes)]
 
 
@@ -426,16 +427,16 @@ def percent(value):
     return f"{100 * value:.1f}"
 
 
-def table_notes(kind, metrics):
+def table_notes(kind, metrics, levels):
     """What a table says of a probe below its numbers: how many were scored, and how many not."""
     notes = []
     k = metrics.get("k")
     if k != NEIGHBOURS.get(kind):
         few = f"{kind}: there are only {k} training patches with a label, so k = {k}"
         notes.append(f"{few}: all vote, and the commonest class is ahead")
-    numbers = [f"{metrics[level]['n']} {level}" for level in LEVELS]
-    notes.append(f"scored: {numbers[0]}es, {', '.join(f'{number}s' for number in numbers[1:])}")
-    for level in LEVELS:
+    numbers = [f"{metrics[level]['n']} {plural(level)}" for level in levels]
+    notes.append(f"scored: {', '.join(numbers)}")
+    for level in levels:
         n, left_out = metrics[level]["n"], metrics[level]["left_out"]
         if left_out:
             of_all = f"{level}: {left_out} of {n + left_out} left out"
@@ -487,16 +488,16 @@ def embed_run(model, checkpoint, cohort, args, device):
 def show(args, run, cohort, device):
     """Print the top attributes of the patients, slides and patches that --show names."""
     model, checkpoint = run
-    slides = np.array(cohort.slides)[cohort.slide]
-    patients = np.array(cohort.patients)[cohort.patient]
+    ids = cohort.ids(np.arange(len(cohort)))
     for name in args.show:
-        named = (cohort.names == name.encode()) | (slides == name) | (patients == name)
+        named = cohort.names == name.encode()
+        for names, column in zip(cohort.groups, ids.T[1:]):
+            named |= np.array(names)[column] == name
         if not named.any():
-            first = f"{cohort.names[0].decode()}, {cohort.slides[0]}, {cohort.patients[0]}"
-            missing = f"{cohort.root} has no such path, slide or patient"
+            first = ", ".join([cohort.name(0), *reversed(cohort.group_names(0))])
+            missing = f"{cohort.root} has no such path, {' or '.join(cohort.levels[1:])}"
             raise ValueError(f"--show {name}: {missing}; the first is called {first}")
-        columns = {key: getattr(cohort, key)[named] for key in ("names", "slide", "label")}
-        z = embed_run(*run, replace(cohort, **columns), args, device).mean(dim=0)
+        z = embed_run(*run, cohort.select(named), args, device).mean(dim=0)
         print(name)
         for level, t in model.bank.items():
             scores = (t.cpu() @ z).numpy()  # those of the mean are the mean of the scores
@@ -536,8 +537,8 @@ def reader_notes(args, config, cohort, rows, probes, words):
         rules.append(
             (lopo and alone, f"{name} has one patient: nothing shows it with that one out")
         )
-    for level in LEVELS:
-        metrics = probes["knn20"][level] if probes else {}
+    for level in cohort.levels if probes else ():
+        metrics = probes["knn20"][level]
         few = "accuracy" in metrics and "accuracy_interval" not in metrics
         rules.append((few, f"{level}: fewer than {FEW} patients are too few for an interval"))
     return [note for holds, note in rules if holds]
@@ -550,11 +551,16 @@ def write(out, metrics, cohort, z, scores, names, against_scores):
         "path": np.array([name.decode() for name in cohort.names]),
         "splits": np.array(SPLITS),
     }
-    for key in ("label", "slide", "patient", "split"):
-        arrays[key] = getattr(cohort, key)
-    for key in ("classes", "slides", "patients"):
-        arrays[key] = np.array(getattr(cohort, key), dtype=str)
-    for level in LEVELS:
+    arrays |= {
+        "label": cohort.label,
+        "split": cohort.split,
+        "classes": np.array(cohort.classes, str),
+    }
+    ids = cohort.ids(np.arange(len(cohort)))
+    for level, names_of_groups, column in zip(cohort.levels[1:], cohort.groups, ids.T[1:]):
+        arrays[level] = column.astype(np.int32)
+        arrays[plural(level)] = np.array(names_of_groups)
+    for level in cohort.levels:
         arrays[f"scores_{level}"] = scores[level].numpy()
         arrays[f"attributes_{level}"] = np.array(names[level])
     for level, values in against_scores.items():
@@ -571,7 +577,8 @@ def evaluate(args, device):
     run = load_run(args.run)
     model, checkpoint = run
     config, names = checkpoint["config"], checkpoint["attributes"]
-    cohort = read_cohort(args.data or config["data"], config["val_fraction"])
+    levels = config.get("levels", ",".join(LEVELS)).split(",")
+    cohort = read_cohort(args.data or config["data"], levels, config["val_fraction"])
     if args.show:
         show(args, run, cohort, device)
         return
@@ -612,7 +619,7 @@ def evaluate(args, device):
         "notes": reader_notes(args, config, cohort, rows, probes, words),
         "against": args.against,
         "probes": probes,
-        "levels": list(LEVELS),
+        "levels": levels,
         "attributes_used": used,
         "class_attributes": words,
     }

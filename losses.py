@@ -15,7 +15,7 @@ is the loss of one process that holds all rows.
 import torch
 import torch.distributed as dist
 
-LEVELS = ("patch", "slide", "patient")  # the order of the columns of `ids`, fine to coarse
+LEVELS = ("patch", "slide", "patient")  # the paper's, fine to coarse: the columns of `ids`
 
 
 def exchange(parts):
@@ -116,12 +116,12 @@ def hvc(projections, ids, temperature=0.07):
         L_HVC = sum_l lambda_l SupCon(p_l, ids[:, l])
 
     Each level has its own projection and its own positives. projections: {level: [n, K_l]},
-    L2-normalised, levels out of LEVELS. ids: [n, 3], the patch, slide and patient of each row.
-    Returns {"hvc_patch": scalar, ...}; the caller weights and sums them.
+    L2-normalised, from the finest level on. ids: [n, L], for each row its patch, slide and patient,
+    or whatever the levels are. Returns {"hvc_patch": scalar, ...}; the caller weights and sums.
     """
     terms = {}
-    for level, p in projections.items():
-        terms[f"hvc_{level}"] = supcon(p, ids[:, LEVELS.index(level)], temperature)
+    for column, (level, p) in enumerate(projections.items()):
+        terms[f"hvc_{level}"] = supcon(p, ids[:, column], temperature)
     return terms
 
 

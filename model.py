@@ -26,12 +26,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from losses import LEVELS, exchange, float32
+from losses import exchange, float32
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, RGB in [0, 1]
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-# The levels that an objective contrasts. hlss has a projection for each, the others share one.
-OBJECTIVES = {"hlss": LEVELS, "hidisc": LEVELS, "simclr": LEVELS[:1]}
+# hlss contrasts every level, each on its own projection; hidisc every level, and simclr the finest
+# alone, on one projection that they share.
+OBJECTIVES = ("hlss", "hidisc", "simclr")
 
 
 class Bottleneck(nn.Module):
@@ -435,7 +436,8 @@ class HLSS(nn.Module):
         super().__init__()
         self.tower = tower
         self.objective = objective
-        dim = bank["patch"].shape[1]
+        self.levels = tuple(bank)  # fine to coarse
+        dim = bank[self.levels[0]].shape[1]
         if dim != tower.dim:
             raise ValueError(
                 f"the bank's vectors have {dim} dimensions and the image tower's {tower.dim}: "
@@ -444,7 +446,7 @@ class HLSS(nn.Module):
         self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(CLIP_STD).view(3, 1, 1))
         self.projections = nn.ModuleDict()
-        for level in LEVELS:
+        for level in self.levels:
             self.register_buffer(f"bank_{level}", bank[level].detach().clone())
             if objective == "hlss":
                 self.projections[level] = nn.Linear(dim, len(bank[level]))
@@ -459,7 +461,7 @@ class HLSS(nn.Module):
     @property
     def bank(self):
         """{level: [K_l, D]}, the frozen attribute vectors."""
-        return {level: getattr(self, f"bank_{level}") for level in LEVELS}
+        return {level: getattr(self, f"bank_{level}") for level in self.levels}
 
     def normalise(self, mean, std):
         """Sets the mean and standard deviation of the three channels, of values in [0, 1], where
@@ -484,7 +486,8 @@ class HLSS(nn.Module):
         for name, projection in self.projections.items():
             projections[name] = F.normalize(projection(z).float(), dim=1)
         if self.objective != "hlss":
-            projections = {level: projections["shared"] for level in OBJECTIVES[self.objective]}
+            levels = self.levels[:1] if self.objective == "simclr" else self.levels
+            projections = dict.fromkeys(levels, projections["shared"])
         return z, projections
 
 
@@ -493,9 +496,10 @@ class HLSS(nn.Module):
 
 def hlss_from_state(state, objective, activation="quickgelu", backbone=""):
     """HLSS rebuilt from its own state dict: no CLIP file, no text tower, no bank file is needed."""
-    bank = {level: state[f"bank_{level}"] for level in LEVELS}
+    names = [name for name in state if name.startswith("bank_")]
+    bank = {name.removeprefix("bank_"): state[name] for name in names}
     if backbone:
-        tower = backbone_tower(backbone, bank["patch"].shape[1])
+        tower = backbone_tower(backbone, state[names[0]].shape[1])
     else:
         tower = image_tower(state | {"activation": activation})
     model = HLSS(tower, bank, objective)

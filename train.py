@@ -35,9 +35,9 @@ from data import (
     SPLITS,
     channel_statistics,
     class_patients,
+    decode,
     find_manifest,
     load_views,
-    patch_size,
     read_cohort,
     seed_of,
 )
@@ -86,18 +86,13 @@ class Config:
         "trained on first use",
     )
     activation: str = flag("", "of the CLIP's transformers, where its file does not say it")
-    vocab: str = flag(
-        "",
-        "CLIP's bpe_simple_vocab_16e6.txt.gz; empty: an installed open_clip's copy, or a download",
-    )
+    vocab: str = flag("", "CLIP's bpe_simple_vocab_16e6.txt.gz; empty: open_clip's, or a download")
     bank: str = flag(
         "demo/attributes.json",
         "the attribute-text bank: a bank file, or the bank.pt that describe.py encode made of it. "
         "The default is about demo tissue",
     )
-    backbone: str = flag(
-        "", "a torchvision classifier (resnet18) with new weights, instead of the CLIP's tower"
-    )
+    backbone: str = flag("", "a torchvision classifier, as resnet18, with new weights for a tower")
     objective: str = flag(
         "hlss",
         "hlss: three text-tied projections and alignment; hidisc: one projection, three levels; "
@@ -110,17 +105,18 @@ class Config:
     )
     steps: int = flag(800, "optimizer steps in all")
     seed: int = flag(0, "of batches, views and new weights")
-    patients: int = flag(
-        8,
-        "patients in a global batch, each with slides x patches x views images. If the loss falls "
-        "but the probe does not rise: more, for harder negatives",
+    patients: int = flag(8, "in a global batch. If the loss falls and the probe stays: more")
+    levels: str = flag(
+        ",".join(LEVELS),
+        "the hierarchy, fine to coarse. The first is the image; each other is a column of the "
+        "manifest and, as the first, a level of the bank. The last is what is called patient here",
     )
-    slides: int = flag(2, "slides a patient")
-    patches: int = flag(2, "patches a slide")
-    views: int = flag(2, "views a patch, at least 2")
-    balance_classes: bool = flag(
-        False, "draw patients evenly by class, as the paper's code does. It uses labels"
+    draw: str = flag(
+        "",
+        "how many of each are drawn: slides a patient, patches a slide (so for each level but the "
+        "last, coarse to fine) and views a patch, at least 2; empty: 2 of each, as 2,2,2",
     )
+    balance_classes: bool = flag(False, "draw patients evenly by class; this uses labels")
     augmentation: str = flag(
         "demo",
         "of the views. demo: geometry, light and stain, mostly mild; strong: the paper's list, for "
@@ -133,24 +129,16 @@ class Config:
         "patches; empty: clip with a CLIP's tower, data with --backbone",
     )
     image_size: int = flag(0, "pixels of a view; 0: what the tower was made for")
-    read_size: int = flag(
-        0, "pixels that a patch is read at, before the views; 0: its own, at most twice a view"
-    )
-    val_fraction: float = flag(
-        0.2, "share of the patients held out where the manifest has no split column"
-    )
-    lr: float = flag(1e-3, "peak learning rate. If the loss jumps or is not finite: divide it by 3")
-    warmup: float = flag(
-        0.1,
-        "share of the steps in which the learning rate climbs. If the first steps are unstable: "
-        "more",
-    )
+    read_size: int = flag(0, "pixels a patch is read at; 0: its own, at most twice a view")
+    val_fraction: float = flag(0.2, "share of the patients held out without a split column")
+    lr: float = flag(1e-3, "peak learning rate. If the loss jumps or is not finite: divide by 3")
+    warmup: float = flag(0.1, "share of the steps that the rate climbs. Unstable at first: more")
     weight_decay: float = flag(0.01, "AdamW's")
     temperature: float = flag(0.07, "of the contrast. If every hvc_* stays at chance: try 0.2")
-    patch_weight: float = flag(1.0, "lambda of the contrast at patch level")
-    slide_weight: float = flag(1.0, "lambda of the contrast at slide level")
-    patient_weight: float = flag(
-        1.0, "lambda of the contrast at patient level. If z tells patients by their stain: less"
+    level_weights: str = flag(
+        "",
+        "lambda of the contrast at each level, fine to coarse; empty: 1 each. If z tells patients "
+        "by their stain: less at patient level, as 1,1,0.3",
     )
     ha_weight: float = flag(1.0, "lambda of the alignment with text (hlss only)")
     ha_temperature: float = flag(
@@ -158,27 +146,32 @@ class Config:
         "softmax temperature of the alignment. At the paper's 1 it is hardly felt: try 0.1; if "
         "attributes_used falls to 1: higher again",
     )
-    amp: bool = flag(
-        torch.cuda.is_available(),
-        "bf16 autocast of tower and projections, on by default with CUDA; the losses are float32",
-    )
-    compile: bool = flag(
-        False, "torch.compile the encoder, for CUDA: a slow first step, then faster ones"
-    )
-    sync_bn: bool = flag(
-        True, "batch norm over all processes, so that any number of them trains as one does"
-    )
+    amp: bool = flag(torch.cuda.is_available(), "bf16 tower and projections; on with CUDA")
+    compile: bool = flag(False, "torch.compile the tower, for CUDA: a slow first step, then faster")
+    sync_bn: bool = flag(True, "batch norm over all processes, so that they train as one does")
     workers: int = flag(2, "decoding threads of a process. If the device waits for data: more")
     log_every: int = flag(10, "steps between the lines of log.jsonl")
-    probe_every: int = flag(
-        200, "steps between kNN probes on the held-out patients; 0: at the start and the end"
-    )
+    probe_every: int = flag(200, "steps between kNN probes; 0: at the start and at the end alone")
     save_every: int = flag(100, "steps between checkpoints; the newest two are kept")
-    timeout: int = flag(
-        600,
-        "seconds that a process waits for the others before the job ends and says which rank is "
-        "missing. If a probe of a large cohort takes longer: more",
-    )
+    timeout: int = flag(600, "seconds to wait for other processes. If a probe takes longer: more")
+
+    @property
+    def level_names(self):
+        """("patch", "slide", "patient"), as in --levels."""
+        return tuple(self.levels.split(","))
+
+    @property
+    def counts(self):
+        """[slides a patient, patches a slide, views a patch], as in --draw."""
+        return [int(n) for n in self.draw.split(",")] if self.draw else [2] * len(self.level_names)
+
+    @property
+    def lambdas(self):
+        """{term: weight} of the loss: L = sum_l lambda_l SupCon_l + lambda_HA sum_l HA_l."""
+        levels = self.level_names
+        weights = self.level_weights.split(",") if self.level_weights else [1] * len(levels)
+        lambdas = {f"hvc_{level}": float(x) for level, x in zip(levels, weights, strict=True)}
+        return lambdas | {f"ha_{level}": self.ha_weight for level in levels}
 
 
 LONG = dict(image_size=224, patients=64, steps=60000, workers=8)
@@ -190,17 +183,15 @@ PRESETS = {  # over the defaults above, which are the demo's
     "tcga": LONG | dict(bank="attributes/tcga.json", out="runs/tcga", augmentation="strong"),
 }
 CHOICES = {
-    "objective": list(OBJECTIVES),
+    "objective": OBJECTIVES,
     "init": ["text", "random"],
     "activation": list(ACTIVATIONS),
     "augmentation": list(AUGMENTATIONS),
     "normalise": ["clip", "data"],
 }
 LOWEST = {
-    "steps patients slides patches workers log_every save_every timeout": 1,
-    "views": 2,  # with 1, nothing attracts at patch level
+    "steps patients workers log_every save_every timeout": 1,
     "seed image_size read_size probe_every lr weight_decay val_fraction warmup ha_weight": 0,
-    "patch_weight slide_weight patient_weight": 0,
     "temperature ha_temperature": 1e-3,
 }
 MAY_CHANGE = (  # on resuming: it makes no other run
@@ -237,7 +228,28 @@ def parse_config(argv=None):
             high = 1 if name in ("val_fraction", "warmup") else math.inf
             if not low <= value <= high:
                 parser.error(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
+    try:
+        check_levels(config)
+    except ValueError as error:
+        parser.error(error)
     return config
+
+
+def check_levels(config):
+    """Raises ValueError unless --levels, --draw and --level-weights fit each other."""
+    levels = config.level_names
+    if len(set(levels)) < 2 or not all(level.isidentifier() for level in levels):
+        raise ValueError(
+            f"--levels {config.levels}: at least two different names, fine to coarse, with commas "
+            "between; with one, nothing would tell patients apart"
+        )
+    if len(config.counts) != len(levels) or min(config.counts) < 1 or config.counts[-1] < 2:
+        raise ValueError(
+            f"--draw {config.draw}: {len(levels)} whole numbers of at least 1, the last, of views, "
+            "at least 2, or nothing attracts at the finest level"
+        )
+    if min(config.lambdas.values()) < 0:
+        raise ValueError(f"--level-weights {config.level_weights}: none may be below 0")
 
 
 def learning_rate(step, config):
@@ -247,12 +259,6 @@ def learning_rate(step, config):
         return config.lr * (step + 1) / warmup
     falling = max(1, config.steps - warmup)
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / falling))
-
-
-def loss_weights(config):
-    """{term: lambda} of every term of the loss: L = sum_l lambda_l SupCon_l + lambda_HA HA_l."""
-    weights = {f"hvc_{level}": getattr(config, f"{level}_weight") for level in LEVELS}
-    return weights | {f"ha_{level}": config.ha_weight for level in LEVELS}
 
 
 # ---------------------------------------------------------------------------------------- processes
@@ -389,14 +395,14 @@ def build_model(config, device):
     config.activation = state["activation"]
     bank = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:  # the text is encoded once, for all
-        bank = [open_bank(config.bank, state, config.vocab)]
+        bank = [open_bank(config.bank, state, config.vocab, config.level_names)]
     if dist.is_initialized():
         dist.broadcast_object_list(bank, device=device)
     attributes, vectors = bank[0]  # all that is left of the language from here on
 
     torch.manual_seed(config.seed)  # of the projections and backbones that start at random
     if config.backbone:
-        tower = backbone_tower(config.backbone, vectors["patch"].shape[1])
+        tower = backbone_tower(config.backbone, next(iter(vectors.values())).shape[1])
     else:
         tower = image_tower(state, config.image_size)
     model = HLSS(tower, vectors, config.objective, config.init)
@@ -406,7 +412,8 @@ def build_model(config, device):
 def set_pixels(model, config, cohort):
     """Sets the model's normalisation. Returns at how many pixels patches are read and viewed."""
     image_size = config.image_size or model.tower.image_size
-    read_size = config.read_size or min(patch_size(cohort), 2 * image_size)
+    patch_size = min(decode(cohort.path(0)).shape[1:])  # the short side of the first
+    read_size = config.read_size or min(patch_size, 2 * image_size)
     kind = config.normalise or ("data" if config.backbone else "clip")
     if kind == "data":  # CLIP's mean and standard deviation are there already
         train_cohort = cohort.restrict("train")
@@ -522,20 +529,15 @@ def describe_run(asked, config, world, device):
     write_whole(os.path.join(config.out, "config.json"), lambda file: file.write(content))
 
 
-def git(folder, *arguments):
-    """What git says there; "" if there is no git, or it knows nothing of the folder."""
+def commit_of(folder):
+    """The commit of the repository in this very folder; "" without one, or without git."""
+    git = "git describe --always --dirty --abbrev=40 --exclude=*".split()
+    not_above = os.environ | {"GIT_CEILING_DIRECTORIES": os.path.dirname(os.path.abspath(folder))}
     try:
-        said = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+        said = subprocess.run(git, cwd=folder, env=not_above, capture_output=True, text=True)
     except OSError:
         return ""
     return said.stdout.strip()
-
-
-def commit_of(folder):
-    """The commit of the repository in this very folder; "" for that of one around it."""
-    if git(folder, "rev-parse", "--show-toplevel") != os.path.realpath(folder):
-        return ""
-    return git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 
 
 def check_finite(numbers, step, ids, cohort, config):
@@ -543,7 +545,7 @@ def check_finite(numbers, step, ids, cohort, config):
     bad = [f"{name} is {value}" for name, value in numbers.items() if not math.isfinite(value)]
     if not bad:
         return
-    rows = gather(ids[:: config.views, 0]).tolist()  # a patch's id is its row in this cohort
+    rows = gather(ids[:: config.counts[-1], 0]).tolist()  # a patch's id is its row in this cohort
     remedy = "If the images are sound, start anew with a lower --lr"
     if step == 1:
         remedy = "No step was taken: look at the CLIP, the bank and the images, not at --lr"
@@ -564,7 +566,7 @@ def introduce(asked, config, first, rank, world, device, cohort):
     if rank > 0:
         return
     describe_run(asked, config, world, device)
-    n = config.patients * config.slides * config.patches * config.views
+    n = config.patients * math.prod(config.counts)
     print(
         f"{config.objective} from step {first} on {world} x {device}: {cohort.restrict('train')} "
         f"to train on, of {cohort}\n"
@@ -638,7 +640,7 @@ def train(config, rank=0, world=1, device=CPU):
     # The cohort, the model, the optimizer, and the step to go on from.
     asked = dataclasses.replace(config)  # before the paths of the demo are filled in
     _lock = prepare(config, rank)  # until this function ends
-    cohort = read_cohort(config.data, config.val_fraction)
+    cohort = read_cohort(config.data, config.level_names, config.val_fraction)
     train_cohort = training_cohort(cohort, config, world)
     model, attributes = build_model(config, device)
     sizes = set_pixels(model, config, cohort)  # {"read_size": pixels, "image_size": pixels}
@@ -654,7 +656,7 @@ def train(config, rank=0, world=1, device=CPU):
     if probe_due(first, config) and not log.has_probe(first) and not probe_now(first, *probing):
         return False
 
-    weights = loss_weights(config)
+    weights = config.lambdas
     durations = deque(maxlen=config.log_every)  # seconds of each step
     began = time.perf_counter()
     # Batch. The same patients, patches and views on any number of processes; each gets its share.
@@ -662,7 +664,7 @@ def train(config, rank=0, world=1, device=CPU):
         train_cohort, config, first, **sizes, device=device, rank=rank, world=world
     )
     bar = tqdm(batches, "train", total=config.steps, initial=first, unit="step", disable=rank > 0)
-    for step, (images, ids) in enumerate(bar, first + 1):  # [n, 3, S, S] in [0, 1]; [n, 3]
+    for step, (images, ids) in enumerate(bar, first + 1):  # [n, 3, S, S] in [0, 1]; [n, L]
         # Dropout, where a tower has it: the masks are those of the step, resumed or not.
         torch.manual_seed(seed_of(config.seed, step, rank))
 

@@ -54,7 +54,7 @@ def truth_table(metrics, data):
     factors = read_factors(metrics["data"], data["path"][rows])
     found = []
     for level in metrics["levels"]:
-        groups = rows if level == "patch" else data[level][rows]
+        groups = rows if level == metrics["levels"][0] else data[level][rows]
         encoders = {f"step {metrics['step']}": data[f"scores_{level}"][rows]}
         if f"against_scores_{level}" in data:
             encoders[metrics["against"]] = data[f"against_scores_{level}"][rows]

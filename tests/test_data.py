@@ -52,7 +52,7 @@ def test_a_manifest_becomes_a_cohort(tmp_path):
         )
     )
     assert cohort.patients == ["amy", "bob"]
-    assert cohort.slides == ["a-1", "b-1", "b-2"]
+    assert cohort.groups[0] == ["a-1", "b-1", "b-2"]
     assert cohort.classes == ["normal", "tumour"]
     assert [os.path.relpath(cohort.path(i), tmp_path) for i in range(4)] == [
         "a/1.png",
@@ -60,7 +60,7 @@ def test_a_manifest_becomes_a_cohort(tmp_path):
         "b/1.png",
         "b/2.png",
     ]
-    assert cohort.slide.tolist() == [0, 1, 2, 2]
+    assert cohort.parents[0].tolist() == [0, 1, 2, 2]
     assert cohort.patient.tolist() == [0, 1, 1, 1]
     assert cohort.label.tolist() == [0, -1, 1, 1]
     assert cohort.ids(np.array([3, 0])).tolist() == [[3, 2, 1], [0, 0, 0]]
@@ -78,7 +78,7 @@ def test_a_manifest_becomes_a_cohort(tmp_path):
         (["/etc/x.png,amy,s1,a"], "line 2.*leaves"),
         (["img/x.png,amy,s1,a", "./img/x.png,amy,s1,a"], "line 3.*must be written 'img/x.png'"),
         (["img//x.png,amy,s1,a"], "line 2.*must be written 'img/x.png'"),
-        (["x.png,,s1,a"], "line 2.*must not be empty"),
+        (["x.png,,s1,a"], "line 2.*only label and split may be empty"),
         (["x.png,amy,s1"], "line 2: 3 fields"),
         ([], "no patches"),
     ],
@@ -178,7 +178,7 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(tmp_path):
 
 def test_a_batch_has_the_hierarchy(tmp_path):
     cohort = many(tmp_path, 12)
-    rows = data.hierarchical_batch(cohort, 0, 0, patients=4, slides=2, patches=3)
+    rows = data.hierarchical_batch(cohort, 0, 0, patients=4, counts=(2, 3))
     assert rows.shape == (4, 2, 3)
     ids = cohort.ids(rows.reshape(-1)).reshape(4, 2, 3, 3)
     assert len(np.unique(ids[..., 0])) == 24
@@ -191,10 +191,10 @@ def test_a_batch_has_the_hierarchy(tmp_path):
 
 def test_too_few_slides_and_patches_are_repeated(tmp_path):
     one_slide = many(tmp_path / "a", 2, slides=1, patches=4)
-    for rows in data.hierarchical_batch(one_slide, 0, 0, patients=2, slides=2, patches=2):
+    for rows in data.hierarchical_batch(one_slide, 0, 0, patients=2, counts=(2, 2)):
         assert len(np.unique(rows)) == 4  # the slide twice, with different patches
     one_patch = many(tmp_path / "b", 2, slides=2, patches=1)
-    for patient in data.hierarchical_batch(one_patch, 0, 0, patients=2, slides=2, patches=2):
+    for patient in data.hierarchical_batch(one_patch, 0, 0, patients=2, counts=(2, 2)):
         assert all(len(np.unique(slide)) == 1 for slide in patient)
 
 
@@ -239,7 +239,7 @@ def test_a_batch_costs_the_same_in_a_large_cohort(tmp_path):
     cohort = many(tmp_path, 3000, slides=2, patches=2)
     rows = data.hierarchical_batch(cohort, 10**6, 0, 64)
     assert rows.shape == (64, 2, 2)
-    assert cohort.names.itemsize * len(cohort) + cohort.slide.nbytes < 300 * len(
+    assert cohort.names.itemsize * len(cohort) + cohort.parents[0].nbytes < 300 * len(
         cohort
     )  # arrays, not objects
 

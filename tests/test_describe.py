@@ -151,7 +151,7 @@ FORMS = {  # what is wrong with it <- a file of another form
     "is not JSON": b"{",
     "is not JSON: 'utf-8'": b"\xff\xfe{}",
     '"levels"': b"[]",
-    '"levels" must hold patch, slide, patient': b'{"levels": {"patch": {}}}',
+    '"levels" must hold {level: ': b'{"levels": {}}',
     "patch must be": json.dumps({"levels": {level: {} for level in LEVELS}}).encode(),
     "patch / a": json.dumps({"levels": {level: {"a": "b"} for level in LEVELS}}).encode(),
 }

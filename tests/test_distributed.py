@@ -51,7 +51,7 @@ def _gradients(rank, world, flags, images, ids, mode):
                 model(images)  # batch norm then keeps the averages of the global batch
             model.eval()
         else:
-            model.tower.double()  # in float32, an untrained tower in training mode amplifies rounding
+            model.tower.double()  # in float32, an untrained tower amplifies rounding
             images = images.double()
         wrapped = train.wrap(model, config, world, torch.device("cpu"))
         z, projections = wrapped(images[mine])

@@ -110,7 +110,7 @@ def cohort_of(labels, patients):
         ("", f"{i}.png", p, p, c, "val" if p in last else "train")
         for i, (c, p) in enumerate(zip(labels, patients))
     ]
-    return build_cohort("cohort", iter(entries), 0.2)
+    return build_cohort("cohort", iter(entries))
 
 
 def test_metrics_are_scikit_learns(cohort_folder):
@@ -121,7 +121,7 @@ def test_metrics_are_scikit_learns(cohort_folder):
     scores /= scores.sum(axis=1, keepdims=True)
     results = evaluate.assess({"linear": scores}, cohort, splits)["linear"]
     y = cohort.label[rows]
-    slide = cohort.slide[rows]
+    slide = cohort.parents[0][rows]
     slide_scores = np.stack([scores[slide == s].mean(axis=0) for s in np.unique(slide)])
     slide_y = np.array([y[slide == s][0] for s in np.unique(slide)])
     for level, s, labels in (("patch", scores, y), ("slide", slide_scores, slide_y)):
@@ -290,7 +290,7 @@ def test_a_patient_on_both_sides_is_refused(monkeypatch):
     cohort = cohort_of(list("ABAB"), list("wxyz"))
     # By patch, which no cohort of ours can have.
     monkeypatch.setattr(type(cohort), "split", np.array([0, 1, 0, 1]))
-    monkeypatch.setattr(type(cohort), "patient", np.array([0, 0, 1, 1]))
+    monkeypatch.setattr(cohort, "patient", np.array([0, 0, 1, 1]))
     with pytest.raises(AssertionError, match="both sides"):
         evaluate.probe_splits(cohort)
 

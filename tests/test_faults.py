@@ -156,7 +156,7 @@ def assert_same(a, b):
         )
 
 
-LIGHT = ["--slides", "1", "--patches", "1", "--save-every", "1", "--probe-every", "0"]
+LIGHT = ["--draw", "1,1,2", "--save-every", "1", "--probe-every", "0"]
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -72,7 +72,8 @@ def test_a_projection_is_the_equation():
 
 
 def test_objectives_differ_in_their_projections():
-    for objective, levels in OBJECTIVES.items():
+    for objective in OBJECTIVES:
+        levels = LEVELS[:1] if objective == "simclr" else LEVELS
         _, projections = model(objective)(IMAGES)
         assert tuple(projections) == levels
     _, shared = model("hidisc")(IMAGES)

@@ -66,7 +66,7 @@ def test_opensrh_as_released(tmp_path, monkeypatch):
     cohort = data.read_cohort(str(tmp_path))
     assert str(cohort) == "6 patients, 12 slides, 36 patches"
     assert cohort.classes == ["hgg", "normal"]
-    assert cohort.slides[:3] == [
+    assert cohort.groups[0][:3] == [
         "NIO_000/1",
         "NIO_000/2",
         "NIO_001/1",
@@ -138,7 +138,7 @@ def test_a_folder_tree_becomes_a_manifest(tmp_path, monkeypatch, capsys):
     assert "patches a slide: 3 to 3, median 3" in printed
     assert "glioma 6, normal 6" in printed
     cohort = data.read_cohort(root)
-    assert cohort.slides == ["s0-amy", "s1-amy", "s0-bob", "s1-bob"]
+    assert cohort.groups[0] == ["s0-amy", "s1-amy", "s0-bob", "s1-bob"]
     assert cohort.path(0) == os.path.join(root, "glioma/amy/s0-amy/0.png")
     with pytest.raises(SystemExit, match="--overwrite"):
         command(monkeypatch, "index", root, "--pattern", "{label}/{patient}/{slide}/*.png")
@@ -155,7 +155,7 @@ def test_names_of_tcga(tmp_path):
     )
     cohort = tool.index(root, r"(?P<slide>(?P<patient>TCGA-\w{2}-\w{4})-.*)_\d+_\d+\.jpg")
     assert cohort.patients == ["TCGA-02-0001", "TCGA-06-0125"]
-    assert cohort.slides == [
+    assert cohort.groups[0] == [
         "TCGA-02-0001-01Z-00-DX1",
         "TCGA-02-0001-01Z-00-DX2",
         "TCGA-06-0125-01A-01-TS1",
@@ -166,7 +166,7 @@ def test_names_of_tcga(tmp_path):
 def test_a_name_may_stand_twice(tmp_path):
     root = tiles(tmp_path, ["amy/amy_1/0.png", "amy/amy_2/0.png", "bob/bob_1/x/0.png"])
     cohort = tool.index(root, "{patient}/{patient}_{slide}/**.png", nested=True)
-    assert cohort.slides == ["amy/1", "amy/2", "bob/1"]
+    assert cohort.groups[0] == ["amy/1", "amy/2", "bob/1"]
     with pytest.raises(ValueError, match="not 1 others"):
         tool.index(root, "{patient}/{patient}_{slide}/*.png")
 
@@ -178,7 +178,9 @@ def test_ambiguity_is_refused_with_examples(tmp_path):
     with pytest.raises(ValueError, match="'1' is of patient 'amy' above and of 'bob' here"):
         tool.index(root, "{label}/{patient}/{slide}/*.png", partial=True)
     assert (
-        len(tool.index(root, "{label}/{patient}/{slide}/*.png", partial=True, nested=True).slides)
+        len(
+            tool.index(root, "{label}/{patient}/{slide}/*.png", partial=True, nested=True).groups[0]
+        )
         == 3
     )
     with pytest.raises(

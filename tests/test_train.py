@@ -49,8 +49,10 @@ def test_every_flag_is_explained(capsys):
 
 def test_one_view_is_refused(capsys):
     with pytest.raises(SystemExit):
-        train.parse_config(["--views", "1"])
-    assert "--views 1 is not between 2 and inf" in capsys.readouterr().err
+        train.parse_config(["--draw", "2,2,1"])
+    assert (
+        "--draw 2,2,1: 3 whole numbers of at least 1, the last, of views" in capsys.readouterr().err
+    )
 
 
 def test_the_learning_rate_climbs_and_falls():
@@ -137,10 +139,9 @@ def test_numbers_out_of_range_are_refused(capsys):
         "--workers 0",
         "--save-every 0",
         "--log-every 0",
-        "--slides 0",
         "--seed -1",
         "--temperature 0",
-        "--patch-weight -1",
+        "--ha-weight -1",
     ):
         with pytest.raises(SystemExit):
             train.parse_config(flag.split())
@@ -271,7 +272,11 @@ def test_config_json_says_how_to_run_it_again(flags):
 def test_the_commit_of_a_repository_around_it_is_not_ours(tmp_path):
     (tmp_path / "inside").mkdir()
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
-    assert train.git(tmp_path, "rev-parse", "--show-toplevel") == os.path.realpath(tmp_path)
+    (tmp_path / "x").write_text("x")
+    config = ["-c", "user.name=x", "-c", "user.email=x"]
+    for command in (["add", "x"], [*config, "commit", "-qm", "x"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True, capture_output=True)
+    assert len(train.commit_of(tmp_path)) >= 40
     assert train.commit_of(tmp_path / "inside") == ""
     assert train.commit_of(ROOT)
 

@@ -29,36 +29,31 @@ import data
 
 def write_manifest(path, cohort, rows, with_split):
     """Write the manifest of some rows of a cohort, whole or not at all."""
-    columns = list(data.COLUMNS)
-    if not cohort.classes:
-        columns.remove("label")
-    if not with_split:
-        columns.remove("split")
+    columns = ["path", *reversed(cohort.levels[1:])]
+    if cohort.classes:
+        columns.append("label")
+    if with_split:
+        columns.append("split")
     with open(f"{path}.part", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
-        patients = cohort.patient
+        splits = cohort.split
         for row in rows:
-            patient = patients[row]
+            line = dict(zip(columns[1:], cohort.group_names(row)))
             label = cohort.label[row]
-            writer.writerow(
-                {
-                    "path": cohort.name(row),
-                    "patient": cohort.patients[patient],
-                    "slide": cohort.slides[cohort.slide[row]],
-                    "label": cohort.classes[label] if label >= 0 else "",
-                    "split": data.SPLITS[cohort.patient_split[patient]],
-                }
-            )
+            line["path"] = cohort.name(row)
+            line["label"] = cohort.classes[label] if label >= 0 else ""
+            line["split"] = data.SPLITS[splits[row]]
+            writer.writerow(line)
     os.replace(f"{path}.part", path)
 
 
-def path_pattern(pattern):
+def path_pattern(pattern, levels=data.LEVELS):
     """'{label}/{patient}/{slide}/*.png' -> a regular expression with groups of these names.
 
     {name} matches within a folder or file name, and a second time only what it matched before; *
     matches there too, and ** across folders. A pattern that has groups (?P<name>...) is taken as
-    the regular expression that it is. Raises ValueError unless it names patient and slide.
+    the regular expression that it is. Raises ValueError unless it names all levels but the finest.
     """
     expression = pattern
     if "(?P<" not in pattern:
@@ -82,10 +77,11 @@ def path_pattern(pattern):
     except re.error as error:
         raise ValueError(f"--pattern {pattern!r} is no regular expression: {error}") from error
     names = set(compiled.groupindex)
-    if not {"patient", "slide"} <= names <= set(data.COLUMNS[1:]):
+    groups = levels[:0:-1]
+    if not set(groups) <= names <= {*groups, "label", "split"}:
         raise ValueError(
-            f"--pattern {pattern!r} must name patient and slide, and may name label and split; it "
-            f"names {', '.join(compiled.groupindex) or 'nothing'}"
+            f"--pattern {pattern!r} must name {' and '.join(groups)}, and may name label and "
+            f"split; it names {', '.join(compiled.groupindex) or 'nothing'}"
         )
     return compiled
 
@@ -105,15 +101,15 @@ def image_files(root):
     return paths
 
 
-def index(root, pattern, label_level="patch", nested=False, partial=False):
+def index(root, pattern, label_level="", nested=False, partial=False, levels=data.LEVELS):
     """The image files below a folder -> Cohort: patient, slide, label and split are in their paths.
 
-    label_level: what has one label, patch, slide or patient. nested: slides of several patients
-    share names (1, 2, ...) and are different slides. partial: leaves out the files that the pattern
-    does not match. Raises ValueError, with examples, for such files, for nothing at all, for a
-    slide under two patients, and for two labels within one slide or patient.
+    label_level: what has one label, as "patient"; by default the patch. nested: slides of several
+    patients share names (1, 2, ...) and are different slides. partial: leaves out the files that
+    the pattern does not match. Raises ValueError, with examples, for such files, for nothing at
+    all, for a slide under two patients, and for two labels within one slide or patient.
     """
-    expression = path_pattern(pattern)
+    expression = path_pattern(pattern, levels)
     paths = image_files(root)
     if not paths:
         raise ValueError(f"{root}: no image file is below it")
@@ -125,11 +121,10 @@ def index(root, pattern, label_level="patch", nested=False, partial=False):
             others.append(path)
             continue
         found = match.groupdict("")
-        slide = found["slide"]
+        groups = [found[level] for level in reversed(levels[1:])]  # coarse to fine
         if nested:
-            slide = f"{found['patient']}/{slide}"
-        label = found.get("label", "")
-        entries.append((path, path, found["patient"], slide, label, found.get("split", "")))
+            groups = ["/".join(groups[: i + 1]) for i in range(len(groups))]
+        entries.append((path, path, *groups, found.get("label", ""), found.get("split", "")))
     if not entries or (others and not partial):
         examples = "".join(f"\n    {path}" for path in others[:3])
         remedy = ", or leave those out with --partial" if entries else ""
@@ -137,16 +132,17 @@ def index(root, pattern, label_level="patch", nested=False, partial=False):
             f"{root}: {pattern!r} matches {len(entries)} image files and not {len(others)} others"
             f"{examples}\nMend the pattern{remedy}"
         )
-    cohort = data.build_cohort(root, entries)
+    cohort = data.build_cohort(root, entries, levels)
     check_labels(cohort, label_level)
     return cohort
 
 
 def check_labels(cohort, level):
     """Raises ValueError, with examples, where one patient or one slide has two labels."""
-    if level == "patch":
+    if level not in cohort.levels[1:]:
         return
-    groups = {"patient": cohort.patient, "slide": cohort.slide}[level]  # never decreasing
+    column = cohort.levels.index(level)
+    groups = cohort.ids(np.arange(len(cohort)))[:, column]  # never decreasing
     mixed = (np.diff(groups) == 0) & (np.diff(cohort.label) != 0)
     rows = np.flatnonzero(mixed)[:3]
     if len(rows):
@@ -189,13 +185,13 @@ def opensrh(root):
 
 def summary(cohort):
     """What a person wants to see of a cohort before training on it, as lines."""
-    patches = np.diff(cohort.slide_rows)
-    slides = np.diff(cohort.patient_slides)
     lines = [str(cohort)]
-    for name, counts in (("slides a patient", slides), ("patches a slide", patches)):
+    pairs = zip(cohort.levels, cohort.levels[1:], cohort.starts)
+    for level, group, starts in reversed(list(pairs)):
+        counts = np.diff(starts)
         counts = counts[counts > 0]
-        median = np.median(counts)
-        lines.append(f"{name}: {counts.min()} to {counts.max()}, median {median:.0f}")
+        spread = f"{counts.min()} to {counts.max()}, median {np.median(counts):.0f}"
+        lines.append(f"{data.plural(level)} a {group}: {spread}")
     counts = Counter(cohort.label.tolist())
     by_class = [f"{name} {counts[c]}" for c, name in enumerate(cohort.classes)]
     if counts[-1]:
@@ -246,7 +242,8 @@ def check(cohort, workers=2):
 def contact_sheet(cohort, augmentation, views=4, seed=0, size=160):
     """A Pillow image: two slides of a patient, two patches of each, and views beside each patch."""
     # Pixels: a column for the patch as it is, one for each view.
-    rows = data.hierarchical_batch(cohort, 0, seed, patients=1).reshape(-1)
+    counts = [2] * (len(cohort.levels) - 1)
+    rows = data.hierarchical_batch(cohort, 0, seed, 1, counts).reshape(-1)
     _, patches = next(data.load_batches(cohort, [rows], 2 * size))
     parameters = data.view_parameters(len(rows) * views, seed, 0, data.AUGMENTATIONS[augmentation])
     drawn = data.make_views(patches, parameters, size).unflatten(0, (len(rows), views))
@@ -260,13 +257,11 @@ def contact_sheet(cohort, augmentation, views=4, seed=0, size=160):
     image = Image.fromarray(sheet.mul(255).round().byte().numpy())
     draw = ImageDraw.Draw(image)
     for i, row in enumerate(rows):
-        words = [
-            f"patient {cohort.patients[cohort.patient[row]]}",
-            f"slide {cohort.slides[cohort.slide[row]]}",
-            cohort.name(row),
-        ]
+        pairs = zip(reversed(cohort.levels), cohort.group_names(row))
+        words = [f"{level} {name}" for level, name in pairs]
         if cohort.label[row] >= 0:
-            words.insert(2, cohort.classes[cohort.label[row]])
+            words.append(cohort.classes[cohort.label[row]])
+        words.append(cohort.name(row))
         draw.text((4, i * (size + 20) + 4), ", ".join(words), fill="black")
     return image
 
@@ -283,15 +278,17 @@ def run_index(args):
         cohort = opensrh(args.root)
         with_split = True
     else:
-        cohort = index(args.root, args.pattern, args.label_level, args.nested, args.partial)
-        with_split = "split" in path_pattern(args.pattern).groupindex
+        levels = args.levels.split(",")
+        options = (args.label_level, args.nested, args.partial, levels)
+        cohort = index(args.root, args.pattern, *options)
+        with_split = "split" in path_pattern(args.pattern, levels).groupindex
     write_manifest(path, cohort, range(len(cohort)), with_split)
     print("\n".join([*summary(cohort), f"{path} is written"]))
 
 
 def run_check(args):
     """`check`: list what cannot be used, write a manifest without it; exit code 1 if some is."""
-    cohort = data.read_cohort(args.root)
+    cohort = data.read_cohort(args.root, args.levels.split(","))
     path = os.path.join(cohort.root, args.clean)
     if args.clean and (not path.endswith(".csv") or os.path.exists(path)):
         raise SystemExit(f"--clean {args.clean}: name a file NAME.csv that is not there yet")
@@ -312,7 +309,7 @@ def run_check(args):
 
 def run_show(args):
     """`show`: draw views."""
-    cohort = data.read_cohort(args.root)
+    cohort = data.read_cohort(args.root, args.levels.split(","))
     contact_sheet(cohort, args.augmentation, seed=args.seed).save(args.out)
     print(f"{args.out}: each row is a patch, as it is and in four views")
 
@@ -327,6 +324,7 @@ def main():
         sub = commands.add_parser(name, help=text)
         sub.set_defaults(run=run)
         sub.add_argument("root", help=root)
+        sub.add_argument("--levels", default=",".join(data.LEVELS), help="as in train.py")
         return sub.add_argument
 
     overwrite = "replace a manifest.csv that is there"
@@ -335,10 +333,11 @@ def main():
     pattern = "how paths are made: '{label}/{patient}/{slide}/*.png', or a regular expression with "
     pattern += "groups patient and slide, and optionally label and split"
     flag("--pattern", required=True, help=pattern)
-    levels = ("patch", "slide", "patient")
-    label = "what a label belongs to; two in one are refused"
-    flag("--label-level", choices=levels, default="patch", help=label)
-    flag("--nested", action="store_true", help="slides of different patients share names, as 1, 2")
+    label = "what a label belongs to, as patient: two labels in one are refused"
+    flag("--label-level", default="", metavar="LEVEL", help=label)
+    flag(
+        "--nested", action="store_true", help="different patients have slides of one name, as 1, 2"
+    )
     flag("--partial", action="store_true", help="leave out images that the pattern does not match")
     flag("--overwrite", action="store_true", help=overwrite)
     flag = command("opensrh", run_index, "write a manifest from OpenSRH as released", folder)

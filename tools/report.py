@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import decode, plain_view
+from data import decode, plain_view, plural
 
 PANELS = {"hvc": "Contrast", "ha": "Alignment", "lr": "Learning rate"}  # as in log.jsonl
 PANELS |= {"knn200": "Accuracy of knn200", "knn20": "Accuracy of knn20"}
@@ -152,8 +152,9 @@ def maps(metrics, data, levels, most=300):
     axes = np.linalg.eigh(np.cov(z.T, bias=True))[1][:, :-3:-1]
     drawings = ""
     for level in levels:
-        groups = rows if level == "patch" else data[level][rows]
-        names = data["path"] if level == "patch" else data[f"{level}s"]
+        finest = level == levels[0]
+        groups = rows if finest else data[level][rows]
+        names = data["path"] if finest else data[plural(level)]
         places = np.unique(groups)
         shown = places[np.linspace(0, len(places) - 1, min(most, len(places))).astype(int)]
         members = [np.flatnonzero(groups == place) for place in shown]
@@ -167,7 +168,7 @@ def maps(metrics, data, levels, most=300):
             svg += f'<g class="dot"><use href="#mark{mark}" x="{x:.0f}" y="{y:.0f}"/>'
             svg += f'<g><image y="204" width="48" href="{image}"/>'
             svg += f'<text x="56" y="232">{escape(names[place])}</text></g></g>'
-        drawings += figure("Patches" if level == "patch" else f"{level.capitalize()}s", 256, svg)
+        drawings += figure(plural(level).capitalize(), 256, svg)
     return drawings
 
 

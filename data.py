@@ -120,10 +120,9 @@ class Cohort:
 
 
 def hash_split(patients, val_fraction=0.2):
-    """Splits by the hash of a patient's name: the same on every machine, whoever else is added.
+    """[P] int8, indices into SPLITS, by the hash of P patients' names: the same on every machine.
 
-    patients: P names. Returns [P] int8, indices into SPLITS. If chance leaves no patient in val (in
-    train), as it can with a handful, the one with the lowest (highest) hash goes there.
+    If chance leaves nobody in val (in train), the one with the lowest (highest) hash goes there.
     """
     digests = [hashlib.sha256(name.encode()).hexdigest() for name in patients]
     value = np.array([int(digest[:12], 16) / 2**48 for digest in digests])  # in [0, 1)
@@ -234,10 +233,9 @@ def build_cohort(root, entries, levels=LEVELS, val_fraction=0.2):
 
 
 def sort_groups(root, chains, levels):
-    """Numbers of all groups, sorted by the names of what they are in, coarse to fine.
+    """parents and groups as of Cohort, sorted by name, but parents[0] is the slide of each chain.
 
-    chains: [patient, slide] of each slide. Returns parents and groups as of Cohort, but parents[0]
-    is the number of each chain's slide. Raises ValueError for a name that stands in two groups.
+    chains: [patient, slide] of each slide. Raises ValueError for a name that stands in two groups.
     """
     parents, groups = [], []
     first = slice(None)  # one chain for each group of the level below
@@ -331,10 +329,7 @@ def draw(rng, low, high, count):
 
 
 def draw_below(cohort, rng, level, group, times, counts):
-    """Patches below a group of a level (1: slide), drawn several times: rows [times, *counts].
-
-    counts: how many members of it, how many members of each of these, and so on.
-    """
+    """Patches below a group of a level (1: slide), drawn several times: [times, *counts]."""
     low, high = cohort.starts[level - 1][group : group + 2]
     drawn = draw(rng, low, high, times * counts[0]).reshape(times, counts[0])
     if level == 1:

@@ -100,9 +100,9 @@ def supcon(features, ids, temperature=0.07):
         positives = positive.sum(dim=1)  # [n]
         if (positives == 0).any():
             row = int((positives == 0).nonzero()[0])
+            remedy = "nothing attracts it: draw at least 2 views a patch"
             raise ValueError(
-                f"row {row} (id {int(ids[row])}) has no other row with its id, so nothing attracts "
-                "it: draw at least 2 views a patch"
+                f"row {row} (id {int(ids[row])}) has no other row with its id: {remedy}"
             )
         logits = features @ all_features.T / temperature
         logits = logits.masked_fill(itself, float("-inf"))

@@ -349,7 +349,7 @@ def image_tower(state, image_size=None):
     is_vit = "class_embedding" in tensors and len(tensors["class_embedding"]) <= 1024
     if not is_resnet and not is_vit:
         raise ValueError(
-            "the image tower is neither CLIP's ResNet nor its ViT (B or L: heads of 64 channels)"
+            "the image tower is neither CLIP's ResNet nor its ViT (heads of 64 channels)"
         )
     positions = "attnpool.positional_embedding" if is_resnet else "positional_embedding"
     stride = 32 if is_resnet else tensors["conv1.weight"].shape[-1]  # pixels from one to the next
@@ -407,9 +407,7 @@ def backbone_tower(name, dim):
     [N, 3, S, S] -> [N, D]. Raises ValueError if torchvision has no such classifier.
     """
     if name not in torchvision.models.list_models(module=torchvision.models):
-        raise ValueError(
-            f"--backbone {name}: no classifier of torchvision, as resnet18 or convnext_tiny are"
-        )
+        raise ValueError(f"--backbone {name}: no classifier of torchvision, as resnet18 is one")
     tower = torchvision.models.get_model(name, weights=None)
     linears = [path for path, module in tower.named_modules() if isinstance(module, nn.Linear)]
     if not linears:
@@ -599,9 +597,7 @@ def load_run(path):
         raise FileNotFoundError(f"{path} is neither a run folder nor a checkpoint file")
     checkpoint = newest_checkpoint(path) if os.path.isdir(path) else read_whole(path)
     if "config" not in checkpoint:
-        raise ValueError(
-            f"{path} holds no checkpoint of train.py (step-*.pt): train first, or name another"
-        )
+        raise ValueError(f"{path} holds no checkpoint of train.py (step-*.pt): train first")
     config = checkpoint["config"]
     names = ("objective", "activation", "backbone")
     options = {name: config[name] for name in names if name in config}

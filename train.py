@@ -239,15 +239,11 @@ def check_levels(config):
     """Raises ValueError unless --levels, --draw and --level-weights fit each other."""
     levels = config.level_names
     if len(set(levels)) < 2 or not all(level.isidentifier() for level in levels):
-        raise ValueError(
-            f"--levels {config.levels}: at least two different names, fine to coarse, with commas "
-            "between; with one, nothing would tell patients apart"
-        )
+        remedy = "name at least two; with one, nothing would tell patients apart"
+        raise ValueError(f"--levels {config.levels}: {remedy}")
     if len(config.counts) != len(levels) or min(config.counts) < 1 or config.counts[-1] < 2:
-        raise ValueError(
-            f"--draw {config.draw}: {len(levels)} whole numbers of at least 1, the last, of views, "
-            "at least 2, or nothing attracts at the finest level"
-        )
+        remedy = f"{len(levels)} whole numbers of at least 1, the last, of views, at least 2"
+        raise ValueError(f"--draw {config.draw}: {remedy}, or nothing attracts")
     if min(config.lambdas.values()) < 0:
         raise ValueError(f"--level-weights {config.level_weights}: none may be below 0")
 
@@ -365,9 +361,7 @@ def find_bank(path):
     for place in places:
         if os.path.exists(place):
             return place
-    raise FileNotFoundError(
-        f"--bank {path} is neither here nor beside train.py: name a bank file or a bank.pt"
-    )
+    raise FileNotFoundError(f"--bank {path} is neither here nor beside train.py: name a bank file")
 
 
 def training_cohort(cohort, config, world):
@@ -446,10 +440,7 @@ def resume(config, model, optimizer, attributes, cohort):
     step = checkpoint["step"]
     device = next(model.parameters()).device
     if average({"step": step}, device)["step"] != step:
-        raise ValueError(
-            f"{config.out} ends at step {step} here, but not for other ranks: put it on a shared "
-            "disk"
-        )
+        raise ValueError(f"{config.out} ends at step {step} here alone: put it on a shared disk")
     if step == 0:
         return 0
 
@@ -471,21 +462,17 @@ def check_same_run(config, model, attributes, cohort, checkpoint):
         if then[name]:
             changed.append(f"no flag {name} any more (there: {then[name]})")
     if changed:
-        raise ValueError(
-            f"{config.out} holds a run with other settings: {', '.join(changed)}. Give the same "
-            "flags to go on with it, or another --out to start anew"
-        )
+        remedy = "Give the same flags to go on with it, or another --out to start anew"
+        raise ValueError(f"{config.out} holds another run: {', '.join(changed)}. {remedy}")
 
     # The same cohort, wherever its folder is now.
     now = cohort.digests()
     before = checkpoint.get("cohort", now)
     changed = [what for what in now if now[what] != before[what]]
     if changed:
-        raise ValueError(
-            f"{config.data} is not the cohort that {config.out} was trained on: other "
-            f"{', '.join(changed)} (added, removed, renamed or in another order). Restore its "
-            "manifest, or give another --out to start anew"
-        )
+        what = f"other {', '.join(changed)} (added, removed, renamed or in another order)"
+        remedy = "restore its manifest, or give another --out to start anew"
+        raise ValueError(f"{config.data} is not the cohort of {config.out}: {what}: {remedy}")
 
     # The same bank, up to rounding.
     same = attributes == checkpoint["attributes"]
@@ -493,10 +480,8 @@ def check_same_run(config, model, attributes, cohort, checkpoint):
         before = checkpoint["model"][f"bank_{level}"]
         same = same and t.shape == before.shape and torch.allclose(t.cpu(), before, atol=0.01)
     if not same:
-        raise ValueError(
-            f"{config.bank} is not the bank that {config.out} was trained with: restore it, or "
-            "give another --out to start anew"
-        )
+        remedy = "restore it, or give another --out to start anew"
+        raise ValueError(f"{config.bank} is not the bank of {config.out}: {remedy}")
 
 
 # --------------------------------------------------------------------------------- what a run keeps

@@ -124,9 +124,7 @@ def test_another_bank_is_refused(flags, tmp_path):
     train.train(train.parse_config([*flags, "--steps", "1"]))
     with open(os.path.join(ROOT, "demo/attributes.json")) as file:
         (tmp_path / "other.json").write_text(file.read().replace('"sparse nuclei"', '"XXX"'))
-    with pytest.raises(
-        ValueError, match=r"other\.json is not the bank that .*run was trained with"
-    ):
+    with pytest.raises(ValueError, match=r"other\.json is not the bank of .*run: restore"):
         train.train(
             train.parse_config([*flags, "--steps", "1", "--bank", str(tmp_path / "other.json")])
         )

@@ -73,11 +73,6 @@ class Cohort:
         return os.path.join(self.root, self.name(row))
 
     @property
-    def patients(self):
-        """The names of the coarsest level."""
-        return self.groups[-1]
-
-    @property
     def split(self):
         """[n]: the split of each patch, an index into SPLITS."""
         return self.patient_split[self.patient]
@@ -299,7 +294,7 @@ def class_patients(cohort):
         labels = np.unique(cohort.label[first:last])
         if len(labels) > 1 or labels[0] < 0:
             found = " and ".join(cohort.classes[label] for label in labels if label >= 0)
-            name, remedy = cohort.patients[patient], "leave the flag out, or label by patient"
+            name, remedy = cohort.groups[-1][patient], "leave the flag out, or label by patient"
             raise ValueError(f"--balance-classes: {name!r} has {found or 'none'}: {remedy}")
         groups.setdefault(labels[0], []).append(patient)
     return [np.array(group) for _, group in sorted(groups.items())]

@@ -271,7 +271,10 @@ def processes(timeout):
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = CPU
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= gpus:
+            raise SystemExit(f"more processes than GPUs here: torchrun --nproc_per_node={gpus}")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if world == 1:
         yield rank, world, device

@@ -51,7 +51,7 @@ def test_a_manifest_becomes_a_cohort(tmp_path):
             ],
         )
     )
-    assert cohort.patients == ["amy", "bob"]
+    assert cohort.groups[-1] == ["amy", "bob"]
     assert cohort.groups[0] == ["a-1", "b-1", "b-2"]
     assert cohort.classes == ["normal", "tumour"]
     assert [os.path.relpath(cohort.path(i), tmp_path) for i in range(4)] == [

@@ -279,6 +279,15 @@ def test_two_nodes_meet_over_c10d(flags):
     assert found.items() >= log_of(out)[-1]["probe"]["knn20"]["patch"].items()
 
 
+def test_more_processes_than_gpus_are_told_what_to_type(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    message = "than GPUs here: torchrun --nproc_per_node=2"
+    with pytest.raises(SystemExit, match=message), train.processes(600):
+        pass
+
+
 def workers_of(agent):
     with open(f"/proc/{agent.pid}/task/{agent.pid}/children") as file:
         return [int(pid) for pid in file.read().split()]

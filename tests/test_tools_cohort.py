@@ -154,7 +154,7 @@ def test_names_of_tcga(tmp_path):
         ],
     )
     cohort = tool.index(root, r"(?P<slide>(?P<patient>TCGA-\w{2}-\w{4})-.*)_\d+_\d+\.jpg")
-    assert cohort.patients == ["TCGA-02-0001", "TCGA-06-0125"]
+    assert cohort.groups[-1] == ["TCGA-02-0001", "TCGA-06-0125"]
     assert cohort.groups[0] == [
         "TCGA-02-0001-01Z-00-DX1",
         "TCGA-02-0001-01Z-00-DX2",

@@ -301,7 +301,7 @@ def run_check(args):
     bad = set().union(*problems.values())
     if args.clean:
         good = [row for row in range(len(cohort)) if row not in bad]
-        by_hash = (cohort.patient_split == data.hash_split(cohort.patients)).all()
+        by_hash = (cohort.patient_split == data.hash_split(cohort.groups[-1])).all()
         write_manifest(path, cohort, good, with_split=not by_hash)  # a hash needs no column
         print(f"{path} holds the other {len(good)}")
     raise SystemExit(1 if bad else 0)

@@ -170,6 +170,11 @@ def read_manifest(manifest, levels=LEVELS):
             remedy = "the first line names the columns, separated by commas"
             line = f"line 1 is {','.join(header)!r}: {remedy}"
             raise ValueError(f"{manifest}: no column {', '.join(missing)}; {line}")
+        if levels[0] in header:
+            remedy = (
+                f"--levels goes from fine to coarse: put the image, as patch, before {levels[0]}"
+            )
+            raise ValueError(f"{manifest} has a column {levels[0]}: {remedy}")
         places = [header.index(column) if column in header else -1 for column in columns]
         for row in reader:
             if not row:  # an empty line
@@ -579,11 +584,12 @@ def stain_jitter(x, factor, shift):
     return density.neg().exp().view_as(x)
 
 
-def autocontrast(x):
-    """Each channel stretched to [0, 1]; a constant one stays. x: [n, C, H, W].
+# The next four are torchvision's autocontrast, solarize, adjust_sharpness(x, 2) and gaussian_blur,
+# 5 to 30 times as fast, with a threshold or sigma for each image.
 
-    As torchvision's, which takes six times as long.
-    """
+
+def autocontrast(x):
+    """Each channel stretched to [0, 1]; a constant one stays. x: [n, C, H, W]."""
     low = x.amin(dim=(2, 3), keepdim=True)
     high = x.amax(dim=(2, 3), keepdim=True)
     constant = high <= low
@@ -591,10 +597,7 @@ def autocontrast(x):
 
 
 def solarise(x, threshold):
-    """What is at the threshold or above it is inverted. x: [n, C, H, W] in [0, 1]. threshold: [n].
-
-    As torchvision's, which takes one threshold for all images and five times as long.
-    """
+    """Inverts what is at the threshold [n] or above it. x: [n, C, H, W] in [0, 1]."""
     above = x.clone().ge_(threshold[:, None, None, None])  # 0 or 1
     return above.mul_(torch.rsub(x, 1, alpha=2)).add_(x)  # x + above (1 - 2 x)
 
@@ -602,9 +605,7 @@ def solarise(x, threshold):
 def sharpen(x):
     """Adds what a 3 x 3 blur takes away; the outermost pixels stay. x: [n, C, H, W] in [0, 1].
 
-        x + (x - blurred),  blurred = (sum of the 3 x 3 neighbours + 4 x) / 13
-
-    As torchvision's adjust_sharpness(x, 2), which takes thirty times as long.
+    x + (x - blurred),  blurred = (sum of the 3 x 3 neighbours + 4 x) / 13
     """
     rows = x[..., :-2, :] + x[..., 1:-1, :]
     rows += x[..., 2:, :]
@@ -616,10 +617,7 @@ def sharpen(x):
 
 
 def blur(x, sigma):
-    """Gaussian blur, 5 x 5, reflected at the border. x: [n, C, H, W]. sigma: [n] pixels, above 0.
-
-    As torchvision's, which takes one sigma for all images and nine times as long.
-    """
+    """Gaussian blur, 5 x 5, reflected at the border. x: [n, C, H, W]. sigma: [n] pixels."""
     weight = torch.exp(-(torch.arange(3, device=x.device) ** 2) / (2 * sigma[:, None] ** 2))
     weight = weight / (2 * weight.sum(dim=1, keepdim=True) - 1)  # [n, 3]
     middle, next_to_it, outer = weight.T[:, :, None, None, None]

@@ -650,6 +650,8 @@ def main():
     flag("--clip", default="", help="where the run's CLIP is now, for --against start, --prompts")
     flag("--workers", type=int, default=2, help="decoding threads; raise it if the device waits")
     args = parser.parse_args()
+    if args.data and not args.out and os.path.isdir(args.run):
+        parser.error("--data needs --out: the run's folder keeps what was found on its own cohort")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("gloo")  # nothing but finished embeddings is exchanged
     rank = os.environ.get("LOCAL_RANK", 0)

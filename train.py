@@ -38,6 +38,7 @@ from data import (
     decode,
     find_manifest,
     load_views,
+    plural,
     read_cohort,
     seed_of,
 )
@@ -89,8 +90,7 @@ class Config:
     vocab: str = flag("", "CLIP's bpe_simple_vocab_16e6.txt.gz; empty: open_clip's, or a download")
     bank: str = flag(
         "demo/attributes.json",
-        "the attribute-text bank: a bank file, or the bank.pt that describe.py encode made of it. "
-        "The default is about demo tissue",
+        "the attribute-text bank: a bank file, or the bank.pt that describe.py encode made of it",
     )
     backbone: str = flag("", "a torchvision classifier, as resnet18, with new weights for a tower")
     objective: str = flag(
@@ -201,11 +201,11 @@ MAY_CHANGE = (  # on resuming: it makes no other run
 
 def parse_config(argv=None):
     """Flags -> Config: the defaults, over them the preset, over it what was typed."""
+    layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=layout, allow_abbrev=False
     )
-    preset_help = "defaults, which flags override. demo: 800 steps of 64 images; tcga, opensrh: "
-    preset_help += "60,000 steps, 64 patients, 224 pixels, their bank, augmentation and folder"
+    preset_help = "defaults, which flags override; tcga and opensrh are for 60,000 steps on GPUs"
     parser.add_argument("--preset", choices=PRESETS, default="demo", help=preset_help)
     for f in dataclasses.fields(Config):
         options = {"type": f.type}
@@ -242,8 +242,9 @@ def check_levels(config):
         remedy = "name at least two; with one, nothing would tell patients apart"
         raise ValueError(f"--levels {config.levels}: {remedy}")
     if len(config.counts) != len(levels) or min(config.counts) < 1 or config.counts[-1] < 2:
-        remedy = f"{len(levels)} whole numbers of at least 1, the last, of views, at least 2"
-        raise ValueError(f"--draw {config.draw}: {remedy}, or nothing attracts")
+        names = ", ".join([*map(plural, levels[-2::-1]), "views"])
+        remedy = f"give {len(levels)} numbers of at least 1: {names} (at least 2, to attract)"
+        raise ValueError(f"--draw {config.draw}: {remedy}")
     if min(config.lambdas.values()) < 0:
         raise ValueError(f"--level-weights {config.level_weights}: none may be below 0")
 
@@ -368,10 +369,7 @@ def find_bank(path):
 
 
 def training_cohort(cohort, config, world):
-    """The patches of the split train. Lowers --patients to the patients that there are.
-
-    Raises ValueError if the processes cannot share a batch evenly.
-    """
+    """The split train; lowers --patients to what it has. ValueError for shares that are uneven."""
     cohort = cohort.restrict("train")
     if config.patients > len(cohort.present):
         config.patients = len(cohort.present)
@@ -431,6 +429,7 @@ def wrap(model, config, world, device):
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     elif config.sync_bn:
         share_batch_norm(model)
+    warnings.filterwarnings("ignore", "`broadcast_buffers`")  # its new name is not in torch 2.6
     return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=not config.sync_bn)
 
 
@@ -455,6 +454,15 @@ def resume(config, model, optimizer, attributes, cohort):
 
 def check_same_run(config, model, attributes, cohort, checkpoint):
     """Raises ValueError when flags, cohort or bank are not those of the checkpoint."""
+    # The same cohort, wherever its folder is now.
+    now = cohort.digests()
+    before = checkpoint.get("cohort", now)
+    changed = [what for what in now if now[what] != before[what]]
+    if changed:
+        what = f"other {', '.join(changed)} (added, removed, renamed or in another order)"
+        remedy = "restore its manifest, or give another --out to start anew"
+        raise ValueError(f"{config.data} is not the cohort of {config.out}: {what}: {remedy}")
+
     # The same flags, as far as they make the run. A flag that the checkpoint does not know is new.
     then = checkpoint["config"]
     changed = []
@@ -467,15 +475,6 @@ def check_same_run(config, model, attributes, cohort, checkpoint):
     if changed:
         remedy = "Give the same flags to go on with it, or another --out to start anew"
         raise ValueError(f"{config.out} holds another run: {', '.join(changed)}. {remedy}")
-
-    # The same cohort, wherever its folder is now.
-    now = cohort.digests()
-    before = checkpoint.get("cohort", now)
-    changed = [what for what in now if now[what] != before[what]]
-    if changed:
-        what = f"other {', '.join(changed)} (added, removed, renamed or in another order)"
-        remedy = "restore its manifest, or give another --out to start anew"
-        raise ValueError(f"{config.data} is not the cohort of {config.out}: {what}: {remedy}")
 
     # The same bank, up to rounding.
     same = attributes == checkpoint["attributes"]
@@ -709,6 +708,8 @@ def main():
     config = parse_config()
     with processes(config.timeout) as (rank, world, device):
         finished = train(config, rank, world, device)
+        if not finished and rank == 0:
+            print(f"stopped and saved in {config.out}: the same command goes on from there")
     raise SystemExit(0 if finished else STOPPED)
 
 

@@ -471,12 +471,17 @@ def test_a_page_that_cannot_be_drawn_is_no_loss(run, tmp_path, monkeypatch, caps
     assert f"python -m tools.report {tmp_path} draws it later" in printed
 
 
+def test_another_cohort_does_not_overwrite_what_was_found_on_the_own(run, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit):
+        command(monkeypatch, run, "--data", tmp_path)
+
+
 def test_other_classes_are_refused_with_both_lists(run, cohort_folder, tmp_path, monkeypatch):
     with open(os.path.join(cohort_folder, "manifest.csv")) as file:
         (tmp_path / "manifest.csv").write_text(file.read().replace(",spindle,", ",round,"))
     both = r"'round'\], step 4 \['high_grade', 'low_grade', 'normal', 'spindle"
     with pytest.raises(ValueError, match=both):
-        command(monkeypatch, run, "--data", tmp_path)
+        command(monkeypatch, run, "--data", tmp_path, "--out", tmp_path)
 
 
 def small_cohort(folder, to, pattern, columns=5):

@@ -107,6 +107,8 @@ def test_what_does_not_fit_is_refused_by_name(flags, four, tmp_path):
     twice = manifest(tmp_path / "b", ["x.png,amy,s,r1", "y.png,bob,s,r2"], header)
     with pytest.raises(ValueError, match="2 different slides are called 's'"):
         data.read_cohort(twice, FOUR)
+    with pytest.raises(ValueError, match=r"has a column slide: .* put the image, as patch, before"):
+        data.read_cohort(four[3], ("slide", "patient"))
     with pytest.raises(ValueError, match="no column region"):
         train.train(train.parse_config([*flags, "--levels", ",".join(FOUR)]))
     with pytest.raises(ValueError, match=r"attributes\.json has .* not the level region: add it"):

@@ -51,7 +51,8 @@ def test_one_view_is_refused(capsys):
     with pytest.raises(SystemExit):
         train.parse_config(["--draw", "2,2,1"])
     assert (
-        "--draw 2,2,1: 3 whole numbers of at least 1, the last, of views" in capsys.readouterr().err
+        "give 3 numbers of at least 1: slides, patches, views (at least 2, to attract)"
+        in capsys.readouterr().err
     )
 
 

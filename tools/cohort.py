@@ -35,7 +35,7 @@ def write_manifest(path, cohort, rows, with_split):
     if with_split:
         columns.append("split")
     with open(f"{path}.part", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         splits = cohort.split
         for row in rows:

@@ -42,6 +42,7 @@ patches, patients, classes = 60_000, 60, 10
 patient = np.arange(patches) // (patches // patients)
 slide = np.arange(patches) // 200
 cohort = SimpleNamespace(
+    levels=("patch", "slide", "patient"),
     patient=patient,
     label=patient % classes,
     classes=[str(c) for c in range(classes)],

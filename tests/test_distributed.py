@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from data import load_views, read_cohort
+from demo.prepare import demo_clip, demo_tissue
 from losses import ha, hvc, supcon
 from model import checkpoints, share_batch_norm
 
@@ -146,7 +147,10 @@ DEMO_STEPS = ["--steps", str(STEPS), "--warmup", "1", "--lr", "2.5e-4"]  # the d
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """Flags of the demo as the README has it, prepared once."""
-    return ["--cache", str(tmp_path_factory.mktemp("cache")), "--no-amp"]
+    cache = str(tmp_path_factory.mktemp("cache"))
+    demo_tissue(cache)
+    demo_clip(cache)
+    return ["--cache", cache, "--no-amp"]
 
 
 @pytest.mark.slow
@@ -162,7 +166,7 @@ def test_1_2_and_4_processes_train_alike(demo, tmp_path):
                 torchrun(f"--nproc_per_node={world}", "--standalone", "train.py", *flags)
             )
             assert code == 0, errors
-            if world != worlds[-1]:  # back to step 16, then 8
+            if world != worlds[-1]:  # back to step 16
                 os.remove(checkpoints(str(out))[-1])
         losses[name] = [line["loss"] for line in log_of(str(out)) if "loss" in line]
     for name, values in losses.items():

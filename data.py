@@ -84,9 +84,9 @@ class Cohort:
             columns.append(parent[columns[-1]])
         return np.stack(columns, axis=1)
 
-    def group_names(self, rows):
+    def group_names(self, row):
         """The names of the groups that a row is in, coarse to fine."""
-        numbers = self.ids(np.array([rows]))[0, 1:]
+        numbers = self.ids(np.array([row]))[0, 1:]
         return [names[number] for names, number in zip(self.groups, numbers)][::-1]
 
     def select(self, rows):
@@ -190,9 +190,11 @@ def build_cohort(root, entries, levels=LEVELS, val_fraction=0.2):
     """Lines of a manifest -> Cohort. entries: as `read_manifest` yields them. Raises as it says."""
     names = {}  # path: None; a dict, for its keys keep their order and are found at once
     chains = {}  # slide: [patient, slide], the names of all that it is in; they keep their order
-    slide_numbers, label_numbers = {}, {}  # in order of appearance
+    slide_numbers = {}  # in order of appearance
+    label_numbers = {}
     patient_splits = {}
-    slide_of, label_of = [], []  # for each patch
+    slide_of = []  # for each patch, its slide's number
+    label_of = []
     for where, path, *chain, label, split in entries:
         check_entry(root, where, path, chain, split)
         name = path.encode()
@@ -200,8 +202,7 @@ def build_cohort(root, entries, levels=LEVELS, val_fraction=0.2):
         if name in names:
             raise ValueError(f"{where}: the path {path!r} stands here a second time")
         if chains.setdefault(slide, chain) != chain:
-            before, now = (" of ".join(map(repr, c[-2::-1])) for c in (chains[slide], chain))
-            both = f"of {levels[2]} {before} above and of {now} here"
+            both = f"in {chains[slide][:-1]} above and in {chain[:-1]} here"
             remedy = "name two of them differently (tools.cohort index --nested does)"
             raise ValueError(f"{where}: the {levels[1]} {slide!r} is {both}: {remedy}")
         patient = chain[0]
@@ -237,7 +238,8 @@ def sort_groups(root, chains, levels):
 
     chains: [patient, slide] of each slide. Raises ValueError for a name that stands in two groups.
     """
-    parents, groups = [], []
+    parents = []
+    groups = []
     first = slice(None)  # one chain for each group of the level below
     for depth in range(len(levels) - 1, 0, -1):
         keys = ["\0".join(chain[:depth]) for chain in chains]
@@ -299,7 +301,8 @@ def class_patients(cohort):
         labels = np.unique(cohort.label[first:last])
         if len(labels) > 1 or labels[0] < 0:
             found = " and ".join(cohort.classes[label] for label in labels if label >= 0)
-            name, remedy = cohort.groups[-1][patient], "leave the flag out, or label by patient"
+            name = cohort.groups[-1][patient]
+            remedy = "leave the flag out, or label by patient"
             raise ValueError(f"--balance-classes: {name!r} has {found or 'none'}: {remedy}")
         groups.setdefault(labels[0], []).append(patient)
     return [np.array(group) for _, group in sorted(groups.items())]

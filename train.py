@@ -272,7 +272,8 @@ def processes(timeout):
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = CPU
     if torch.cuda.is_available():
-        local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        gpus = torch.cuda.device_count()
         if local >= gpus:
             raise SystemExit(f"more processes than GPUs here: torchrun --nproc_per_node={gpus}")
         device = torch.device("cuda", local)
@@ -562,10 +563,7 @@ def introduce(asked, config, first, rank, world, device, cohort):
         f"{config.clip}, {config.bank}"
     )
     if asked.data and (not asked.clip or asked.bank == Config.bank):
-        print(
-            "note: the demo's CLIP and bank know nothing but demo tissue: --clip RN50 and --bank "
-            "attributes/tcga.json, or your own, are for real images"
-        )
+        print("note: the demo's CLIP and bank know demo tissue alone: name others for real images")
 
 
 def catch_signals():
@@ -602,8 +600,8 @@ def probe_now(step, model, cohort, sizes, config, log, signals):
 def conclude(log, config):
     """The table of a finished run."""
     if not log.silent:
-        print("\n".join(table(log.probes())))
-        print(f"the run is in {config.out}; python evaluate.py {config.out} probes its checkpoint")
+        end = f"the run is in {config.out}; python evaluate.py {config.out} probes its checkpoint"
+        print("\n".join([*table(log.probes()), end]))
 
 
 def vitals(step, z, bank, config, durations):

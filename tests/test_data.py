@@ -72,7 +72,7 @@ def test_a_manifest_becomes_a_cohort(tmp_path):
         (["x.png,amy,s1,a", "x.png,amy,s1,a"], "line 3.*a second time"),
         (
             ["x.png,amy,s1,a", "y.png,bob,s1,a"],
-            "line 3.*'s1' is of patient 'amy' above and of 'bob' here",
+            "line 3.*'s1' is in .'amy'. above and in .'bob'. here",
         ),
         (["../x.png,amy,s1,a"], "line 2.*leaves"),
         (["/etc/x.png,amy,s1,a"], "line 2.*leaves"),

@@ -102,7 +102,7 @@ def test_a_batch_of_four_levels_has_its_hierarchy(four):
 def test_what_does_not_fit_is_refused_by_name(flags, four, tmp_path):
     header = "path,patient,slide,region"
     twice = manifest(tmp_path / "a", ["x.png,amy,s1,r", "y.png,amy,s2,r"], header)
-    with pytest.raises(ValueError, match="line 3: the region 'r' is of slide 's1' of 'amy' above"):
+    with pytest.raises(ValueError, match=r"line 3: the region 'r' is in .'amy', 's1'. above"):
         data.read_cohort(twice, FOUR)
     twice = manifest(tmp_path / "b", ["x.png,amy,s,r1", "y.png,bob,s,r2"], header)
     with pytest.raises(ValueError, match="2 different slides are called 's'"):

@@ -175,7 +175,7 @@ def test_ambiguity_is_refused_with_examples(tmp_path):
     root = tiles(tmp_path, ["a/amy/1/x.png", "a/bob/1/x.png", "b/amy/2/x.png", "stray.png"])
     with pytest.raises(ValueError, match=r"matches 3 image files and not 1 others\n    stray\.png"):
         tool.index(root, "{label}/{patient}/{slide}/*.png")
-    with pytest.raises(ValueError, match="'1' is of patient 'amy' above and of 'bob' here"):
+    with pytest.raises(ValueError, match=r"'1' is in .'amy'. above and in .'bob'. here"):
         tool.index(root, "{label}/{patient}/{slide}/*.png", partial=True)
     assert (
         len(

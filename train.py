@@ -287,6 +287,8 @@ def processes(timeout):
     limit = timedelta(seconds=timeout)
     backend = "nccl" if device.type == "cuda" else "gloo"
     store, rank, world = next(dist.rendezvous("env://", timeout=limit))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's store outlives a restart
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     try:
         yield rank, world, device
@@ -300,10 +302,7 @@ def processes(timeout):
 
 
 def who_is_missing(store, rank, world, seconds=5):
-    """The ranks that do not report within some seconds, as a text; "" if all do.
-
-    store: that all processes share. When a collective fails, nobody is told for whom it waited.
-    """
+    """The ranks that do not report in the store that all share, as a text; "" if all do."""
     try:
         store.set(f"rank {rank} reports", "")
         time.sleep(seconds)

@@ -248,8 +248,7 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
-        rows = x.movedim(1, -1).reshape(-1, x.shape[1])  # [M, C], a view if channels last
-        rows = float32(rows)
+        rows = float32(x.movedim(1, -1).reshape(-1, x.shape[1]))  # [M, C]
         count = len(rows) * dist.get_world_size()
         sums = torch.stack([rows.sum(dim=0), rows.square().sum(dim=0)])
         sums = exchange([sums] * dist.get_world_size()).sum(dim=0)

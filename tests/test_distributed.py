@@ -176,6 +176,20 @@ def test_1_2_and_4_processes_train_alike(demo, tmp_path):
         assert worst < 1e-4
 
 
+def _seeds(rank, world, flags):
+    """What the random masks of dropout are drawn from, step by step, on this rank."""
+    seeds = []
+    manual_seed = torch.manual_seed
+    torch.manual_seed = lambda seed: seeds.append(seed) or manual_seed(seed)
+    train.train(train.parse_config([*flags, "--steps", "3"]), rank, world)
+    return seeds[-3:]
+
+
+def test_every_step_of_every_rank_has_its_own_random_masks(flags):
+    first, second = on_processes(2, _seeds, flags)
+    assert len({*first, *second}) == 6
+
+
 def _contrast_flops(rank, world, n):
     """Floating-point operations of the contrast of n rows in all on this rank, forward and
     backward."""

@@ -14,7 +14,6 @@ from conftest import ROOT
 from demo.tissue import FACTORS
 from describe import (
     Tokenizer,
-    check_bank,
     encode_bank,
     main,
     open_bank,
@@ -24,6 +23,7 @@ from describe import (
 )
 from losses import LEVELS
 from model import text_tower
+from tools.bank import check_bank
 from tools.weights import load_clip
 
 DEMO = os.path.join(ROOT, "demo/attributes.json")

@@ -16,8 +16,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import ROOT
 
-from describe import ask, check_bank, generate, main, next_prompt, read_bank, take_reply
+from describe import ask, generate, main, next_prompt, read_bank, take_reply
 from losses import LEVELS
+from tools.bank import check_bank
 
 KEY = "sk-nobody-may-see-this"
 SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]

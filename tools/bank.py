@@ -1,0 +1,150 @@
+"""What a program can measure about a bank's sentences: counts, lengths, duplicates, boilerplate.
+
+`python describe.py check BANK` prints it, and `generate` asks again for what does not pass.
+"""
+
+import html
+import re
+from collections import Counter
+
+import torch
+
+
+def words_of(text):
+    return re.findall(r"[a-z0-9]+", text.lower())
+
+
+# What does not count in a comparison; what no image of tissue shows; what needs a stain to be seen.
+STOP_WORDS = words_of("""a an the of and or in on with to is are at by from as that this its it be
+their than while for into over through each where which no not but have has within across between
+around""")
+INVISIBLE = re.compile(
+    r"(?i)\b(ph|acidity|(mi(cro-?)?)?rnas?|dna|gen(e|es|etic\w*|om\w*)|muta\w*|wild-?type|"
+    r"methyl\w*|idh\w*|egfr|tert|1p/?19q|codelet\w*|ki-?67|mib-?1|p53|gfap|\w*kines?|interleukins?|"
+    r"receptors?|hormon\w*|enzym\w*|antibod\w*|immuno(histo|stain)\w*|serum|oxygen\w*|hypoxi\w*|"
+    r"metaboli\w*|glucose|signal+ing|pathway|expression|biomarkers?|prognos\w*|survival|outcome|"
+    r"recurren\w*|therap\w*|treat\w*|symptom\w*|headaches?|seizures?|age|sex|male|female|smok\w*|"
+    r"mri|radiolog\w*|enhanc\w*|temperature|electr\w*)\b"
+)
+STAIN_WORDS = re.compile(
+    r"(?i)\b(pink\w*|purple\w*|blue\w*|violet|magenta|red(dish)?|\w*eosin\w*|\w*sophil\w*|"
+    r"ha?ematoxylin\w*|h(yper|ypo)chroma\w*|stain\w*|h&e|colou?r\w*)\b"
+)
+
+
+def content_of(text):
+    return set(words_of(text)).difference(STOP_WORDS)
+
+
+def frames_of(text):  # all runs of three words, each once: what boilerplate is made of
+    words = words_of(text)
+    return dict.fromkeys(" ".join(run) for run in zip(words, words[1:], words[2:]))
+
+
+def is_plain(text):  # printable ASCII without HTML entities: every tokenizer reads it alike
+    entities = any(html.unescape(form) != form for form in (text, text.lower()))
+    return text.isascii() and text.isprintable() and not entities
+
+
+def faults_of_text(text, name, is_name, tokens, context, unseen):
+    """What is wrong with a sentence of an attribute, or with its name if is_name, as messages.
+    unseen: {message: pattern of the words that no such image shows}."""
+    length = len(words_of(text))
+    rules = [
+        (not is_plain(text), "not ASCII"),
+        (tokens > context, f"{tokens} tokens, at most {context}"),
+        (is_name and not 1 <= length <= 8, "a name has 1 to 8 words"),
+        (not is_name and length < 6, "under 6 words"),
+        (not is_name and length > 40, "over 40 words"),  # some 60 tokens, where none are counted
+        (not is_name and len(content_of(text) - content_of(name)) < 4, "restates its name"),
+    ]
+    for message, pattern in unseen.items():
+        found = pattern.search(text)
+        rules.append((found, f"{message} {found.group()!r}" if found else ""))
+    return [message for broken, message in rules if broken]
+
+
+def faults_of_counts(levels, attributes, sentences):
+    """Problems, as in all that follows: {line to print: [(level, name) that it is about, ...]}."""
+    problems = {}
+    for level, names in levels.items():
+        if attributes and len(names) != attributes:
+            problems[f"{level}: {len(names)} attributes, not {attributes}"] = []
+    for level, names in levels.items():
+        for name, said in names.items():
+            if len(said) != sentences:
+                line = f"{level} / {name}: {len(said)} sentences, not {sentences}"
+                problems[line] = [(level, name)]
+    return problems
+
+
+def near_duplicates(kind, entries, threshold):
+    """Problems of two entries, (level, name) or (level, name, sentence), in much the same words."""
+    contents = [content_of(entry[-1]) for entry in entries]
+    column = {word: i for i, word in enumerate(sorted(set().union(*contents)))}
+    present = torch.zeros(len(entries), len(column))  # 1 where a text has a word
+    for row, words in enumerate(contents):
+        present[row, [column[word] for word in words]] = 1
+    shared = present @ present.T
+    size = present.sum(dim=1)
+    overlap = shared / (size[:, None] + size - shared).clamp(min=1)  # words in both / in either
+    problems = {}
+    for i, j in (overlap >= threshold).triu(1).nonzero().tolist():
+        pair = f"{' / '.join(entries[i])} ~ {' / '.join(entries[j])}"
+        problems[f"{kind} alike ({overlap[i, j]:.2f}): {pair}"] = [entries[i][:2], entries[j][:2]]
+    return problems
+
+
+def boilerplate(frames, said):
+    """Problems of three words in too many sentences. frames: {three words: how many have them}."""
+    problems = {}
+    for frame, count in frames.items():
+        if count > max(16, 0.1 * len(said)):  # a few sentences have no boilerplate yet
+            line = f"{frame!r} stands in {count / len(said):.0%} of the sentences"
+            problems[line] = [(level, name) for level, name, s in said if frame in frames_of(s)]
+    return problems
+
+
+def check_bank(bank, attributes=None, tokenizer=None, context=77, sentences=None, only=None):
+    """What a program can measure about a bank: lines to print, and the problems; none: it passes.
+
+    attributes, sentences: how many each level and each attribute must have; by default any, and as
+    many as most have. tokenizer: to count tokens; a text must fit the context with its start and
+    end. only: the (level, attribute) whose texts are read one by one, if the others were before.
+    """
+    levels = bank["levels"]
+    named = [(level, name) for level in levels for name in levels[level]]
+    said = [(level, name, text) for level, name in named for text in levels[level][name]]
+    if sentences is None:
+        sentences = Counter(len(levels[level][name]) for level, name in named).most_common(1)[0][0]
+    problems = faults_of_counts(levels, attributes, sentences)
+    problems |= near_duplicates("names", named, 0.75)
+    problems |= near_duplicates("sentences", said, 0.6)
+
+    # Every name and every sentence by itself.
+    unseen = {"no image shows": INVISIBLE}
+    if "raman" in bank.get("tissue", "").lower():
+        unseen["unstained tissue has no"] = STAIN_WORDS
+    texts = [(level, name, name, True) for level, name in named]
+    texts += [(level, name, text, False) for level, name, text in said]
+    longest = 0
+    for level, name, text, is_name in texts:
+        if only in (None, (level, name)):
+            counted = tokenizer and is_plain(text)
+            tokens = len(tokenizer.encode(text)) + 2 if counted else 0  # with start and end
+            longest = max(longest, tokens)
+            for message in faults_of_text(text, name, is_name, tokens, context, unseen):
+                problems[f"{message}: {level} / {name}: {text}"] = [(level, name)]
+
+    # What is common to many, and the sum of it all.
+    frames = Counter(frame for *_, text in said for frame in frames_of(text))
+    problems |= boilerplate(frames, said)
+    frame, count = frames.most_common(1)[0] if frames else ("none", 0)
+    line = f"longest sentence: {longest} tokens of {context}" if tokenizer else "tokens not counted"
+    findings = [
+        f"{bank.get('name', '?')} ({bank.get('tissue', '?')}): {len(said)} sentences",
+        *(f"  {at}: {len(levels[at])} attributes x {sentences} sentences" for at in levels),
+        f"  commonest three words: {frame!r} in {count / max(1, len(said)):.1%} of the sentences",
+        f"  {line}",
+    ]
+    return findings, problems

@@ -1,4 +1,5 @@
-"""The losses of HLSS: hierarchical vision contrast (HVC) and hierarchical alignment (HA) with text.
+"""The losses of HLSS: hierarchical vision contrast (HVC) and hierarchical alignment (HA) with text;
+and one of ours, attribute regression (AR), which may take the place of HA.
 
 Plain functions of tensors that need nothing else of this project:
 
@@ -179,4 +180,39 @@ def ha(z, bank, temperature=1.0):
     for level, t in bank.items():
         nearest = t.detach()[nearest_attribute(z, t)]  # [n, D]
         terms[f"ha_{level}"] = symmetric_kl(z, nearest, temperature)
+    return terms
+
+
+def standardise(x, eps=1e-5):
+    """Each column of x [n, K] with mean 0 and variance 1 over the rows; a constant one becomes 0.
+
+        (x - mean) / sqrt(variance + eps)
+
+    As batch norm (Ioffe and Szegedy 2015) does it, without factor and shift of its own.
+    """
+    variance, mean = torch.var_mean(x, dim=0, correction=0)
+    return (x - mean) / (variance + eps).sqrt()
+
+
+def ar(z, bank, targets):
+    """Attribute regression, ours and not the paper's: z keeps the attribute scores of a teacher.
+
+        L_AR = sum_l mean_ik (s_ilk - a_ilk)^2
+        s_l = standardise(z t_l^T)
+
+    What counts is which images score higher in an attribute, and not the offset or the scale that
+    its words have. z: [n, D], L2-normalised; the gradient reaches it. bank: {level: [K_l, D]},
+    frozen. targets: {level: a_l [n, K_l]}, the teacher's standardised scores of the same rows.
+    Mean and variance are over the rows of all processes. Returns {"ar_patch": scalar, ...}: 0 where
+    the two agree, about 2 where they have nothing in common.
+    """
+    n = len(z)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    terms = {}
+    with torch.autocast(z.device.type, enabled=False):
+        all_z = gather(float32(z))  # [W n, D]
+        for level, t in bank.items():
+            scores = standardise(all_z @ t.detach().to(all_z).T)  # [W n, K_l]
+            mine = scores[rank * n : (rank + 1) * n]
+            terms[f"ar_{level}"] = (mine - targets[level]).square().mean()
     return terms

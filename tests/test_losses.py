@@ -7,7 +7,17 @@ import torch
 import torch.nn.functional as F
 from conftest import on_processes
 
-from losses import LEVELS, gather, ha, hvc, nearest_attribute, supcon, symmetric_kl
+from losses import (
+    LEVELS,
+    ar,
+    gather,
+    ha,
+    hvc,
+    nearest_attribute,
+    standardise,
+    supcon,
+    symmetric_kl,
+)
 
 
 def unit(*shape, seed=0, dtype=torch.float64):
@@ -146,19 +156,87 @@ def test_the_nearest_attribute_is_the_same_under_bf16_autocast():
         assert torch.equal(nearest_attribute(z, t), (z.double() @ t.double().T).argmax(dim=1))
 
 
+# ----------------------------------------------------------------------------- attribute regression
+
+BANK = {"patch": unit(5, 8, seed=1), "slide": unit(3, 8, seed=2), "patient": unit(4, 8, seed=3)}
+TARGETS = {level: 3 * unit(16, len(t), seed=4) for level, t in BANK.items()}
+
+
+def test_attribute_regression_is_the_equation():
+    z = unit(16, 8)
+    losses = ar(z, BANK, TARGETS)
+    assert list(losses) == ["ar_patch", "ar_slide", "ar_patient"]
+    for level, t in BANK.items():
+        total = 0.0
+        for k, attribute in enumerate(t):
+            scores = [float(row @ attribute) for row in z]
+            mean = sum(scores) / 16
+            variance = sum((score - mean) ** 2 for score in scores) / 16
+            for score, target in zip(scores, TARGETS[level][:, k].tolist()):
+                total += ((score - mean) / math.sqrt(variance + 1e-5) - target) ** 2
+        assert losses[f"ar_{level}"].item() == pytest.approx(total / (16 * len(t)), rel=1e-12)
+
+
+def test_to_standardise_is_batch_norm_without_parameters():
+    x = 0.02 * unit(16, 5) + 0.3
+    norm = torch.nn.BatchNorm1d(5, affine=False).double().train()
+    torch.testing.assert_close(standardise(x), norm(x), rtol=0, atol=1e-12)
+
+
+def test_scores_that_are_those_of_the_teacher_cost_nothing_whatever_their_offset_and_scale():
+    z = unit(16, 8)
+    targets = {level: standardise(0.1 * z @ t.T + 7, eps=1e-7) for level, t in BANK.items()}
+    assert all(term < 1e-6 for term in ar(z, BANK, targets).values())
+    others = {level: standardise(unit(16, 8, seed=9) @ t.T) for level, t in BANK.items()}
+    assert all(1 < term < 3 for term in ar(z, BANK, others).values())
+
+
+def test_the_gradient_of_attribute_regression_reaches_z():
+    z = unit(16, 8).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: sum(ar(z, BANK, TARGETS).values()), z)
+
+
+def test_an_attribute_that_all_images_share_gives_no_nan():
+    """All images the same, or an attribute that is at right angles to all."""
+    z = unit(1, 8).float().repeat(16, 1).requires_grad_()
+    bank = {level: t.float() for level, t in BANK.items()}
+    loss = sum(ar(z, bank, TARGETS).values())
+    loss.backward()
+    assert loss.isfinite()
+    assert z.grad.isfinite().all()
+    assert standardise(torch.full((16, 1), 0.3)).abs().max() < 1e-4
+
+
+def test_attribute_regression_is_float32_under_autocast():
+    z = unit(16, 8).float()
+    exact = ar(z, BANK, TARGETS)["ar_patch"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ar(z, BANK, TARGETS)["ar_patch"].item() == exact.item()
+
+
 # -------------------------------------------------------------------------------------- distributed
 
 
-def _contrast_gradient(rank, world, how):
-    """Gradient of the contrast on the weights of a linear encoder, as DistributedDataParallel would
+# A bank of 5 dimensions, and the targets of 16 rows.
+REGRESSION = (
+    {level: unit(3 + i, 5, seed=6 + i) for i, level in enumerate(LEVELS)},
+    {level: unit(16, 3 + i, seed=9 + i) for i, level in enumerate(LEVELS)},
+)
+
+
+def _gradient(rank, world, how):
+    """Loss, and its gradient on the weights of a linear encoder, as DistributedDataParallel would
     average it."""
     import torch.distributed as dist
 
     x, weight = unit(16, 6, seed=4), unit(6, 5, seed=5).requires_grad_()
     share = slice(rank * 16 // world, (rank + 1) * 16 // world)
     f = F.normalize(x[share] @ weight, dim=1)
-    if how == "ours":
+    if how == "contrast":
         loss = sum(hvc({level: f for level in LEVELS}, IDS[share]).values())
+    elif how == "regression":
+        targets = {level: a[share] for level, a in REGRESSION[1].items()}
+        loss = sum(ar(f, REGRESSION[0], targets).values())
     else:
         # Plain all_gather, own slice put back: constants where the rows of the other processes
         # should carry a gradient.
@@ -177,13 +255,17 @@ def _contrast_gradient(rank, world, how):
     return loss / world, gradient / world
 
 
+@pytest.mark.parametrize("how", ["contrast", "regression"])
 @pytest.mark.parametrize("world", [2, 4])
-def test_processes_give_the_gradient_of_one(world):
+def test_processes_give_the_gradient_of_one(world, how):
     x, weight = unit(16, 6, seed=4), unit(6, 5, seed=5).requires_grad_()
     f = F.normalize(x @ weight, dim=1)
-    loss = sum(hvc({level: f for level in LEVELS}, IDS).values())
+    if how == "contrast":
+        loss = sum(hvc({level: f for level in LEVELS}, IDS).values())
+    else:
+        loss = sum(ar(f, *REGRESSION).values())
     (expected,) = torch.autograd.grad(loss, weight)
-    for got_loss, got in on_processes(world, _contrast_gradient, "ours"):
+    for got_loss, got in on_processes(world, _gradient, how):
         torch.testing.assert_close(got_loss, loss.detach(), rtol=0, atol=1e-12)
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
@@ -196,7 +278,7 @@ def test_a_gather_without_gradient_is_too_small():
     (expected,) = torch.autograd.grad(
         sum(hvc({level: f for level in LEVELS}, IDS).values()), weight
     )
-    for _, got in on_processes(2, _contrast_gradient, "plain"):
+    for _, got in on_processes(2, _gradient, "plain"):
         torch.testing.assert_close(2 * got, expected, rtol=0, atol=1e-10)
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data import SPLITS, load_batches, plain_view, plural, read_cohort
 from describe import check_sentences, encode_bank, read_json, tokenizer_of
-from losses import LEVELS, attributes_used
+from losses import LEVELS, attributes_used, standardise
 from model import HLSS, backbone_tower, image_tower, load_run, text_tower, write_whole
 from tools import report
 from tools.weights import load_clip
@@ -216,6 +216,26 @@ def group_mean(values, groups):
     _, first, index, size = np.unique(groups, **options)
     total = np.stack([np.bincount(index, weights=column) for column in values.T], axis=1)
     return total / size[:, None], first
+
+
+def attribute_targets(teacher, cohort, read_size, workers=2):
+    """What `losses.ar` holds the attribute scores to: {level: [G_l, K_l]}, a row for each id.
+
+        a_l = standardise(mean of each patch, slide or patient of standardise(z_T t_l^T))
+
+    z_T: the embedding of a plain view of every patch, by the teacher, an HLSS with the bank. The
+    mean and variance are over the patches of this cohort, then over its groups; the row of an id
+    that is not among its `ids` is 0.
+    """
+    z = embed(teacher, cohort, read_size, teacher.tower.image_size, workers=workers)
+    ids = cohort.ids(np.arange(len(cohort)))
+    targets = {}
+    for (level, t), groups in zip(teacher.bank.items(), ids.T):
+        scores = standardise(z @ t.cpu().T)  # [n, K_l]
+        mean, first = group_mean(scores.numpy(), groups)
+        targets[level] = torch.zeros(groups.max() + 1, len(t))
+        targets[level][groups[first]] = standardise(torch.from_numpy(mean)).float()
+    return targets
 
 
 def pool(probabilities, labels, groups):
@@ -447,12 +467,15 @@ def table_notes(kind, metrics, levels):
 def starting_model(model, checkpoint, clip=""):
     """The model that training started from, and the checkpoint, as `load_run` gives them.
 
-    clip: where the run's CLIP is now. A backbone has none: its tower is made anew.
+    clip: where the run's CLIP is now. A tower that started at random is made anew.
     """
     config = checkpoint["config"]
+    torch.manual_seed(config["seed"])  # as train.py does
     if config.get("backbone"):
-        torch.manual_seed(config["seed"])  # as train.py does
-        tower = backbone_tower(config["backbone"], model.tower.dim)
+        tower = backbone_tower(config["backbone"], model.bank)
+    elif config.get("start") == "random":
+        state = model.state_dict() | {"activation": config["activation"]}
+        tower = image_tower(state, checkpoint["image_size"], weights=False)
     else:
         state = load_clip(clip or config["clip"], config["activation"])
         tower = image_tower(state, checkpoint["image_size"])
@@ -502,19 +525,28 @@ def show(args, run, cohort, device):
         for level, t in model.bank.items():
             scores = (t.cpu() @ z).numpy()  # those of the mean are the mean of the scores
             print(f"{level:>9}: {report.top(scores, checkpoint['attributes'][level])}")
-    if checkpoint["config"].get("backbone"):
+    if knows_no_words(checkpoint["config"]):
         print(NO_LANGUAGE)
+
+
+def knows_no_words(config):
+    """Whether a run started at random and learnt no attribute scores, so that names are noise."""
+    at_random = config.get("backbone") or config.get("start") == "random"
+    return at_random and config.get("align") != "regression"
 
 
 def run_probes(args, config, z, scores, cohort, splits):
     """All probes of the run's encoder (the first of z and scores) and its gain over the other."""
     held_out = np.concatenate([rows for _, rows in splits])
     clip = args.clip or config["clip"], config["activation"], config["vocab"]
+    joined = {name: torch.cat(list(scores[name].values()), dim=1) for name in z}
+    with_words = all(features.shape[1] for features in joined.values())
     predictions = []
     for name in z:
-        features = dict.fromkeys(PROBES, z[name])
-        features["attributes"] = torch.cat(list(scores[name].values()), dim=1)
-        found = {kind: predict(kind, features[kind], cohort, splits) for kind in PROBES}
+        features = dict.fromkeys(PROBES, z[name]) | {"attributes": joined[name]}
+        if not with_words:
+            del features["attributes"]
+        found = {kind: predict(kind, x, cohort, splits) for kind, x in features.items()}
         if args.prompts:
             found["zero-shot"] = zero_shot(args.prompts, z[name][held_out], cohort.classes, *clip)
         predictions.append(found)
@@ -527,10 +559,13 @@ def reader_notes(args, config, cohort, rows, probes, words):
     lopo = probes and args.protocol == "lopo"
     seen = len(np.unique(cohort.patient[rows][cohort.split[rows] == SPLITS.index("train")]))
     rules = [
-        (config.get("backbone"), NO_LANGUAGE),
+        (knows_no_words(config), NO_LANGUAGE),
         (lopo and seen, f"pretraining may have seen {seen} of the patients, without labels"),
         (probes and len(cohort.classes) == 1, "one class alone: to be right about it says nothing"),
-        (probes and not words, "no class is set apart: that takes patients of two classes"),
+        (
+            probes and config["clip"] and not words,
+            "no class is set apart: that takes patients of two classes",
+        ),
     ]
     for c, name in enumerate(cohort.classes):
         alone = len(np.unique(cohort.patient[cohort.label == c])) == 1
@@ -562,7 +597,7 @@ def write(out, metrics, cohort, z, scores, names, against_scores):
         arrays[plural(level)] = np.array(names_of_groups)
     for level in cohort.levels:
         arrays[f"scores_{level}"] = scores[level].numpy()
-        arrays[f"attributes_{level}"] = np.array(names[level])
+        arrays[f"attributes_{level}"] = np.array(names[level], str)
     for level, values in against_scores.items():
         arrays[f"against_scores_{level}"] = values.numpy()
     os.makedirs(out, exist_ok=True)
@@ -602,8 +637,11 @@ def evaluate(args, device):
         probes = run_probes(args, config, z, scores, cohort, splits)
 
     # Words.
-    words = class_attributes(scores[step], names, cohort, rows)
-    used = {level: attributes_used(z[step], t.cpu()) for level, t in model.bank.items()}
+    words = []
+    used = {}
+    if any(names.values()):
+        words = class_attributes(scores[step], names, cohort, rows)
+        used = {level: attributes_used(z[step], t.cpu()) for level, t in model.bank.items()}
 
     # Results.
     folder = args.run if os.path.isdir(args.run) else os.path.dirname(os.path.abspath(args.run))

@@ -336,12 +336,13 @@ def resize_positions(positions, grid):
     return torch.cat([positions[:1], square[0].flatten(1).T])
 
 
-def image_tower(state, image_size=None):
+def image_tower(state, image_size=None, weights=True):
     """The image tower of a state dict, with its weights: CLIP's ResNet or ViT, of the dict's sizes.
 
     state: of a CLIP (`visual.*`) or of our own HLSS (`tower.*`). image_size: pixels, where not the
-    size that it was trained with; interpolates the positional embedding. Raises ValueError if it
-    does not fit, or if the tower is another.
+    size that it was trained with; interpolates the positional embedding. weights: False takes the
+    sizes alone, and random weights. Raises ValueError if it does not fit, or if the tower is
+    another.
     """
     tensors = _part(state, "visual." if "visual.conv1.weight" in state else "tower.")
     is_resnet = "attnpool.positional_embedding" in tensors
@@ -358,7 +359,7 @@ def image_tower(state, image_size=None):
         raise ValueError(f"--image-size {image_size}: this tower needs a multiple of {stride}")
     tensors[positions] = resize_positions(tensors[positions], image_size // stride)
 
-    with torch.device("meta"):  # shapes alone: the weights come next
+    with torch.device("meta" if weights else "cpu"):  # meta: shapes alone, the weights come next
         if is_resnet:
             layers = [_count(tensors, f"layer{stage}.") for stage in (1, 2, 3, 4)]
             width = len(tensors["conv3.weight"])
@@ -369,6 +370,9 @@ def image_tower(state, image_size=None):
             width, dim = tensors["proj"].shape
             activation = state.get("activation", "quickgelu")
             tower = VisionTransformer(stride, width, layers, dim, image_size, activation)
+
+    if not weights:
+        return tower
 
     # Copies, so that training leaves the state as it is.
     for name, value in tensors.items():
@@ -400,10 +404,11 @@ def text_tower(state):
     return tower.eval().requires_grad_(False)
 
 
-def backbone_tower(name, dim):
-    """A classifier of torchvision with new weights, whose last linear layer now gives D = `dim`.
+def backbone_tower(name, bank):
+    """A classifier of torchvision with new weights, whose last linear layer now gives z.
 
-    [N, 3, S, S] -> [N, D]. Raises ValueError if torchvision has no such classifier.
+    [N, 3, S, S] -> [N, D], D as of a bank's vectors; without any there is no such layer, and D is
+    the backbone's own. Raises ValueError if torchvision has no such classifier.
     """
     if name not in torchvision.models.list_models(module=torchvision.models):
         raise ValueError(f"--backbone {name}: no classifier of torchvision, as resnet18 is one")
@@ -411,10 +416,15 @@ def backbone_tower(name, dim):
     linears = [path for path, module in tower.named_modules() if isinstance(module, nn.Linear)]
     if not linears:
         raise ValueError(f"--backbone {name}: it ends without a linear layer; take resnet18")
-    channels = tower.get_submodule(linears[-1]).in_features
-    tower.set_submodule(linears[-1], nn.Linear(channels, dim))
     tower.image_size = 224
-    tower.dim = dim
+    tower.dim = tower.get_submodule(linears[-1]).in_features
+    last = nn.Identity()
+    vectors = [t for t in bank.values() if len(t)]
+    if vectors:
+        dim = vectors[0].shape[1]
+        last = nn.Linear(tower.dim, dim)
+        tower.dim = dim
+    tower.set_submodule(linears[-1], last)
     return tower
 
 
@@ -425,8 +435,9 @@ class HLSS(nn.Module):
     """Image tower, frozen bank and projections (Watawana et al. 2024, arXiv 2403.14616).
 
     tower: [N, 3, S, S] normalised images -> [N, D]. bank: {level: [K_l, D]}, one unit vector for
-    each attribute. objective: a key of OBJECTIVES. init: of hlss's projections, "text" (the paper)
-    or "random" (to see what the text is worth). Raises ValueError if bank and tower differ in D.
+    each attribute; hidisc and simclr also train without any, [0, D]. objective: one of OBJECTIVES.
+    init: of hlss's projections, "text" (the paper) or "random" (to see what the text is worth).
+    Raises ValueError if bank and tower differ in D.
     """
 
     def __init__(self, tower, bank, objective="hlss", init="text"):
@@ -496,7 +507,7 @@ def hlss_from_state(state, objective, activation="quickgelu", backbone=""):
     names = [name for name in state if name.startswith("bank_")]
     bank = {name.removeprefix("bank_"): state[name] for name in names}
     if backbone:
-        tower = backbone_tower(backbone, state[names[0]].shape[1])
+        tower = backbone_tower(backbone, bank)
     else:
         tower = image_tower(state | {"activation": activation})
     model = HLSS(tower, bank, objective)

@@ -10,6 +10,7 @@ with the same flags.
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -21,9 +22,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from importlib.metadata import version
 
 import torch
@@ -44,8 +43,8 @@ from data import (
 )
 from demo.prepare import demo_clip, demo_tissue
 from describe import open_bank
-from evaluate import embed, probe, table
-from losses import LEVELS, attributes_used, gather, ha, hvc
+from evaluate import attribute_targets, embed, probe, table
+from losses import LEVELS, ar, attributes_used, gather, ha, hvc
 from model import (
     ACTIVATIONS,
     HLSS,
@@ -56,10 +55,12 @@ from model import (
     image_tower,
     lock_folder,
     newest_checkpoint,
+    read_whole,
     save_checkpoint,
     share_batch_norm,
     write_whole,
 )
+from tools.processes import processes
 from tools.weights import CLIPS, find_clip, load_clip
 
 CPU = torch.device("cpu")
@@ -92,11 +93,25 @@ class Config:
         "demo/attributes.json",
         "the attribute-text bank: a bank file, or the bank.pt that describe.py encode made of it",
     )
-    backbone: str = flag("", "a torchvision classifier, as resnet18, with new weights for a tower")
+    start: str = flag(
+        "clip", "the CLIP's image tower. clip: from its weights; random: of its sizes, but anew"
+    )
+    backbone: str = flag(
+        "",
+        "a torchvision classifier, as resnet18, with new weights for a tower. hidisc and simclr "
+        "then need no --clip and no bank",
+    )
     objective: str = flag(
         "hlss",
-        "hlss: three text-tied projections and alignment; hidisc: one projection, three levels; "
-        "simclr: one projection, patch level only",
+        "hlss: three text-tied projections; hidisc: one projection, three levels; simclr: one "
+        "projection, patch level only",
+    )
+    align: str = flag(
+        "",
+        "what ties z to the words. paper: it is drawn to its nearest attributes, the paper's "
+        "method; regression (ours): it keeps the attribute scores that the CLIP gave before "
+        "training, for when attributes or zero-shot are to be read off it afterwards; off: "
+        "nothing. Empty: paper for hlss, off for the others",
     )
     init: str = flag(
         "text",
@@ -140,11 +155,15 @@ class Config:
         "lambda of the contrast at each level, fine to coarse; empty: 1 each. If z tells patients "
         "by their stain: less at patient level, as 1,1,0.3",
     )
-    ha_weight: float = flag(1.0, "lambda of the alignment with text (hlss only)")
+    ha_weight: float = flag(1.0, "lambda of --align paper")
     ha_temperature: float = flag(
         1.0,
-        "softmax temperature of the alignment. At the paper's 1 it is hardly felt: try 0.1; if "
+        "softmax temperature of --align paper. At the paper's 1 it is hardly felt: try 0.1; if "
         "attributes_used falls to 1: higher again",
+    )
+    ar_weight: float = flag(
+        1.0,
+        "lambda of --align regression. If ar_* stays near 1: more; if hvc_* does not fall: less",
     )
     amp: bool = flag(torch.cuda.is_available(), "bf16 tower and projections; on with CUDA")
     compile: bool = flag(False, "torch.compile the tower, for CUDA: a slow first step, then faster")
@@ -154,6 +173,9 @@ class Config:
     probe_every: int = flag(200, "steps between kNN probes; 0: at the start and at the end alone")
     save_every: int = flag(100, "steps between checkpoints; the newest two are kept")
     timeout: int = flag(600, "seconds to wait for other processes. If a probe takes longer: more")
+
+    def __post_init__(self):
+        self.align = self.align or ("paper" if self.objective == "hlss" else "off")
 
     @property
     def level_names(self):
@@ -171,7 +193,8 @@ class Config:
         levels = self.level_names
         weights = self.level_weights.split(",") if self.level_weights else [1] * len(levels)
         lambdas = {f"hvc_{level}": float(x) for level, x in zip(levels, weights, strict=True)}
-        return lambdas | {f"ha_{level}": self.ha_weight for level in levels}
+        lambdas |= {f"ha_{level}": self.ha_weight for level in levels}
+        return lambdas | {f"ar_{level}": self.ar_weight for level in levels}
 
 
 LONG = dict(image_size=224, patients=64, steps=60000, workers=8)
@@ -185,13 +208,16 @@ PRESETS = {  # over the defaults above, which are the demo's
 CHOICES = {
     "objective": OBJECTIVES,
     "init": ["text", "random"],
+    "start": ["clip", "random"],
+    "align": ["paper", "regression", "off"],
     "activation": list(ACTIVATIONS),
     "augmentation": list(AUGMENTATIONS),
     "normalise": ["clip", "data"],
 }
 LOWEST = {
     "steps patients workers log_every save_every timeout": 1,
-    "seed image_size read_size probe_every lr weight_decay val_fraction warmup ha_weight": 0,
+    "seed image_size read_size probe_every lr weight_decay val_fraction warmup": 0,
+    "ha_weight ar_weight": 0,
     "temperature ha_temperature": 1e-3,
 }
 MAY_CHANGE = (  # on resuming: it makes no other run
@@ -229,14 +255,15 @@ def parse_config(argv=None):
             if not low <= value <= high:
                 parser.error(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
     try:
-        check_levels(config)
+        check_flags(config)
     except ValueError as error:
         parser.error(error)
     return config
 
 
-def check_levels(config):
-    """Raises ValueError unless --levels, --draw and --level-weights fit each other."""
+def check_flags(config):
+    """Raises ValueError unless --levels, --draw and --level-weights fit each other, and where words
+    are needed and no CLIP gives them."""
     levels = config.level_names
     if len(set(levels)) < 2 or not all(level.isidentifier() for level in levels):
         remedy = "name at least two; with one, nothing would tell patients apart"
@@ -247,6 +274,10 @@ def check_levels(config):
         raise ValueError(f"--draw {config.draw}: {remedy}")
     if min(config.lambdas.values()) < 0:
         raise ValueError(f"--level-weights {config.level_weights}: none may be below 0")
+    needs_words = config.objective == "hlss" or config.align != "off"
+    if config.backbone and needs_words and not config.clip:
+        asked = f"--objective {config.objective}, --align {config.align}"
+        raise ValueError(f"--backbone {config.backbone}, {asked}: name a CLIP with --clip")
 
 
 def learning_rate(step, config):
@@ -259,57 +290,6 @@ def learning_rate(step, config):
 
 
 # ---------------------------------------------------------------------------------------- processes
-
-
-@contextmanager
-def processes(timeout):
-    """Join the processes of torchrun, if there are any. Yields (rank, world size, device).
-
-    A process that is dead, stopped or stuck makes the others fail within `timeout` seconds. On
-    gloo, the error says which rank it is.
-    """
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    device = CPU
-    if torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        gpus = torch.cuda.device_count()
-        if local >= gpus:
-            raise SystemExit(f"more processes than GPUs here: torchrun --nproc_per_node={gpus}")
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
-    if world == 1:
-        yield rank, world, device
-        return
-
-    if rank > 0:
-        warnings.simplefilter("ignore")  # rank 0 says it for all
-    limit = timedelta(seconds=timeout)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    store, rank, world = next(dist.rendezvous("env://", timeout=limit))
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's store outlives a restart
-        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
-    try:
-        yield rank, world, device
-    except RuntimeError as error:  # as a collective raises, among others
-        missing = who_is_missing(store, rank, world)
-        if not missing:
-            raise
-        raise RuntimeError(f"{missing} is dead, stopped or stuck: see what it said") from error
-    finally:
-        dist.destroy_process_group()
-
-
-def who_is_missing(store, rank, world, seconds=5):
-    """The ranks that do not report in the store that all share, as a text; "" if all do."""
-    try:
-        store.set(f"rank {rank} reports", "")
-        time.sleep(seconds)
-        reports = [store.check([f"rank {other} reports"]) for other in range(world)]
-    except RuntimeError:  # the store went with the process that kept it
-        return "rank 0"
-    return ", ".join(f"rank {other}" for other in range(world) if not reports[other])
 
 
 def average(numbers, device):
@@ -338,7 +318,8 @@ def prepare(config, rank):
 
     Returns a lock on the run folder: no other training may begin there while it is referenced.
     """
-    config.bank = find_bank(config.bank)
+    with_words = config.clip or not config.backbone
+    config.bank = find_bank(config.bank) if with_words else ""
     lock = None
     if rank == 0:
         os.makedirs(config.out, exist_ok=True)
@@ -347,8 +328,9 @@ def prepare(config, rank):
             find_manifest(config.data)  # before anything that takes long
         os.makedirs(config.cache, exist_ok=True)
         config.data = config.data or demo_tissue(config.cache)
-        config.clip = config.clip or demo_clip(config.cache)
-        find_clip(config.clip)  # a download, once
+        if with_words:
+            config.clip = config.clip or demo_clip(config.cache)
+            find_clip(config.clip)  # a download, once
     paths = [config.data, config.clip]
     if dist.is_initialized():
         dist.broadcast_object_list(paths)
@@ -386,20 +368,22 @@ def training_cohort(cohort, config, world):
 
 def build_model(config, device):
     """The model, and the names of its attributes, {level: [names]}. Fills in config.activation."""
-    state = load_clip(config.clip, config.activation)
-    config.activation = state["activation"]
-    bank = [None]
-    if not dist.is_initialized() or dist.get_rank() == 0:  # the text is encoded once, for all
-        bank = [open_bank(config.bank, state, config.vocab, config.level_names)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(bank, device=device)
+    bank = [({level: [] for level in config.level_names}, {})]  # without a CLIP: no words
+    if config.clip:
+        state = load_clip(config.clip, config.activation)
+        config.activation = state["activation"]
+        if not dist.is_initialized() or dist.get_rank() == 0:  # the text is encoded once, for all
+            bank = [open_bank(config.bank, state, config.vocab, config.level_names)]
+        if dist.is_initialized():
+            dist.broadcast_object_list(bank, device=device)
     attributes, vectors = bank[0]  # all that is left of the language from here on
 
-    torch.manual_seed(config.seed)  # of the projections and backbones that start at random
+    torch.manual_seed(config.seed)  # of all that starts at random
     if config.backbone:
-        tower = backbone_tower(config.backbone, next(iter(vectors.values())).shape[1])
+        tower = backbone_tower(config.backbone, vectors)
+        vectors = vectors or {level: torch.zeros(0, tower.dim) for level in attributes}
     else:
-        tower = image_tower(state, config.image_size)
+        tower = image_tower(state, config.image_size, weights=config.start == "clip")
     model = HLSS(tower, vectors, config.objective, config.init)
     return model.to(device, memory_format=torch.channels_last), attributes
 
@@ -407,13 +391,43 @@ def build_model(config, device):
 def set_pixels(model, config, cohort):
     """Sets the model's normalisation. Returns at how many pixels patches are read and viewed."""
     image_size = config.image_size or model.tower.image_size
-    patch_size = min(decode(cohort.path(0)).shape[1:])  # the short side of the first
-    read_size = config.read_size or min(patch_size, 2 * image_size)
+    read_size = config.read_size or min(*decode(cohort.path(0)).shape[1:], 2 * image_size)
     kind = config.normalise or ("data" if config.backbone else "clip")
     if kind == "data":  # CLIP's mean and standard deviation are there already
         train_cohort = cohort.restrict("train")
         model.normalise(*channel_statistics(train_cohort, read_size, workers=config.workers))
     return {"read_size": read_size, "image_size": image_size}
+
+
+def targets_of(config, model, cohort, rank, device):
+    """The `attribute_targets` of --align regression, {level: [G_l, K_l]}, on the device.
+
+    The teacher is the CLIP's image tower as it came, whatever the run itself starts from. They stay
+    in the run's folder, teacher.pt, until cohort, CLIP or bank is another.
+    """
+    if config.align != "regression":
+        return {}
+    bank = {level: t.cpu() for level, t in model.bank.items()}
+    teacher = HLSS(image_tower(load_clip(config.clip, config.activation)), bank, "simclr")
+    image_size = teacher.tower.image_size
+    read_size = config.read_size or min(*decode(cohort.path(0)).shape[1:], 2 * image_size)
+    digest = hashlib.sha256(f"{config.activation} {read_size}".encode())
+    for value in [*teacher.tower.state_dict().values(), *bank.values()]:
+        digest.update(value.numpy().tobytes())
+    origin = cohort.digests() | {"teacher": digest.hexdigest()}
+
+    path = os.path.join(config.out, "teacher.pt")
+    kept = {}
+    if os.path.exists(path):
+        kept = read_whole(path, "delete it, and it is made again")
+    same = average({"same": kept.get("origin") == origin}, device)["same"]
+    if same < 1:  # not the one, or not on every process
+        teacher.to(device, memory_format=torch.channels_last)
+        targets = attribute_targets(teacher, cohort, read_size, config.workers)
+        kept = {"origin": origin, "targets": targets}
+        if rank == 0:
+            write_whole(path, lambda file: torch.save(kept, file))
+    return {level: table.to(device) for level, table in kept["targets"].items()}
 
 
 def wrap(model, config, world, device):
@@ -463,12 +477,15 @@ def check_same_run(config, model, attributes, cohort, checkpoint):
         remedy = "restore its manifest, or give another --out to start anew"
         raise ValueError(f"{config.data} is not the cohort of {config.out}: {what}: {remedy}")
 
-    # The same flags, as far as they make the run. A flag that the checkpoint does not know is new.
+    # The same flags, as far as they make the run. One that is newer than the checkpoint had its
+    # default there.
     then = checkpoint["config"]
+    known = {name: value for name, value in then.items() if name in vars(config)}
+    before = vars(Config(**known))
     changed = []
     for name, value in vars(config).items():
-        if name not in MAY_CHANGE and then.get(name, value) != value:
-            changed.append(f"--{name.replace('_', '-')} {value} (there: {then[name]})")
+        if name not in MAY_CHANGE and before[name] != value:
+            changed.append(f"--{name.replace('_', '-')} {value} (there: {before[name]})")
     for name in then.keys() - vars(config).keys():
         if then[name]:
             changed.append(f"no flag {name} any more (there: {then[name]})")
@@ -559,9 +576,9 @@ def introduce(asked, config, first, rank, world, device, cohort):
         f"to train on, of {cohort}\n"
         f"batches of {n} images; each hvc term stays at log({n} - 1) = {math.log(n - 1):.2f} "
         "where nothing is learnt\n"
-        f"{config.clip}, {config.bank}"
+        f"{config.clip or 'no CLIP'}, {config.bank or 'no bank'}, --align {config.align}"
     )
-    if asked.data and (not asked.clip or asked.bank == Config.bank):
+    if asked.data and config.clip and (not asked.clip or asked.bank == Config.bank):
         print("note: the demo's CLIP and bank know demo tissue alone: name others for real images")
 
 
@@ -609,7 +626,8 @@ def vitals(step, z, bank, config, durations):
     pace = sum(durations) / len(durations)  # seconds for each step
     numbers = {"lr": learning_rate(step - 1, config)}
     for level, t in bank.items():
-        numbers[f"attributes_used_{level}"] = attributes_used(z, t)
+        if len(t):
+            numbers[f"attributes_used_{level}"] = attributes_used(z, t)
     numbers["images_per_s"] = round(len(z) / pace, 1)
     numbers["memory_mib"] = round(memory())
     numbers["seconds_left"] = round(pace * (config.steps - step))
@@ -632,6 +650,7 @@ def train(config, rank=0, world=1, device=CPU):
         model.parameters(), lr=config.lr, weight_decay=config.weight_decay
     )
     first = resume(config, model, optimizer, attributes, cohort)
+    targets = targets_of(config, model, train_cohort, rank, device)  # {level: [G_l, K_l]} or {}
     wrapped = wrap(model, config, world, device)
     log = Log(config.out, first, rank, config.log_every)
     introduce(asked, config, first, rank, world, device, cohort)
@@ -640,7 +659,6 @@ def train(config, rank=0, world=1, device=CPU):
     if probe_due(first, config) and not log.has_probe(first) and not probe_now(first, *probing):
         return False
 
-    weights = config.lambdas
     durations = deque(maxlen=config.log_every)  # seconds of each step
     began = time.perf_counter()
     # Batch. The same patients, patches and views on any number of processes; each gets its share.
@@ -656,9 +674,12 @@ def train(config, rank=0, world=1, device=CPU):
         with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
             z, projections = wrapped(images)  # [n, D]; {level: [n, K_l]}
         terms = hvc(projections, ids, config.temperature)  # {"hvc_patch": scalar, ...}
-        if config.objective == "hlss":
+        if config.align == "paper":
             terms |= ha(z, model.bank, config.ha_temperature)  # {"ha_patch": scalar, ...}
-        loss = sum(weights[name] * term for name, term in terms.items())
+        elif config.align == "regression":
+            wanted = {level: table[i] for (level, table), i in zip(targets.items(), ids.T)}
+            terms |= ar(z, model.bank, wanted)  # {"ar_patch": scalar, ...}
+        loss = sum(config.lambdas[name] * term for name, term in terms.items())
 
         # Backward. DistributedDataParallel averages the gradients over the processes meanwhile.
         optimizer.zero_grad()
@@ -666,8 +687,9 @@ def train(config, rank=0, world=1, device=CPU):
 
         # Averaged over the processes, so that all decide alike: whether to go on, when to stop.
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        numbers = {"loss": loss, **terms, "gradient_norm": norm, "signals": len(signals)}
-        numbers = average(numbers, device)
+        numbers = average(
+            {"loss": loss, **terms, "gradient_norm": norm, "signals": len(signals)}, device
+        )
         stop = numbers.pop("signals") > 0
         check_finite(numbers, step, ids, train_cohort, config)  # a bad step spoils the weights
 
@@ -684,14 +706,19 @@ def train(config, rank=0, world=1, device=CPU):
             log.write(step=step, **numbers, **vitals(step, z, model.bank, config, durations))
             bar.set_postfix(loss=f"{numbers['loss']:.3f}")
         if rank == 0 and (due or stop or step % config.save_every == 0):
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-            about = {
-                "config": vars(config),
-                "attributes": attributes,
-                "classes": cohort.classes,
-                "cohort": cohort.digests(),
-            }
-            save_checkpoint(config.out, state | about | sizes)
+            save_checkpoint(
+                config.out,
+                {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "step": step,
+                    "config": vars(config),
+                    "attributes": attributes,
+                    "classes": cohort.classes,
+                    "cohort": cohort.digests(),
+                    **sizes,
+                },
+            )
         if (stop and not end) or (due and not probe_now(step, *probing)):
             bar.close()
             return False

@@ -16,9 +16,11 @@ MAY_IMPORT = {
     "model": {"losses"},
     "describe": {"losses", "model", "tools.bank", "tools.weights"},
     "evaluate": {"losses", "data", "model", "describe", "tools.weights", "tools.report"},
-    "train": {"losses", "data", "model", "describe", "evaluate", "tools.weights", "demo.prepare"},
+    "train": {"losses", "data", "model", "describe", "evaluate", "demo.prepare"}
+    | {"tools.processes", "tools.weights"},
     "tools.bank": set(),
     "tools.weights": set(),
+    "tools.processes": set(),
     "tools.cohort": {"data"},
     "tools.report": {"data"},
     "demo.tissue": {"data", "model"},

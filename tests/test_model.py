@@ -276,7 +276,7 @@ def test_a_size_that_does_not_fit_is_refused():
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "convnext_tiny"])
 def test_a_torchvision_backbone_stands_in(name):
     bank = {level: F.normalize(torch.randn(3, 48), dim=1) for level in LEVELS}
-    hlss = HLSS(backbone_tower(name, 48), bank).eval()
+    hlss = HLSS(backbone_tower(name, bank), bank).eval()
     images = torch.rand(2, 3, 64, 64)
     z, _ = hlss(images)
     assert z.shape == (2, 48)
@@ -286,9 +286,9 @@ def test_a_torchvision_backbone_stands_in(name):
 
 def test_an_unknown_backbone_is_refused():
     with pytest.raises(ValueError, match="--backbone resnet19: no classifier"):
-        backbone_tower("resnet19", 48)
+        backbone_tower("resnet19", {})
     with pytest.raises(ValueError, match="--backbone squeezenet1_1: it ends without a linear"):
-        backbone_tower("squeezenet1_1", 48)
+        backbone_tower("squeezenet1_1", {})
 
 
 def test_a_bank_of_another_clip_is_refused():

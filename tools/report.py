@@ -22,8 +22,8 @@ from PIL import Image
 
 from data import decode, plain_view, plural
 
-PANELS = {"hvc": "Contrast", "ha": "Alignment", "lr": "Learning rate"}  # as in log.jsonl
-PANELS |= {"knn200": "Accuracy of knn200", "knn20": "Accuracy of knn20"}
+PANELS = {"hvc": "Contrast", "ha": "Alignment", "ar": "Attribute regression"}  # as in log.jsonl
+PANELS |= {"lr": "Learning rate", "knn200": "Accuracy of knn200", "knn20": "Accuracy of knn20"}
 MARKS = 7  # of report.html, for classes on the maps; more classes share them
 
 

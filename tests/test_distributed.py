@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from data import load_views, read_cohort
 from demo.prepare import demo_clip, demo_tissue
-from losses import ha, hvc, supcon
+from losses import ar, ha, hvc, supcon
 from model import checkpoints, share_batch_norm
 
 OBJECTIVES = ("simclr", "hidisc", "hlss")
@@ -59,6 +59,10 @@ def _gradients(rank, world, flags, images, ids, mode):
         terms = hvc(projections, ids[mine])
         if objective == "hlss":
             terms |= ha(z, model.bank)
+        elif objective == "hidisc":  # the targets of these rows may be any
+            wave = torch.sin(torch.arange(14) * ids[mine, :1])  # [n, K]
+            targets = dict.fromkeys(model.bank, wave)
+            terms |= ar(z, model.bank, targets)
         loss = sum(terms.values())
         loss.backward()
         loss = train.average({"loss": loss}, "cpu")["loss"]
@@ -68,7 +72,8 @@ def _gradients(rank, world, flags, images, ids, mode):
 
 @pytest.mark.parametrize(("mode", "tolerance"), [("eval", 1e-6), ("train", 1e-6)])
 def test_1_2_and_4_processes_train_as_one(flags, mode, tolerance):
-    """Same global batch. In training mode, batch norm is over all processes.
+    """Same global batch. In training mode, batch norm is over all processes. hlss is aligned as in
+    the paper, hidisc by regression.
 
     The loss agrees to the tolerance, as a share of itself, and the gradient of every parameter to
     ten times that share of the norm of the whole gradient: what float32 resolves, which z is in.
@@ -94,6 +99,22 @@ def test_1_2_and_4_processes_train_as_one(flags, mode, tolerance):
                 assert gradients.keys() == expected.keys()
                 assert loss == pytest.approx(expected_loss, rel=tolerance)
                 assert worst < 10 * tolerance * norm
+
+
+def _targets(rank, world, flags):
+    config = train.parse_config([*flags, "--align", "regression"])
+    os.makedirs(config.out, exist_ok=True)
+    cohort = read_cohort(config.data).restrict("train")
+    model, _ = train.build_model(config, torch.device("cpu"))
+    return train.targets_of(config, model, cohort, rank, torch.device("cpu"))
+
+
+def test_the_teacher_says_the_same_on_any_number_of_processes(flags, tmp_path):
+    results = []
+    for world in (1, 2):
+        results += on_processes(world, _targets, [*flags, "--out", str(tmp_path / str(world))])
+    for result in results:
+        assert all(torch.equal(result[level], table) for level, table in results[0].items())
 
 
 def small_net():
@@ -154,12 +175,14 @@ def demo(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_1_2_and_4_processes_train_alike(demo, tmp_path):
+@pytest.mark.parametrize("align", ["paper", "regression"])
+def test_1_2_and_4_processes_train_alike(demo, tmp_path, align):
     """The demo's first 20 steps, in training mode; and a run that goes on on others."""
     losses = {}
     for name, worlds in {"1": [1], "2": [2], "4": [4], "1 2 4": [1, 2, 4]}.items():
         out = tmp_path / name.replace(" ", "-")
         flags = [*demo, *DEMO_STEPS, "--out", out, "--log-every", "1", "--probe-every", "0"]
+        flags += ["--align", align]
         for world in worlds:
             flags += ["--save-every", "8"]
             code, _, errors = finish(

@@ -7,14 +7,16 @@ import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 
 import evaluate
 import train
+from data import decode, read_cohort
 from losses import attributes_used, ha, hvc
-from model import checkpoints
+from model import checkpoints, load_run
 
 
 def log_of(out, drop=("images_per_s", "memory_mib", "seconds_left")):
@@ -100,6 +102,154 @@ def test_the_whole_road(flags, objective, capsys, monkeypatch):
         )
 
 
+@pytest.mark.parametrize(
+    ("objective", "align"),
+    [("hlss", "regression"), ("hlss", "off"), ("hidisc", "paper"), ("hidisc", "regression")],
+)
+def test_any_contrast_goes_with_any_alignment(flags, objective, align):
+    config = train.parse_config([*flags, "--objective", objective, "--align", align])
+    config.steps = 1
+    assert train.train(config)
+    line = log_of(config.out)[1]
+    levels = ("patch", "slide", "patient")
+    parts = {"paper": ["hvc", "ha"], "regression": ["hvc", "ar"], "off": ["hvc"]}[align]
+    terms = {f"{part}_{level}" for part in parts for level in levels}
+    assert {name for name in line if name.startswith(("hvc", "ha_", "ar_"))} == terms
+    assert line["loss"] == pytest.approx(sum(line[name] for name in terms), rel=1e-5)
+    assert os.path.exists(os.path.join(config.out, "teacher.pt")) == (align == "regression")
+
+
+def test_by_default_hlss_is_the_papers_and_the_others_are_without_words():
+    assert train.parse_config([]).align == "paper"
+    assert train.parse_config(["--objective", "hidisc"]).align == "off"
+    assert train.parse_config(["--objective", "simclr", "--align", "paper"]).align == "paper"
+    lambdas = train.parse_config(["--align", "regression", "--ar-weight", "3"]).lambdas
+    assert lambdas["ar_slide"] == 3
+
+
+# ---------------------------------------------------------------------- the teacher of a regression
+
+
+def targets_of(flags):
+    """What train.py holds the attribute scores to, with the cohort that trains, and the model."""
+    config = train.parse_config([*flags, "--align", "regression"])
+    os.makedirs(config.out, exist_ok=True)
+    cohort = read_cohort(config.data).restrict("train")
+    model, _ = train.build_model(config, torch.device("cpu"))
+    return train.targets_of(config, model, cohort, 0, torch.device("cpu")), cohort, model
+
+
+def test_the_targets_are_the_standardised_scores_of_the_clip_that_training_began_with(flags):
+    targets, cohort, model = targets_of(flags)
+    ids = cohort.ids(np.arange(len(cohort)))
+    images = [torch.tensor(decode(cohort.path(row))) for row in range(len(cohort))]
+    z = model.eval().encode(torch.stack(images) / 255).detach()  # the start is the teacher
+    for column, level in enumerate(("patch", "slide", "patient")):
+        scores = z @ model.bank[level].T
+        scores = (scores - scores.mean(dim=0)) / (scores.var(dim=0, correction=0) + 1e-5).sqrt()
+        groups = np.unique(ids[:, column])
+        means = torch.stack([scores[ids[:, column] == group].mean(dim=0) for group in groups])
+        means = (means - means.mean(dim=0)) / (means.var(dim=0, correction=0) + 1e-5).sqrt()
+        torch.testing.assert_close(targets[level][groups], means, rtol=0, atol=2e-3)
+        others = np.setdiff1d(np.arange(len(targets[level])), groups)  # those not in training
+        assert not targets[level][others].any()
+
+
+def test_the_teacher_is_the_clip_whatever_the_run_starts_from(flags, tmp_path):
+    clip, *_ = targets_of(flags)
+    small = ["--image-size", "32"]
+    for start in ([*small, "--start", "random"], [*small, "--backbone", "resnet18"]):
+        targets, *_ = targets_of([*flags, *start, "--out", str(tmp_path / start[-1])])
+        assert all(torch.equal(targets[level], clip[level]) for level in clip)
+
+
+def test_the_targets_are_kept_until_clip_cohort_or_bank_is_another(flags, tmp_path, monkeypatch):
+    made = []
+    attribute_targets = train.attribute_targets
+    monkeypatch.setattr(
+        train, "attribute_targets", lambda *a: made.append(1) or attribute_targets(*a)
+    )
+    first, *_ = targets_of(flags)
+    again, *_ = targets_of(flags)
+    assert len(made) == 1
+    assert all(torch.equal(first[level], again[level]) for level in first)
+
+    clip = flags[flags.index("--clip") + 1]
+    saved = torch.load(clip, weights_only=True)
+    state = saved.get("state_dict", saved)
+    state["visual.conv1.weight"] = state["visual.conv1.weight"] + 0.01
+    torch.save(saved, tmp_path / "other.pt")
+    bank = json.load(open(os.path.join(ROOT, "demo/attributes.json")))
+    del bank["levels"]["patch"]["crowded nuclei"]
+    (tmp_path / "bank.json").write_text(json.dumps(bank))
+    targets_of([*flags, "--clip", str(tmp_path / "other.pt")])
+    targets_of([*flags, "--bank", str(tmp_path / "bank.json")])
+    targets_of([*flags, "--read-size", "32"])
+    assert len(made) == 4
+
+
+def test_a_regression_resumes_to_the_same_weights(flags):
+    flags = [*flags, "--align", "regression"]
+    train.train(config := train.parse_config(flags))
+    whole = weights_of(config.out)
+    os.remove(checkpoints(config.out)[-1])  # back to step 2
+    os.remove(os.path.join(config.out, "teacher.pt"))  # made again, to the same
+    train.train(train.parse_config(flags))
+    assert all(torch.equal(value, whole[name]) for name, value in weights_of(config.out).items())
+
+
+# ------------------------------------------------------------------------------ from random weights
+
+
+@pytest.mark.parametrize("align", ["off", "regression"])
+def test_a_tower_may_start_anew_and_evaluation_knows_how(flags, align, monkeypatch, capsys):
+    """Words mean nothing to it, unless it regresses on those of a teacher."""
+    flags = [*flags, "--start", "random", "--align", align, "--steps", "1"]
+    train.train(config := train.parse_config(flags))
+    made, _ = train.build_model(config, torch.device("cpu"))
+    pretrained, _ = train.build_model(train.Config(clip=config.clip, bank=config.bank), "cpu")
+    assert not torch.equal(made.tower.conv1.weight, pretrained.tower.conv1.weight)
+    start, _ = evaluate.starting_model(*load_run(config.out))
+    for a, b in zip(start.tower.parameters(), made.tower.parameters(), strict=True):
+        assert torch.equal(a, b)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", config.out])
+    evaluate.main()
+    said = "attribute names carry no meaning" in capsys.readouterr().out
+    assert said == (align == "off")
+
+
+def test_a_backbone_without_words_needs_neither_clip_nor_bank(
+    flags, cohort_folder, tmp_path, monkeypatch, capsys
+):
+    flags = ["--data", cohort_folder, "--out", str(tmp_path / "run"), "--cache", str(tmp_path)]
+    flags += ["--backbone", "resnet18", "--image-size", "32", "--steps", "1", "--patients", "2"]
+    flags += ["--objective", "hidisc"]
+    config = train.parse_config(flags)
+    assert train.train(config)
+    assert (config.clip, config.bank) == ("", "")
+    assert not (tmp_path / "demo-clip.pt").exists()
+    model, checkpoint = load_run(config.out)
+    assert model.tower.dim == 512  # ResNet-18's own
+    assert checkpoint["attributes"] == {"patch": [], "slide": [], "patient": []}
+
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", config.out, "--against", "start"])
+    evaluate.main()
+    with open(os.path.join(config.out, "metrics.json")) as file:
+        metrics = json.load(file)
+    assert list(metrics["probes"]) == ["knn200", "knn20", "linear"]
+    assert (metrics["attributes_used"], metrics["class_attributes"]) == ({}, [])
+    assert "report.html" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", config.out, "--show", "normal-02"])
+    evaluate.main()
+
+
+@pytest.mark.parametrize("words", ["", "--objective hidisc --align paper"])
+def test_words_for_a_backbone_come_from_a_clip_by_name(words, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_config(["--backbone", "resnet18", *words.split()])
+    assert "name a CLIP with --clip" in capsys.readouterr().err
+
+
 def test_a_finished_run_shows_its_table_again(flags, capsys):
     train.train(train.parse_config(flags))
     before = weights_of(flags[flags.index("--out") + 1])
@@ -154,9 +304,12 @@ def test_a_run_of_before_goes_on_unless_it_used_what_is_gone(flags):
     path = checkpoints(config.out)[-1]
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["config"] |= {"skip_unreadable": False, "augmentation_probability": 0.0}
-    del checkpoint["config"]["workers"], checkpoint["config"]["init"]
+    for name in ("workers", "init", "align", "ar_weight", "start"):
+        del checkpoint["config"][name]
     torch.save(checkpoint, path)
     assert train.train(train.parse_config(flags))
+    with pytest.raises(ValueError, match=r"--align off \(there: paper\)"):  # its default
+        train.train(train.parse_config([*flags, "--align", "off"]))
     checkpoint["config"]["augmentation_probability"] = 0.5
     torch.save(checkpoint, path)
     with pytest.raises(ValueError, match=r"no flag augmentation_probability any more"):

@@ -203,6 +203,8 @@ def open_bank(path, state, vocab="", levels=LEVELS):
         bank = read_whole(path, "encode the bank again")
         if "vectors" not in bank:
             raise ValueError(f"{path} is no bank.pt: encode the bank again")
+        if bank.get("rotated") is not None:
+            print(f"note: {path} is rotated, a control: its words mean nothing")
         attributes, vectors = bank["attributes"], bank["vectors"]
     else:
         bank = read_bank(path)
@@ -217,10 +219,25 @@ def open_bank(path, state, vocab="", levels=LEVELS):
     }
 
 
-def save_bank(path, bank, vectors):
-    """Write bank.pt: {"name", "attributes": {level: [names]}, "vectors": {level: [K_l, D]}}."""
+def rotate(vectors, seed):
+    """A control that knows no words: all vectors of a bank {level: [K_l, D]}, turned by one random
+    rotation (or reflection) of the D dimensions, so that all angles among them stay.
+
+    It is uniform over all of them: the Q of a Gaussian matrix, with the signs of R's diagonal.
+    """
+    D = next(iter(vectors.values())).shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    q, r = torch.linalg.qr(torch.randn(D, D, generator=generator, dtype=torch.float64))
+    turn = q * r.diagonal().sign()
+    return {level: (t.double() @ turn).float() for level, t in vectors.items()}
+
+
+def save_bank(path, bank, vectors, rotated=None):
+    """Write bank.pt: {"name", "attributes": {level: [names]}, "vectors": {level: [K_l, D]},
+    "rotated": the seed of `rotate`, or None}."""
     attributes = {level: list(names) for level, names in bank["levels"].items()}
     saved = {"name": bank.get("name", ""), "attributes": attributes, "vectors": vectors}
+    saved["rotated"] = rotated
     write_whole(os.fspath(path), lambda file: torch.save(saved, file))
 
 
@@ -447,7 +464,9 @@ def run_encode(args):
     state = load_clip(args.clip, args.activation)
     bank = read_bank(args.bank)
     _, vectors = open_bank(args.bank, state, args.vocab, bank["levels"])
-    save_bank(args.out, bank, vectors)
+    if args.rotate is not None:
+        vectors = rotate(vectors, args.rotate)
+    save_bank(args.out, bank, vectors, args.rotate)
     shapes = ", ".join(f"{level} {tuple(t.shape)}" for level, t in vectors.items())
     print(f"{args.out}, {args.clip}, {state['activation']}: {shapes}")
 
@@ -479,6 +498,8 @@ def main():
     flag("--clip", required=True, help=f"a CLIP with a text tower: a file, or {', '.join(CLIPS)}")
     flag("--activation", choices=ACTIVATIONS, help="of the CLIP, where its file does not say it")
     flag("--vocab", help="bpe_simple_vocab_16e6.txt.gz of CLIP (default: open_clip's, a download)")
+    seed = "for a control without meaning: turn all vectors by a random rotation of this SEED"
+    flag("--rotate", type=int, metavar="SEED", help=seed)
     flag("--out", default="bank.pt", help="file to write")
     args = parser.parse_args()
     if args.command == "generate" and not (args.model and re.match("https?://", args.endpoint)):

@@ -220,6 +220,27 @@ def test_a_bank_pt_is_what_was_saved_and_needs_no_clip(tmp_path):
     assert os.listdir(tmp_path) == ["bank.pt"]
 
 
+def test_a_rotated_bank_has_the_same_angles_and_other_vectors(
+    clip_file, tmp_path, monkeypatch, capsys
+):
+    """Which keeps what the words share among each other, and loses what they say of an image."""
+    banks = []
+    for rotate in ([], ["--rotate", "0"], ["--rotate", "0"], ["--rotate", "1"]):
+        path = str(tmp_path / "bank.pt")
+        command = ["describe.py", "encode", DEMO, "--clip", clip_file, "--out", path, *rotate]
+        monkeypatch.setattr(sys, "argv", command)
+        main()
+        attributes, vectors = open_bank(path, {})
+        assert list(vectors) == list(LEVELS)
+        assert ("rotated, a control" in capsys.readouterr().out) == bool(rotate)
+        banks.append(torch.cat(list(vectors.values())))
+    plain, rotated, again, other = banks
+    torch.testing.assert_close(rotated @ rotated.T, plain @ plain.T, rtol=0, atol=1e-5)  # all 3
+    assert torch.equal(rotated, again)
+    for different in (plain, other):
+        assert ((rotated - different).norm(dim=1) > 0.5).all()
+
+
 def test_a_bank_file_is_encoded_with_the_clip(clip_file):
     state = load_clip(clip_file)
     attributes, vectors = open_bank(DEMO, state)

@@ -1,5 +1,6 @@
-"""The losses of HLSS: hierarchical vision contrast (HVC) and hierarchical alignment (HA) with text;
-and one of ours, attribute regression (AR), which may take the place of HA.
+"""The losses of HLSS: hierarchical vision contrast (HVC) and hierarchical alignment (HA) with text.
+
+A third is ours and may take the place of the second: attribute regression (AR).
 
 Plain functions of tensors that need nothing else of this project:
 
@@ -202,9 +203,10 @@ def ar(z, bank, targets):
 
     What counts is which images score higher in an attribute, and not the offset or the scale that
     its words have. z: [n, D], L2-normalised; the gradient reaches it. bank: {level: [K_l, D]},
-    frozen. targets: {level: a_l [n, K_l]}, the teacher's standardised scores of the same rows.
-    Mean and variance are over the rows of all processes. Returns {"ar_patch": scalar, ...}: 0 where
-    the two agree, about 2 where they have nothing in common.
+    frozen. targets: {level: a_l [n, K_l]}, the teacher's standardised scores of the same rows, or
+    of the slide or patient that they are of. Mean and variance are over the rows of all processes.
+    Returns {"ar_patch": scalar, ...}: 0 where the two agree, about 2 where they have nothing in
+    common.
     """
     n = len(z)
     rank = dist.get_rank() if dist.is_initialized() else 0

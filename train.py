@@ -163,7 +163,7 @@ class Config:
     )
     ar_weight: float = flag(
         1.0,
-        "lambda of --align regression. If ar_* stays near 1: more; if hvc_* does not fall: less",
+        "lambda of --align regression. If ar_* rises: more; if hvc_* stays at chance: less",
     )
     amp: bool = flag(torch.cuda.is_available(), "bf16 tower and projections; on with CUDA")
     compile: bool = flag(False, "torch.compile the tower, for CUDA: a slow first step, then faster")

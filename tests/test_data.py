@@ -78,6 +78,8 @@ def test_a_manifest_becomes_a_cohort(tmp_path):
         (["/etc/x.png,amy,s1,a"], "line 2.*leaves"),
         (["img/x.png,amy,s1,a", "./img/x.png,amy,s1,a"], "line 3.*must be written 'img/x.png'"),
         (["img//x.png,amy,s1,a"], "line 2.*must be written 'img/x.png'"),
+        ([r"img\x.png,amy,s1,a"], "line 2.*must be written 'img/x.png'"),
+        ([r"C:\img\x.png,amy,s1,a"], "line 2.*leaves"),
         (["x.png,,s1,a"], "line 2.*only label and split may be empty"),
         (["x.png,amy,s1"], "line 2: 3 fields"),
         ([], "no patches"),
@@ -89,16 +91,35 @@ def test_a_bad_manifest_is_refused_by_line(tmp_path, lines, message):
 
 
 def test_a_manifest_that_is_not_utf_8_is_named(tmp_path):
-    (tmp_path / "manifest.csv").write_bytes(
-        "path,patient,slide\nm\u00fcller.png,a,b".encode("latin-1")
-    )
-    with pytest.raises(ValueError, match=r"manifest\.csv is not UTF-8 .*: save it as UTF-8"):
+    """As Excel saves it, unless one asks for CSV UTF-8."""
+    lines = "path,patient,slide\na.png,amy,s1\nb.png,M\u00fcller,s2\n"
+    (tmp_path / "manifest.csv").write_bytes(lines.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"manifest\.csv, line 3: 'b.png,M.ller,s2' is not UTF-8"):
         data.read_cohort(str(tmp_path))
+    (tmp_path / "manifest.csv").write_bytes(lines.encode("utf-8-sig"))  # CSV UTF-8
+    assert data.read_cohort(str(tmp_path)).groups[-1] == ["M\u00fcller", "amy"]
 
 
-def test_a_missing_column_or_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match="no column patient, slide"):
-        data.read_cohort(manifest(tmp_path, ["x.png,s1"], header="path,case"))
+@pytest.mark.parametrize(
+    ("header", "missing"),
+    [
+        ("path,case", "patient, slide"),
+        ("path;patient;slide", "path, patient, slide"),  # Excel, where the comma is for decimals
+        ("Path,Patient,Slide", "path, patient, slide"),
+    ],
+)
+def test_a_missing_column_is_named(tmp_path, header, missing):
+    message = rf"manifest\.csv, line 1 is '{header}': no column {missing}; name them in small .*;"
+    with pytest.raises(ValueError, match=message):
+        data.read_cohort(manifest(tmp_path, ["x.png;amy;s1"], header))
+
+
+def test_blanks_beside_the_names_of_columns_do_no_harm(tmp_path):
+    cohort = data.read_cohort(manifest(tmp_path, ["x.png, amy, s1"], "path, patient, slide"))
+    assert cohort.group_names(0) == ["amy", "s1"]
+
+
+def test_a_missing_manifest_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"manifest\.csv does not exist"):
         data.read_cohort(str(tmp_path / "nowhere"))
 

@@ -407,6 +407,25 @@ def fit(image, size):
     return np.asarray(image)
 
 
+def short_side(cohort, number=100, quiet=False):
+    """The commonest short side, in pixels, of so many patches spread over the cohort.
+
+    Reads their headers alone, and raises as `decode`. Prints a line where sides differ.
+    """
+    sides = []
+    for row in np.unique(np.linspace(0, len(cohort) - 1, number).astype(int)):
+        try:
+            with Image.open(cohort.path(row)) as image:
+                sides.append(min(image.size))
+        except Exception:
+            decode(cohort.path(row))  # says what is wrong with it
+    side, times = Counter(sides).most_common(1)[0]
+    if times < len(sides) and not quiet:
+        others = f"{len(sides) - times} of {len(sides)} patches looked at have another short side"
+        print(f"{others} than {side} pixels: {min(sides)} to {max(sides)}")
+    return side
+
+
 def load_batches(cohort, batches, size, workers=2, ahead=3):
     """Decodes patches in the background. Yields (rows, images [n, ...] as of `decode`) in order.
 

@@ -420,6 +420,38 @@ def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
         data.decode(str(tmp_path / "x.png"), 16)
 
 
+def sized(folder, sizes):
+    """A cohort of black images of these sizes (width, height)."""
+    cohort = data.read_cohort(
+        manifest(folder, [f"{i:03d}.png,a,s" for i in range(len(sizes))], "path,patient,slide")
+    )
+    for row, size in enumerate(sizes):
+        Image.new("RGB", size).save(cohort.path(row))
+    return cohort
+
+
+def test_the_short_side_is_that_of_most_patches(tmp_path, capsys):
+    """The first patch alone would say 1: a cohort would be read at one pixel."""
+    cohort = sized(tmp_path, [(1, 1), (60, 40), (40, 40), (40, 70), (90, 80)])
+    assert data.short_side(cohort) == 40
+    expected = "2 of 5 patches looked at have another short side than 40 pixels: 1 to 80\n"
+    assert capsys.readouterr().out == expected
+    assert data.short_side(cohort, quiet=True) == 40  # the other processes of a run
+    assert data.short_side(cohort.select([1, 2, 3])) == 40  # 60 x 40 and 40 x 70: nothing differs
+    assert capsys.readouterr().out == ""
+
+
+def test_the_short_side_is_read_from_few_headers(tmp_path):
+    """The first, the last and those at even distances between: their pixels are not decoded."""
+    cohort = sized(tmp_path, [(40, 40)] * 21)
+    for row in range(21):
+        with open(cohort.path(row), "r+b") as file:
+            file.truncate(45 if row % 5 == 0 else 0)  # a PNG's pixels begin at 41
+    assert data.short_side(cohort, number=5) == 40
+    with pytest.raises(ValueError, match=r"001\.png cannot be read .*: restore it"):
+        data.short_side(cohort, number=21)
+
+
 def test_statistics_are_numpys(cohort_folder):
     cohort = data.read_cohort(cohort_folder)
     pixels = np.stack([data.decode(cohort.path(row)) for row in range(len(cohort))]) / 255

@@ -2,7 +2,7 @@
 
     python -m tools.cohort index ROOT --pattern '{label}/{patient}/{slide}/*.png'
     python -m tools.cohort opensrh ROOT      make it from OpenSRH's own JSON
-    python -m tools.cohort check ROOT        data.decode every patch, list those that cannot be used
+    python -m tools.cohort check ROOT        decode every patch, say which cannot be used, and why
     python -m tools.cohort show ROOT         draw a patient's patches and their views
 
 The first two write ROOT/manifest.csv, which is all that training reads.
@@ -203,39 +203,38 @@ def summary(cohort):
     return lines
 
 
-PROBLEMS = ("missing", "unreadable", "truncated", "constant", "odd-sized")
-
-
 def look(path):
-    """The shape of a patch, or what is wrong with it: a key of PROBLEMS."""
+    """The shape of a patch, or what is wrong with it, as "truncated: " and the reason."""
     if not os.path.exists(path):
-        return "missing"
+        return "missing: no such file"
     try:
         pixels = data.decode(path)
     except ValueError as error:
-        return "truncated" if "truncated" in str(error) else "unreadable"
+        reason = str(error.__cause__).replace(f" {path!r}", "")
+        return f"{'truncated' if 'truncated' in reason else 'unreadable'}: {reason}"
     # Glass varies by its noise alone. SRH uses a small part of its 65,536 levels: only what is flat
     # is refused.
     least = 2.5 if pixels.dtype == np.uint8 else 64
-    if pixels.std(axis=(1, 2)).max() < least:
-        return "constant"
+    spread = pixels.std(axis=(1, 2)).max()
+    if spread < least:
+        return f"constant: standard deviation {spread:.1f}, less than {least}"
     return pixels.shape
 
 
 def check(cohort, workers=2):
-    """Decodes every patch. Returns {problem: rows that have it} for each of PROBLEMS."""
+    """Decodes every patch. Returns {row: what is wrong with it} for those that cannot be used."""
     paths = [cohort.path(row) for row in range(len(cohort))]
     with ThreadPoolExecutor(workers) as pool:
         looks = tqdm(pool.map(look, paths), "check", len(paths), unit="patch", leave=False)
         results = list(looks)
     shapes = Counter(result for result in results if isinstance(result, tuple))
     usual = shapes.most_common(1)[0][0] if shapes else None
-    problems = {problem: [] for problem in PROBLEMS}
+    problems = {}
     for row, result in enumerate(results):
-        if result == usual:
-            continue
-        problem = "odd-sized" if isinstance(result, tuple) else result
-        problems[problem].append(row)
+        if isinstance(result, str):
+            problems[row] = result
+        elif result != usual:
+            problems[row] = f"odd-sized: {result}, most are {usual} (channels, height, width)"
     return problems
 
 
@@ -294,17 +293,17 @@ def run_check(args):
         raise SystemExit(f"--clean {args.clean}: name a file NAME.csv that is not there yet")
     problems = check(cohort, args.workers)
     print("\n".join(summary(cohort)))
-    for problem, rows in problems.items():
-        print(f"{problem}: {len(rows)}")
-        for row in rows[:5]:
-            print(f"    {cohort.name(row)}")
-    bad = set().union(*problems.values())
+    for row, problem in problems.items():
+        print(f"{cohort.name(row)}: {problem}")
+    counts = Counter(problem.partition(":")[0] for problem in problems.values())
+    by_kind = [f"{count} {kind}" for kind, count in counts.items()]
+    print("cannot be used: " + (", ".join(by_kind) or "none"))
     if args.clean:
-        good = [row for row in range(len(cohort)) if row not in bad]
+        good = [row for row in range(len(cohort)) if row not in problems]
         by_hash = (cohort.patient_split == data.hash_split(cohort.groups[-1])).all()
         write_manifest(path, cohort, good, with_split=not by_hash)  # a hash needs no column
         print(f"{path} holds the other {len(good)}")
-    raise SystemExit(1 if bad else 0)
+    raise SystemExit(1 if problems else 0)
 
 
 def run_show(args):

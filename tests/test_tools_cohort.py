@@ -184,7 +184,7 @@ def test_a_pattern_that_makes_one_patient_of_all_writes_nothing(tmp_path, monkey
     assert stop.value.code == 2
     assert f"{TCGA[0]} -> patient TCGA, slide 02-0001-01Z-00-DX1, label brca\n" in printed.out
     assert (
-        "Nothing is written: fewer patients (1) than classes (2). {name} ends where" in printed.err
+        "Nothing is written: fewer patients (1) than classes (2).\n{name} ends where" in printed.err
     )
     assert not os.path.exists(tmp_path / "manifest.csv")
 

@@ -325,7 +325,7 @@ def run_index(args):
         doubt = "" if args.yes else doubts(cohort)
     print("\n".join(summary(cohort)))
     if doubt:
-        print(f"Nothing is written: {doubt}. {CUT_REMEDY}", file=sys.stderr)
+        print(f"Nothing is written: {doubt}.\n{CUT_REMEDY}", file=sys.stderr)
         raise SystemExit(2)
     write_manifest(path, cohort, range(len(cohort)), with_split)
     print(f"{path} is written")

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 from losses import LEVELS
 
@@ -122,9 +122,8 @@ def hash_split(patients, val_fraction=0.2):
     digests = [hashlib.sha256(name.encode()).hexdigest() for name in patients]
     value = np.array([int(digest[:12], 16) / 2**48 for digest in digests])  # in [0, 1)
     split = (value < val_fraction).astype(np.int8)
-    if len(patients) > 1 and not split.any():
+    if len(patients) > 1:
         split[value.argmin()] = 1
-    if len(patients) > 1 and split.all():
         split[value.argmax()] = 0
     return split
 
@@ -148,38 +147,33 @@ def read_cohort(root, levels=LEVELS, val_fraction=0.2):
 
     levels: fine to coarse; each but the first is a column. val_fraction: share of the patients held
     out where there is no split column. Raises ValueError, with file and line, for a missing column,
-    an empty field, a path that leaves the folder, a path twice, a slide under two patients, and a
-    patient in two splits.
+    an empty field, other bytes than UTF-8, a path that leaves the folder, a path twice, a slide
+    under two patients, and a patient in two splits.
     """
     manifest = find_manifest(root)
     folder = os.path.dirname(os.path.abspath(manifest))
-    try:
-        return build_cohort(folder, read_manifest(manifest, levels), levels, val_fraction)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{manifest} is not UTF-8 ({error}): save it as UTF-8") from error
+    return build_cohort(folder, read_manifest(manifest, levels), levels, val_fraction)
 
 
 def read_manifest(manifest, levels=LEVELS):
     """Yields (file and line, path, patient, slide, label, split); a column not there gives ""."""
     columns = ["path", *reversed(levels[1:]), "label", "split"]
-    with open(manifest, newline="", encoding="utf-8-sig") as file:
+    with open(manifest, newline="", encoding="utf-8-sig", errors="replace") as file:
         reader = csv.reader(file)
-        header = next(reader, [])
+        header = [column.strip() for column in next(reader, [])]
         missing = [column for column in columns[:-2] if column not in header]
         if missing:
-            remedy = "the first line names the columns, separated by commas"
-            line = f"line 1 is {','.join(header)!r}: {remedy}"
-            raise ValueError(f"{manifest}: no column {', '.join(missing)}; {line}")
+            remedy = "name them in small letters, with commas (no ; or tab) between, in UTF-8"
+            found = f"{manifest}, line 1 is {','.join(header)!r}"
+            raise ValueError(f"{found}: no column {', '.join(missing)}; {remedy}")
         if levels[0] in header:
-            remedy = (
-                f"--levels goes from fine to coarse: put the image, as patch, before {levels[0]}"
-            )
+            remedy = f"--levels is fine to coarse: put the image, as patch, before {levels[0]}"
             raise ValueError(f"{manifest} has a column {levels[0]}: {remedy}")
         places = [header.index(column) if column in header else -1 for column in columns]
-        for row in reader:
-            if not row:  # an empty line
-                continue
+        for row in filter(None, reader):  # without empty lines
             where = f"{manifest}, line {reader.line_num}"
+            if "\ufffd" in "".join(row):  # what stands for bytes that are not UTF-8
+                raise ValueError(f"{where}: {','.join(row)!r} is not UTF-8: save it as CSV UTF-8")
             if len(row) != len(header):
                 raise ValueError(f"{where}: {len(row)} fields, but {len(header)} columns in line 1")
             row.append("")  # what place -1 looks up
@@ -189,11 +183,10 @@ def read_manifest(manifest, levels=LEVELS):
 def build_cohort(root, entries, levels=LEVELS, val_fraction=0.2):
     """Lines of a manifest -> Cohort. entries: as `read_manifest` yields them. Raises as it says."""
     names = {}  # path: None; a dict, for its keys keep their order and are found at once
-    chains = {}  # slide: [patient, slide], the names of all that it is in; they keep their order
-    slide_numbers = {}  # in order of appearance
+    chains = {}  # slide: [patient, slide], the names of all that it is in
     label_numbers = {}
     patient_splits = {}
-    slide_of = []  # for each patch, its slide's number
+    slide_of = []  # for each patch, its slide
     label_of = []
     for where, path, *chain, label, split in entries:
         check_entry(root, where, path, chain, split)
@@ -210,14 +203,15 @@ def build_cohort(root, entries, levels=LEVELS, val_fraction=0.2):
             both = f"{patient_splits[patient]!r} above and in {split!r} here"
             raise ValueError(f"{where}: {patient!r} is in {both}; all of it must be on one side")
         names[name] = None
-        slide_of.append(slide_numbers.setdefault(slide, len(slide_numbers)))
+        slide_of.append(chains[slide][-1])  # one string for all patches of the slide
         label_of.append(label_numbers.setdefault(label, len(label_numbers)) if label else -1)
     if not names:
         raise ValueError(f"{root}: the cohort has no patches")
 
     # From the order of appearance to the order of names.
-    parents, groups = sort_groups(root, list(chains.values()), levels)
-    slide = parents[0][slide_of]
+    parents, groups = sort_groups(root, chains.values(), levels)
+    number = {name: i for i, name in enumerate(groups[0])}
+    slide = np.array([number[name] for name in slide_of], np.int32)
     order = np.argsort(slide, kind="stable")
     classes, label_number = np.unique(list(label_numbers), return_inverse=True)
     label = np.append(label_number, -1).astype(np.int32)[label_of]  # -1 looks up the last
@@ -225,7 +219,7 @@ def build_cohort(root, entries, levels=LEVELS, val_fraction=0.2):
         root,
         levels=tuple(levels),
         names=np.array(list(names))[order],
-        parents=[slide[order], *parents[1:]],
+        parents=[slide[order], *parents],
         groups=groups,
         label=label[order],
         patient_split=splits_of(root, groups[-1], patient_splits, val_fraction),
@@ -234,25 +228,23 @@ def build_cohort(root, entries, levels=LEVELS, val_fraction=0.2):
 
 
 def sort_groups(root, chains, levels):
-    """parents and groups as of Cohort, sorted by name, but parents[0] is the slide of each chain.
+    """parents and groups as of Cohort, sorted by name, but without the parents of the patches.
 
     chains: [patient, slide] of each slide. Raises ValueError for a name that stands in two groups.
     """
     parents = []
     groups = []
-    first = slice(None)  # one chain for each group of the level below
-    for depth in range(len(levels) - 1, 0, -1):
-        keys = ["\0".join(chain[:depth]) for chain in chains]
-        keys, index, number = np.unique(keys, return_index=True, return_inverse=True)
-        names = [key.rpartition("\0")[2] for key in keys.tolist()]
-        level = levels[len(levels) - depth]
-        for name, times in Counter(names).items():
-            if times > 1:
-                raise ValueError(f"{root}: {times} different {plural(level)} are called {name!r}")
-        parents.append(number[first].astype(np.int32))
-        groups.append(names)
-        first = index
-    return parents, groups
+    chains = sorted(map(tuple, chains))
+    for level in levels[1:]:
+        groups.append([chain[-1] for chain in chains])
+        name, times = Counter(groups[-1]).most_common(1)[0]
+        if times > 1:
+            raise ValueError(f"{root}: {times} different {plural(level)} are called {name!r}")
+        above = [chain[:-1] for chain in chains]
+        chains = sorted(set(above))
+        number = {chain: i for i, chain in enumerate(chains)}
+        parents.append(np.array([number[chain] for chain in above], np.int32))
+    return parents[:-1], groups  # nothing is above the patients
 
 
 def check_entry(root, where, path, chain, split):
@@ -260,9 +252,9 @@ def check_entry(root, where, path, chain, split):
     if not (path and all(chain)):
         raise ValueError(f"{where}: only label and split may be empty")
     parts = path.replace("\\", "/").split("/")
-    if parts[0] == "" or ".." in parts:
+    if parts[0] == "" or parts[0].endswith(":") or ".." in parts:  # C: is Windows' root
         raise ValueError(f"{where}: the path {path!r} leaves {root}; use paths relative to it")
-    if "" in parts or "." in parts:  # the same file could stand here under two names
+    if "" in parts or "." in parts or "\\" in path:  # one file could stand under two names
         plain = "/".join(part for part in parts if part not in ("", "."))
         raise ValueError(f"{where}: the path {path!r} must be written {plain!r}")
     if split and split not in SPLITS:
@@ -285,8 +277,7 @@ def splits_of(root, patients, patient_splits, val_fraction):
 def batch_patients(cohort, step, seed, patients):
     """The patients of one global batch, [patients], all different. A pure function of (seed, step).
 
-    An epoch is a shuffle of all patients, cut into whole batches. The remainder waits for the next
-    shuffle.
+    An epoch is a shuffle of all patients, cut into whole batches; the rest waits for the next.
     """
     epoch, place = divmod(step, len(cohort.present) // patients)
     order = np.random.default_rng((seed, epoch)).permutation(cohort.present)
@@ -412,12 +403,27 @@ def two_planes(image, size):
 def fit(image, size):
     """A Pillow image -> array: the middle square at size x size; without a size, as it is."""
     if size and image.size != (size, size):
-        side = min(image.size)
-        left = (image.width - side) / 2
-        top = (image.height - side) / 2
-        box = (left, top, left + side, top + side)
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return np.asarray(image)
+
+
+def short_side(cohort, number=100, quiet=False):
+    """The commonest short side, in pixels, of so many patches spread over the cohort.
+
+    Reads their headers alone, and raises as `decode`. Prints a line where sides differ.
+    """
+    sides = []
+    for row in np.unique(np.linspace(0, len(cohort) - 1, number).astype(int)):
+        try:
+            with Image.open(cohort.path(row)) as image:
+                sides.append(min(image.size))
+        except Exception:
+            decode(cohort.path(row))  # says what is wrong with it
+    side, times = Counter(sides).most_common(1)[0]
+    if times < len(sides) and not quiet:
+        others = f"{len(sides) - times} of {len(sides)} patches looked at have another short side"
+        print(f"{others} than {side} pixels: {min(sides)} to {max(sides)}")
+    return side
 
 
 def load_batches(cohort, batches, size, workers=2, ahead=3):
@@ -454,24 +460,19 @@ def intensities(images):
     """
     if images.dtype == torch.uint8:
         return images.float().div(255)
-    n, _, H, W = images.shape
-    x = torch.empty(n, 3, H, W, device=images.device)
-    x[:, 1:] = images
-    x[:, 1:] /= 65536
-    x[:, 0] = (x[:, 2] - x[:, 1]).add_(5000 / 65536).clamp_(0, 1)
-    return x
+    ch2, ch3 = images.float().div_(65536).unbind(dim=1)
+    return torch.stack([(ch3 - ch2 + 5000 / 65536).clamp(0, 1), ch2, ch3], dim=1)
 
 
 def channel_statistics(cohort, size, patches=256, workers=2):
     """Mean and standard deviation of each channel in [0, 1], of so many patches: two lists."""
     rows = np.sort(np.random.default_rng(0).permutation(len(cohort))[:patches])
-    sums = torch.zeros(2, 3, dtype=torch.float64)  # of x and of x^2
+    moments = []  # the means of x and of x^2, [2, n, 3]
     batches = np.array_split(rows, -(-len(rows) // 16))
     for _, images in load_batches(cohort, batches, size, workers):
         x = intensities(images).double()
-        moments = [x.mean(dim=(2, 3)).sum(dim=0), x.square().mean(dim=(2, 3)).sum(dim=0)]
-        sums += torch.stack(moments) / len(rows)
-    mean, mean_square = sums
+        moments.append(torch.stack([x.mean(dim=(2, 3)), x.square().mean(dim=(2, 3))]))
+    mean, mean_square = torch.cat(moments, dim=1).mean(dim=1)
     return mean.tolist(), (mean_square - mean**2).clamp(min=1e-6).sqrt().tolist()
 
 

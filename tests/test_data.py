@@ -78,6 +78,8 @@ def test_a_manifest_becomes_a_cohort(tmp_path):
         (["/etc/x.png,amy,s1,a"], "line 2.*leaves"),
         (["img/x.png,amy,s1,a", "./img/x.png,amy,s1,a"], "line 3.*must be written 'img/x.png'"),
         (["img//x.png,amy,s1,a"], "line 2.*must be written 'img/x.png'"),
+        ([r"img\x.png,amy,s1,a"], "line 2.*must be written 'img/x.png'"),
+        ([r"C:\img\x.png,amy,s1,a"], "line 2.*leaves"),
         (["x.png,,s1,a"], "line 2.*only label and split may be empty"),
         (["x.png,amy,s1"], "line 2: 3 fields"),
         ([], "no patches"),
@@ -89,16 +91,35 @@ def test_a_bad_manifest_is_refused_by_line(tmp_path, lines, message):
 
 
 def test_a_manifest_that_is_not_utf_8_is_named(tmp_path):
-    (tmp_path / "manifest.csv").write_bytes(
-        "path,patient,slide\nm\u00fcller.png,a,b".encode("latin-1")
-    )
-    with pytest.raises(ValueError, match=r"manifest\.csv is not UTF-8 .*: save it as UTF-8"):
+    """As Excel saves it, unless one asks for CSV UTF-8."""
+    lines = "path,patient,slide\na.png,amy,s1\nb.png,M\u00fcller,s2\n"
+    (tmp_path / "manifest.csv").write_bytes(lines.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"manifest\.csv, line 3: 'b.png,M.ller,s2' is not UTF-8"):
         data.read_cohort(str(tmp_path))
+    (tmp_path / "manifest.csv").write_bytes(lines.encode("utf-8-sig"))  # CSV UTF-8
+    assert data.read_cohort(str(tmp_path)).groups[-1] == ["M\u00fcller", "amy"]
 
 
-def test_a_missing_column_or_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match="no column patient, slide"):
-        data.read_cohort(manifest(tmp_path, ["x.png,s1"], header="path,case"))
+@pytest.mark.parametrize(
+    ("header", "missing"),
+    [
+        ("path,case", "patient, slide"),
+        ("path;patient;slide", "path, patient, slide"),  # Excel, where the comma is for decimals
+        ("Path,Patient,Slide", "path, patient, slide"),
+    ],
+)
+def test_a_missing_column_is_named(tmp_path, header, missing):
+    message = rf"manifest\.csv, line 1 is '{header}': no column {missing}; name them in small .*;"
+    with pytest.raises(ValueError, match=message):
+        data.read_cohort(manifest(tmp_path, ["x.png;amy;s1"], header))
+
+
+def test_blanks_beside_the_names_of_columns_do_no_harm(tmp_path):
+    cohort = data.read_cohort(manifest(tmp_path, ["x.png, amy, s1"], "path, patient, slide"))
+    assert cohort.group_names(0) == ["amy", "s1"]
+
+
+def test_a_missing_manifest_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"manifest\.csv does not exist"):
         data.read_cohort(str(tmp_path / "nowhere"))
 
@@ -397,6 +418,38 @@ def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match=r"x\.png cannot be read .*decompression bomb"):
         data.decode(str(tmp_path / "x.png"), 16)
+
+
+def sized(folder, sizes):
+    """A cohort of black images of these sizes (width, height)."""
+    cohort = data.read_cohort(
+        manifest(folder, [f"{i:03d}.png,a,s" for i in range(len(sizes))], "path,patient,slide")
+    )
+    for row, size in enumerate(sizes):
+        Image.new("RGB", size).save(cohort.path(row))
+    return cohort
+
+
+def test_the_short_side_is_that_of_most_patches(tmp_path, capsys):
+    """The first patch alone would say 1: a cohort would be read at one pixel."""
+    cohort = sized(tmp_path, [(1, 1), (60, 40), (40, 40), (40, 70), (90, 80)])
+    assert data.short_side(cohort) == 40
+    expected = "2 of 5 patches looked at have another short side than 40 pixels: 1 to 80\n"
+    assert capsys.readouterr().out == expected
+    assert data.short_side(cohort, quiet=True) == 40  # the other processes of a run
+    assert data.short_side(cohort.select([1, 2, 3])) == 40  # 60 x 40 and 40 x 70: nothing differs
+    assert capsys.readouterr().out == ""
+
+
+def test_the_short_side_is_read_from_few_headers(tmp_path):
+    """The first, the last and those at even distances between: their pixels are not decoded."""
+    cohort = sized(tmp_path, [(40, 40)] * 21)
+    for row in range(21):
+        with open(cohort.path(row), "r+b") as file:
+            file.truncate(45 if row % 5 == 0 else 0)  # a PNG's pixels begin at 41
+    assert data.short_side(cohort, number=5) == 40
+    with pytest.raises(ValueError, match=r"001\.png cannot be read .*: restore it"):
+        data.short_side(cohort, number=21)
 
 
 def test_statistics_are_numpys(cohort_folder):

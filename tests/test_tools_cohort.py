@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 
 import numpy as np
@@ -134,7 +135,9 @@ def test_a_folder_tree_becomes_a_manifest(tmp_path, monkeypatch, capsys):
         "patient",
     )
     printed = capsys.readouterr().out
-    assert "2 patients, 4 slides, 12 patches" in printed
+    assert "glioma/amy/s0-amy/0.png -> patient amy, slide s0-amy, label glioma\n" in printed
+    assert "normal/bob/s1-bob/2.png -> patient bob, slide s1-bob, label normal\n" in printed
+    assert "2 patients, 4 slides, 12 patches, 2 classes" in printed
     assert "patches a slide: 3 to 3, median 3" in printed
     assert "glioma 6, normal 6" in printed
     cohort = data.read_cohort(root)
@@ -161,6 +164,120 @@ def test_names_of_tcga(tmp_path):
         "TCGA-06-0125-01A-01-TS1",
     ]
     assert cohort.classes == []
+
+
+TCGA = [
+    "brca/TCGA-02-0001-01Z-00-DX1_12_34.jpg",
+    "brca/TCGA-02-0001-01Z-00-DX2_0_0.jpg",
+    "brca/TCGA-02-0003-01Z-00-DX1_5_6.jpg",
+    "luad/TCGA-06-0125-01A-01-TS1_7_8.jpg",
+]
+
+
+def test_a_pattern_that_makes_one_patient_of_all_writes_nothing(tmp_path, monkeypatch, capsys):
+    """{patient} ends at the first dash: TCGA. The pattern that is named instead finds them."""
+    root = tiles(tmp_path, TCGA)
+    words = ["index", root, "--pattern", "{label}/{patient}-{slide}_*.jpg"]
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, *words)
+    printed = capsys.readouterr()
+    assert stop.value.code == 2
+    assert f"{TCGA[0]} -> patient TCGA, slide 02-0001-01Z-00-DX1, label brca\n" in printed.out
+    assert (
+        "Nothing is written: fewer patients (1) than classes (2).\n{name} ends where" in printed.err
+    )
+    assert not os.path.exists(tmp_path / "manifest.csv")
+
+    (remedy,) = re.findall("--pattern '(.*)'", printed.err)
+    command(monkeypatch, "index", root, "--pattern", remedy)
+    cohort = data.read_cohort(root)
+    assert cohort.groups[-1] == ["TCGA-02-0001", "TCGA-02-0003", "TCGA-06-0125"]
+    assert cohort.groups[0][0] == "TCGA-02-0001-01Z-00-DX1"
+
+    command(monkeypatch, *words, "--yes", "--overwrite")
+    assert data.read_cohort(root).groups[-1] == ["TCGA"]
+
+
+def test_a_patient_with_over_half_of_the_patches_is_doubted(tmp_path, monkeypatch, capsys):
+    root = tiles(tmp_path, ["amy/1/0.png", "amy/1/1.png", "amy/2/0.png", "bob/3/0.png"])
+    words = ["index", root, "--pattern", "{patient}/{slide}/*.png"]
+    with pytest.raises(SystemExit):
+        command(monkeypatch, *words)
+    assert "patient amy has 3 of the 4 patches" in capsys.readouterr().err
+    tiles(tmp_path, ["bob/3/1.png", "bob/3/2.png"])
+    command(monkeypatch, *words)  # half is no more than half
+
+
+def test_linked_folders_are_followed_but_not_for_ever(tmp_path):
+    tiles(tmp_path, ["disk/bob/1/0.png"])
+    root = tiles(tmp_path / "cohort", ["amy/1/0.png"])
+    os.symlink(tmp_path / "disk/bob", tmp_path / "cohort/bob")
+    os.symlink(tmp_path / "cohort", tmp_path / "cohort/amy/back")  # a circle
+    os.symlink(tmp_path / "disk/bob", tmp_path / "cohort/twin")  # bob again: his images are there
+    os.symlink(tmp_path / "nowhere", tmp_path / "cohort/broken")
+    assert tool.image_files(root) == ["amy/1/0.png", "bob/1/0.png"]
+
+
+BREAKHIS = {  # tumour type: names of files up to the magnification
+    "benign/SOB/adenosis": ["SOB_B_A-14-22549AB", "SOB_B_A-14-22549CD"],
+    "benign/SOB/fibroadenoma": ["SOB_B_F-14-14134"],
+    "benign/SOB/phyllodes_tumor": ["SOB_B_PT-14-21998AB"],
+    "benign/SOB/tubular_adenoma": ["SOB_B_TA-14-3411F"],
+    "malignant/SOB/ductal_carcinoma": ["SOB_M_DC-14-2523", "SOB_M_DC-14-13412"],
+    "malignant/SOB/lobular_carcinoma": ["SOB_M_LC-14-13412"],  # filed under two types
+    "malignant/SOB/mucinous_carcinoma": ["SOB_M_MC-14-13-418DE"],
+    "malignant/SOB/papillary_carcinoma": ["SOB_M_PC-14-9146"],
+}
+
+
+@pytest.fixture
+def breakhis(tmp_path):
+    """BreaKHis as released (Spanhol et al. 2016), in small: a slide a patient, four magnifications.
+
+    benign/SOB/adenosis/SOB_B_A_14-22549AB/40X/SOB_B_A-14-22549AB-40-001.png
+    """
+    names = []
+    for tumour, patients in BREAKHIS.items():
+        for patient in patients:
+            for times in (40, 100, 200, 400):
+                folder = f"{tumour}/{patient.replace('-', '_', 1)}/{times}X"
+                names += [f"{folder}/{patient}-{times}-{i:03d}.png" for i in (1, 10)]
+    return tiles(tmp_path / "BreaKHis_v1/histology_slides/breast", names)
+
+
+def test_breakhis_at_one_magnification_by_two_classes(breakhis, monkeypatch, capsys):
+    """No {slide}: each patient is one. Numbers, not folders: 14-13412 is in two folders."""
+    pattern = "{label}/SOB/*/SOB_*_{patient}/40X/*.png"
+    words = ["index", breakhis, "--pattern", pattern, "--partial", "--label-level", "patient"]
+    command(monkeypatch, *words)
+    printed = capsys.readouterr().out
+    assert "left out: 60 image files that do not match, as benign/SOB/adenosis/" in printed
+    assert "9 patients, 9 slides, 20 patches, 2 classes" in printed
+    cohort = data.read_cohort(breakhis)
+    assert cohort.classes == ["benign", "malignant"]
+    assert cohort.groups[0] == cohort.groups[1]
+    assert {"14-22549AB", "14-2523", "14-13412", "14-13-418DE"} <= set(cohort.groups[-1])
+    assert all("/40X/" in cohort.name(row) for row in range(20))
+
+
+def test_breakhis_by_eight_types(breakhis):
+    pattern = "*/SOB/{label}/SOB_*_{patient}/40X/*.png"
+    cohort = tool.index(breakhis, pattern, partial=True)
+    assert str(cohort) == "9 patients, 9 slides, 20 patches"
+    assert cohort.classes == sorted(os.path.basename(tumour) for tumour in BREAKHIS)
+    with pytest.raises(
+        ValueError, match=r"two labels: .*DC-14-13412-40-010\.png and .*LC-14-13412"
+    ):
+        tool.index(breakhis, pattern, "patient", partial=True)
+
+
+def test_breakhis_by_four_types_of_many_patients(breakhis):
+    """As eva takes it: from the names of the files alone."""
+    pattern = r".*/SOB_._(?P<label>TA|MC|F|DC)-\d+-(?P<patient>[^/]+)-40-\d+\.png"
+    cohort = tool.index(breakhis, pattern, "patient", partial=True)
+    assert cohort.classes == ["DC", "F", "MC", "TA"]
+    assert cohort.groups[0] == cohort.groups[1] == ["13-418DE", "13412", "14134", "2523", "3411F"]
+    assert len(cohort) == 10
 
 
 def test_a_name_may_stand_twice(tmp_path):
@@ -192,7 +309,7 @@ def test_ambiguity_is_refused_with_examples(tmp_path):
     with pytest.raises(ValueError, match=r"'\(\?P<slide>\[' is no regular expression"):
         tool.index(root, "(?P<slide>[")
     with pytest.raises(
-        ValueError, match="must name patient and slide, and may name label and split; it names case"
+        ValueError, match="must name patient, and may name slide, label, split; it names case"
     ):
         tool.index(root, "{case}/*.png")
 
@@ -209,14 +326,22 @@ def test_check_finds_what_cannot_be_used(tmp_path, monkeypatch, capsys):
     tiles(tmp_path, ["amy/s/tmp.png"])
     Image.open(tmp_path / "amy/s/tmp.png").resize((16, 20)).save(tmp_path / "amy/s/3.png")
     os.remove(tmp_path / "amy/s/tmp.png")
-    command(monkeypatch, "index", root, "--pattern", "{patient}/{slide}/*.png")
+    command(monkeypatch, "index", root, "--pattern", "{patient}/{slide}/*.png", "--yes")
+    os.remove(tmp_path / "amy/s/4.png")
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         command(monkeypatch, "check", root, "--clean", "clean.csv")
     assert stop.value.code == 1
-    printed = capsys.readouterr().out
-    for problem, i in {"truncated": 0, "unreadable": 1, "constant": 2, "odd-sized": 3}.items():
-        assert f"{problem}: 1\n    amy/s/{i}.png" in printed
-    assert len(data.read_cohort(str(tmp_path / "clean.csv"))) == 4
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("amy")] == [
+        "amy/s/0.png: truncated: image file is truncated",
+        "amy/s/1.png: unreadable: cannot identify image file",
+        "amy/s/2.png: constant: standard deviation 0.0, less than 2.5",
+        "amy/s/3.png: odd-sized: (3, 20, 16), most are (3, 16, 16) (channels, height, width)",
+        "amy/s/4.png: missing: no such file",
+    ]
+    assert "cannot be used: 1 truncated, 1 unreadable, 1 constant, 1 odd-sized, 1 missing" in lines
+    assert len(data.read_cohort(str(tmp_path / "clean.csv"))) == 3
     assert (tmp_path / "clean.csv").read_text().splitlines()[
         0
     ] == "path,patient,slide"  # the hash needs no column
@@ -226,6 +351,7 @@ def test_check_finds_what_cannot_be_used(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         command(monkeypatch, "check", str(tmp_path / "clean.csv"))
     assert stop.value.code == 0
+    assert "cannot be used: none" in capsys.readouterr().out
 
 
 def test_a_contact_sheet(cohort_folder, tmp_path, monkeypatch):

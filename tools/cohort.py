@@ -2,7 +2,7 @@
 
     python -m tools.cohort index ROOT --pattern '{label}/{patient}/{slide}/*.png'
     python -m tools.cohort opensrh ROOT      make it from OpenSRH's own JSON
-    python -m tools.cohort check ROOT        data.decode every patch, list those that cannot be used
+    python -m tools.cohort check ROOT        decode every patch, say which cannot be used, and why
     python -m tools.cohort show ROOT         draw a patient's patches and their views
 
 The first two write ROOT/manifest.csv, which is all that training reads.
@@ -13,6 +13,7 @@ import csv
 import json
 import os
 import re
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -53,7 +54,7 @@ def path_pattern(pattern, levels=data.LEVELS):
 
     {name} matches within a folder or file name, and a second time only what it matched before; *
     matches there too, and ** across folders. A pattern that has groups (?P<name>...) is taken as
-    the regular expression that it is. Raises ValueError unless it names all levels but the finest.
+    the regular expression that it is. Raises ValueError unless it names the coarsest level.
     """
     expression = pattern
     if "(?P<" not in pattern:
@@ -77,22 +78,31 @@ def path_pattern(pattern, levels=data.LEVELS):
     except re.error as error:
         raise ValueError(f"--pattern {pattern!r} is no regular expression: {error}") from error
     names = set(compiled.groupindex)
-    groups = levels[:0:-1]
-    if not set(groups) <= names <= {*groups, "label", "split"}:
+    may = [*levels[-2:0:-1], "label", "split"]
+    if not {levels[-1]} <= names <= {levels[-1], *may}:
         raise ValueError(
-            f"--pattern {pattern!r} must name {' and '.join(groups)}, and may name label and "
-            f"split; it names {', '.join(compiled.groupindex) or 'nothing'}"
+            f"--pattern {pattern!r} must name {levels[-1]}, and may name {', '.join(may)}; "
+            f"it names {', '.join(compiled.groupindex) or 'nothing'}"
         )
     return compiled
 
 
 def image_files(root):
-    """The paths of all image files below a folder, relative to it, in order."""
+    """The paths of all image files below a folder, relative to it, in order.
+
+    Linked folders are followed. One that is reached twice, as in a circle of links, is read once.
+    """
     if not os.path.isdir(root):
         raise FileNotFoundError(f"{root} is no folder")
     known = Image.registered_extensions()
     paths = []
-    for folder, folders, files in os.walk(root):
+    seen = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()  # os.walk goes no deeper here
+            continue
+        seen.add(real)
         folders.sort()
         for name in sorted(files):
             if os.path.splitext(name)[1].lower() in known:
@@ -104,6 +114,7 @@ def image_files(root):
 def index(root, pattern, label_level="", nested=False, partial=False, levels=data.LEVELS):
     """The image files below a folder -> Cohort: patient, slide, label and split are in their paths.
 
+    Without {slide} in the pattern, a patient is one slide, which has the patient's name.
     label_level: what has one label, as "patient"; by default the patch. nested: slides of several
     patients share names (1, 2, ...) and are different slides. partial: leaves out the files that
     the pattern does not match. Raises ValueError, with examples, for such files, for nothing at
@@ -121,7 +132,9 @@ def index(root, pattern, label_level="", nested=False, partial=False, levels=dat
             others.append(path)
             continue
         found = match.groupdict("")
-        groups = [found[level] for level in reversed(levels[1:])]  # coarse to fine
+        groups = []  # coarse to fine
+        for level in reversed(levels[1:]):
+            groups.append(found[level] if level in found else groups[-1])
         if nested:
             groups = ["/".join(groups[: i + 1]) for i in range(len(groups))]
         entries.append((path, path, *groups, found.get("label", ""), found.get("split", "")))
@@ -132,6 +145,8 @@ def index(root, pattern, label_level="", nested=False, partial=False, levels=dat
             f"{root}: {pattern!r} matches {len(entries)} image files and not {len(others)} others"
             f"{examples}\nMend the pattern{remedy}"
         )
+    if others:
+        print(f"left out: {len(others)} image files that do not match, as {others[0]}")
     cohort = data.build_cohort(root, entries, levels)
     check_labels(cohort, label_level)
     return cohort
@@ -148,6 +163,18 @@ def check_labels(cohort, level):
     if len(rows):
         examples = [f"{cohort.name(row)} and {cohort.name(row + 1)}" for row in rows]
         raise ValueError(f"{cohort.root}: one {level} has two labels: {'; '.join(examples)}")
+
+
+def doubts(cohort):
+    """Why a pattern has probably not found the patients, as a message; "" for no doubt."""
+    counts = np.bincount(cohort.patient)
+    if len(counts) < len(cohort.classes):
+        people = data.plural(cohort.levels[-1])
+        return f"fewer {people} ({len(counts)}) than classes ({len(cohort.classes)})"
+    if 2 * counts.max() > len(cohort):
+        name = cohort.groups[-1][counts.argmax()]
+        return f"{cohort.levels[-1]} {name} has {counts.max()} of the {len(cohort)} patches"
+    return ""
 
 
 def opensrh(root):
@@ -185,7 +212,7 @@ def opensrh(root):
 
 def summary(cohort):
     """What a person wants to see of a cohort before training on it, as lines."""
-    lines = [str(cohort)]
+    lines = [f"{cohort}, {len(cohort.classes)} classes"]
     pairs = zip(cohort.levels, cohort.levels[1:], cohort.starts)
     for level, group, starts in reversed(list(pairs)):
         counts = np.diff(starts)
@@ -203,39 +230,47 @@ def summary(cohort):
     return lines
 
 
-PROBLEMS = ("missing", "unreadable", "truncated", "constant", "odd-sized")
+def belonging(cohort, row):
+    """What a patch belongs to: 'patient amy, slide 1, label tumour'."""
+    pairs = zip(reversed(cohort.levels), cohort.group_names(row))
+    words = [f"{level} {name}" for level, name in pairs]
+    if cohort.label[row] >= 0:
+        words.append(f"label {cohort.classes[cohort.label[row]]}")
+    return ", ".join(words)
 
 
 def look(path):
-    """The shape of a patch, or what is wrong with it: a key of PROBLEMS."""
+    """The shape of a patch, or what is wrong with it, as "truncated: " and the reason."""
     if not os.path.exists(path):
-        return "missing"
+        return "missing: no such file"
     try:
         pixels = data.decode(path)
     except ValueError as error:
-        return "truncated" if "truncated" in str(error) else "unreadable"
+        reason = str(error.__cause__).replace(f" {path!r}", "")
+        return f"{'truncated' if 'truncated' in reason else 'unreadable'}: {reason}"
     # Glass varies by its noise alone. SRH uses a small part of its 65,536 levels: only what is flat
     # is refused.
     least = 2.5 if pixels.dtype == np.uint8 else 64
-    if pixels.std(axis=(1, 2)).max() < least:
-        return "constant"
+    spread = pixels.std(axis=(1, 2)).max()
+    if spread < least:
+        return f"constant: standard deviation {spread:.1f}, less than {least}"
     return pixels.shape
 
 
 def check(cohort, workers=2):
-    """Decodes every patch. Returns {problem: rows that have it} for each of PROBLEMS."""
+    """Decodes every patch. Returns {row: what is wrong with it} for those that cannot be used."""
     paths = [cohort.path(row) for row in range(len(cohort))]
     with ThreadPoolExecutor(workers) as pool:
         looks = tqdm(pool.map(look, paths), "check", len(paths), unit="patch", leave=False)
         results = list(looks)
     shapes = Counter(result for result in results if isinstance(result, tuple))
     usual = shapes.most_common(1)[0][0] if shapes else None
-    problems = {problem: [] for problem in PROBLEMS}
+    problems = {}
     for row, result in enumerate(results):
-        if result == usual:
-            continue
-        problem = "odd-sized" if isinstance(result, tuple) else result
-        problems[problem].append(row)
+        if isinstance(result, str):
+            problems[row] = result
+        elif result != usual:
+            problems[row] = f"odd-sized: {result}, most are {usual} (channels, height, width)"
     return problems
 
 
@@ -257,23 +292,26 @@ def contact_sheet(cohort, augmentation, views=4, seed=0, size=160):
     image = Image.fromarray(sheet.mul(255).round().byte().numpy())
     draw = ImageDraw.Draw(image)
     for i, row in enumerate(rows):
-        pairs = zip(reversed(cohort.levels), cohort.group_names(row))
-        words = [f"{level} {name}" for level, name in pairs]
-        if cohort.label[row] >= 0:
-            words.append(cohort.classes[cohort.label[row]])
-        words.append(cohort.name(row))
-        draw.text((4, i * (size + 20) + 4), ", ".join(words), fill="black")
+        words = f"{belonging(cohort, row)}, {cohort.name(row)}"
+        draw.text((4, i * (size + 20) + 4), words, fill="black")
     return image
 
 
 # ----------------------------------------------------------------------------------------- commands
 
 
+CUT_REMEDY = r"""{name} ends where the rest of the pattern first fits. Where that is too early, say
+how long a name is in a regular expression, as for TCGA:
+    --pattern '(?P<label>[^/]+)/(?P<slide>(?P<patient>TCGA-\w{2}-\w{4})[^_]*)_.*'
+If it is right as it is: --yes"""
+
+
 def run_index(args):
-    """`index` and `opensrh`: write ROOT/manifest.csv."""
+    """`index` and `opensrh`: write ROOT/manifest.csv. Exit code 2: `index` doubts its patients."""
     path = os.path.join(args.root, "manifest.csv")
     if os.path.exists(path) and not args.overwrite:
         raise SystemExit(f"{path} is there already: --overwrite replaces it")
+    doubt = ""
     if args.command == "opensrh":
         cohort = opensrh(args.root)
         with_split = True
@@ -282,8 +320,15 @@ def run_index(args):
         options = (args.label_level, args.nested, args.partial, levels)
         cohort = index(args.root, args.pattern, *options)
         with_split = "split" in path_pattern(args.pattern, levels).groupindex
+        for row in np.unique(np.linspace(0, len(cohort) - 1, 4).astype(int)):
+            print(f"{cohort.name(row)} -> {belonging(cohort, row)}")
+        doubt = "" if args.yes else doubts(cohort)
+    print("\n".join(summary(cohort)))
+    if doubt:
+        print(f"Nothing is written: {doubt}.\n{CUT_REMEDY}", file=sys.stderr)
+        raise SystemExit(2)
     write_manifest(path, cohort, range(len(cohort)), with_split)
-    print("\n".join([*summary(cohort), f"{path} is written"]))
+    print(f"{path} is written")
 
 
 def run_check(args):
@@ -294,17 +339,17 @@ def run_check(args):
         raise SystemExit(f"--clean {args.clean}: name a file NAME.csv that is not there yet")
     problems = check(cohort, args.workers)
     print("\n".join(summary(cohort)))
-    for problem, rows in problems.items():
-        print(f"{problem}: {len(rows)}")
-        for row in rows[:5]:
-            print(f"    {cohort.name(row)}")
-    bad = set().union(*problems.values())
+    for row, problem in problems.items():
+        print(f"{cohort.name(row)}: {problem}")
+    counts = Counter(problem.partition(":")[0] for problem in problems.values())
+    by_kind = [f"{count} {kind}" for kind, count in counts.items()]
+    print("cannot be used: " + (", ".join(by_kind) or "none"))
     if args.clean:
-        good = [row for row in range(len(cohort)) if row not in bad]
+        good = [row for row in range(len(cohort)) if row not in problems]
         by_hash = (cohort.patient_split == data.hash_split(cohort.groups[-1])).all()
         write_manifest(path, cohort, good, with_split=not by_hash)  # a hash needs no column
         print(f"{path} holds the other {len(good)}")
-    raise SystemExit(1 if bad else 0)
+    raise SystemExit(1 if problems else 0)
 
 
 def run_show(args):
@@ -331,14 +376,14 @@ def main():
     folder = "the folder; manifest.csv is written there"
     flag = command("index", run_index, "write a manifest from a folder tree", folder)
     pattern = "how paths are made: '{label}/{patient}/{slide}/*.png', or a regular expression with "
-    pattern += "groups patient and slide, and optionally label and split"
+    pattern += "such groups; split may be one; without slide, each patient is one slide"
     flag("--pattern", required=True, help=pattern)
     label = "what a label belongs to, as patient: two labels in one are refused"
     flag("--label-level", default="", metavar="LEVEL", help=label)
-    flag(
-        "--nested", action="store_true", help="different patients have slides of one name, as 1, 2"
-    )
+    flag("--nested", action="store_true", help="slides of different patients share names: 1, 2")
     flag("--partial", action="store_true", help="leave out images that the pattern does not match")
+    yes = "write it although patients are fewer than classes, or one has over half of the patches"
+    flag("--yes", action="store_true", help=yes)
     flag("--overwrite", action="store_true", help=overwrite)
     flag = command("opensrh", run_index, "write a manifest from OpenSRH as released", folder)
     flag("--overwrite", action="store_true", help=overwrite)

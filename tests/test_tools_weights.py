@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 from safetensors.torch import save_file
 from test_model import assert_same_embeddings, images_of, randomise, size_of, small_clip
+from transformers import CLIPConfig, CLIPModel
 
 from losses import LEVELS
 from model import HLSS, image_tower, text_tower
@@ -26,7 +27,6 @@ from tools import weights
 from tools.weights import CLIPS, find_clip, load_clip
 
 quiet = pytest.mark.filterwarnings(
-    "ignore:.*does not say its activation",
     "ignore:.torch.jit",
     "ignore::DeprecationWarning",
     "ignore::torch.jit.TracerWarning",
@@ -103,9 +103,10 @@ FORMATS = {
 }
 
 
-def publish(path, monkeypatch):
-    """As if the file were one of OpenAI's."""
-    monkeypatch.setitem(CLIPS, "ours", ("https://example.org/ours.pt", sha256_of(path)))
+def publish(path, monkeypatch, activation="quickgelu"):
+    """As if the file were one of those that are known by name."""
+    entry = ("https://example.org/ours.pt", sha256_of(path), activation)
+    monkeypatch.setitem(CLIPS, "ours", entry)
 
 
 def assert_same_tensors(clip, state):
@@ -153,16 +154,117 @@ def test_our_own_checkpoint_starts_another_run(clip, tmp_path):
         text_tower(again)
 
 
-def test_the_activation_is_asked_for_and_checked(tmp_path):
+# ------------------------------------------------------------------- Hugging Face's layout
+
+
+HUGGING_FACE = {  # transformers' names of the two activations
+    "quick_gelu": "quickgelu",
+    "gelu": "gelu",
+}
+
+
+def hugging_face_clip(activation):
+    """A small CLIPModel of transformers, as PLIP is one, with random weights: heads of 64 channels,
+    images of 64 pixels, texts of 16 tokens of which 99 ends a text."""
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 2, "hidden_act": activation}
+    text = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 1}
+    text |= {"vocab_size": 100, "max_position_embeddings": 16}
+    text |= {"bos_token_id": 98, "eos_token_id": 99, "pad_token_id": 0}
+    vision = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 2}
+    vision |= {"image_size": 64, "patch_size": 16}
+    config = CLIPConfig(text_config=text | sizes, vision_config=vision | sizes, projection_dim=32)
+    clip = CLIPModel(config).eval()
+    for parameter in clip.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)  # no bias is 0, no norm is 1
+    return clip
+
+
+def save_bin(clip, path):
+    """As pytorch_model.bin, which until 2023 held the numbers of the positions too."""
+    state = clip.state_dict()
+    for part, length in (("text", 16), ("vision", 17)):
+        state[f"{part}_model.embeddings.position_ids"] = torch.arange(length)[None]
+    torch.save(state, path)
+
+
+TEXTS = torch.tensor([[98, 5, 7, 99, 0, 0], [98, 1, 2, 3, 4, 99]])
+
+
+@pytest.mark.parametrize("activation", HUGGING_FACE)
+@pytest.mark.parametrize("save", [save_bin, save_safetensors])
+def test_a_clip_of_hugging_face_is_the_same_in_embeddings_and_gradients(save, activation, tmp_path):
+    theirs = hugging_face_clip(activation)
+    save(theirs, tmp_path / "model.any")
+    state = load_clip(str(tmp_path / "model.any"), HUGGING_FACE[activation])
+    images = torch.randn(3, 3, 64, 64)
+    image = image_tower(state)
+    text = text_tower(state).requires_grad_(True)
+
+    # Embeddings: theirs come normalised.
+    out = theirs(pixel_values=images, input_ids=TEXTS)
+    z = F.normalize(image(images), dim=1)
+    t = F.normalize(text(TEXTS), dim=1)
+    torch.testing.assert_close(z, out.image_embeds, atol=1e-4, rtol=0)
+    torch.testing.assert_close(t, out.text_embeds, atol=1e-4, rtol=0)
+    assert state["logit_scale"] == theirs.logit_scale
+    other = "gelu" if activation == "quick_gelu" else "quickgelu"
+    wrong = F.normalize(image_tower(state | {"activation": other})(images), dim=1)
+    assert (wrong - z).abs().max() > 1e-3  # as silent as it is wrong
+
+    # Gradients of a loss that tells every dimension from the others.
+    weight = torch.arange(32.0)
+    (z @ weight).square().sum().add((t @ weight).square().sum()).backward()
+    loss = (out.image_embeds @ weight).square().sum() + (out.text_embeds @ weight).square().sum()
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    del gradients["logit_scale"]
+    expected = weights._from_hugging_face(gradients)
+    ours = {f"visual.{name}": parameter.grad for name, parameter in image.named_parameters()}
+    ours |= {name: parameter.grad for name, parameter in text.named_parameters()}
+    assert ours.keys() == expected.keys()
+    for name, gradient in ours.items():
+        error = (gradient - expected[name]).norm() / expected[name].norm()
+        assert error < 1e-4, name
+
+
+def test_a_part_of_a_clip_of_hugging_face_is_refused(tmp_path):
+    path = str(tmp_path / "vision.safetensors")
+    vision = hugging_face_clip("gelu").vision_model
+    save_file({f"vision_model.{name}": value for name, value in vision.state_dict().items()}, path)
+    with pytest.raises(ValueError, match=r"vision\.safetensors is not a CLIP: it has no visual_pr"):
+        load_clip(path, "gelu")
+
+
+# ------------------------------------------------------------------------------ the activation
+
+
+def test_the_activation_is_asked_for(tmp_path):
+    """QuiltNet-B-32, PLIP and OpenAI's ViT-B/32 have the same shapes."""
     path = str(tmp_path / "clip.pt")
     save_state(small_clip("vit"), path)
-    with pytest.warns(UserWarning, match="does not say its activation, quickgelu is taken"):
-        assert load_clip(path)["activation"] == "quickgelu"
+    message = r"clip\.pt does not say its activation, .*give --activation quickgelu .* or gelu"
+    with pytest.raises(ValueError, match=message):
+        load_clip(path)
     assert load_clip(path, "gelu")["activation"] == "gelu"
-    named = str(tmp_path / "RN50.pt")
+    named = str(tmp_path / "RN50.pt")  # a name tells nothing
     os.rename(path, named)
-    with pytest.warns(UserWarning, match="was trained with quickgelu, not with --activation gelu"):
-        assert load_clip(named, "gelu")["activation"] == "gelu"
+    with pytest.raises(ValueError, match="does not say its activation"):
+        load_clip(named)
+
+
+@pytest.mark.parametrize("activation", ["quickgelu", "gelu"])
+@pytest.mark.parametrize("length", [64, 8])
+def test_a_known_file_under_another_name_is_recognised(activation, length, tmp_path, monkeypatch):
+    path = str(tmp_path / "renamed.pt")
+    save_state(small_clip("vit"), path)
+    entry = ("https://example.org/ours.pt", sha256_of(path)[:length], activation)
+    monkeypatch.setitem(CLIPS, "ours", entry)
+    assert load_clip(path)["activation"] == activation
+    other = "gelu" if activation == "quickgelu" else "quickgelu"
+    message = f"was trained with {activation}, not with --activation {other}"
+    with pytest.warns(UserWarning, match=message):
+        assert load_clip(path, other)["activation"] == other
 
 
 # --------------------------------------------------------------------------- what would run code
@@ -263,7 +365,8 @@ def test_an_unknown_torchscript_archive_is_refused_and_not_run(write, tmp_path):
 def test_a_beginning_of_a_checksum_does_not_make_an_archive_known(tmp_path, monkeypatch):
     path = str(tmp_path / "clip.pt")
     save_torchscript(small_clip("resnet"), path)
-    monkeypatch.setitem(CLIPS, "ours", ("https://example.org/ours.pt", sha256_of(path)[:8]))
+    entry = ("https://example.org/ours.pt", sha256_of(path)[:8], "quickgelu")
+    monkeypatch.setitem(CLIPS, "ours", entry)
     with pytest.raises(ValueError, match="none of OpenAI's"):
         load_clip(path)
 
@@ -275,7 +378,7 @@ def test_the_refusal_of_an_archive_says_how_to_export_one_that_is_trusted(clip, 
         load_clip(str(tmp_path / "unknown.pt"))
     command = re.search(r'python (-c ".*")', str(error.value))[1]
     subprocess.run(f"{sys.executable} {command}", shell=True, check=True, cwd=tmp_path)
-    assert_same_embeddings(clip, load_clip(str(tmp_path / "clip.pt")))
+    assert_same_embeddings(clip, load_clip(str(tmp_path / "clip.pt"), "quickgelu"))
 
 
 def test_an_archive_of_openai_is_opened_without_a_warning(tmp_path, monkeypatch):
@@ -362,7 +465,7 @@ FOREIGN = {
     "a page": b"<!DOCTYPE html><html>Not Found</html>",
     "a list": pickle.dumps([1, 2, 3], 2),
     "a dict of no tensors": pickle.dumps({"visual.conv1.weight": 1}, 2),
-    "another network": safetensors({"vision_model.embeddings": ENTRY}, b"12345678"),
+    "another network": safetensors({"features.0.weight": ENTRY}, b"12345678"),
 }
 
 
@@ -371,6 +474,33 @@ def test_a_foreign_file_is_refused_by_name(name, tmp_path):
     (tmp_path / "clip.pt").write_bytes(FOREIGN[name])
     with pytest.raises(ValueError, match=r"clip\.pt is not a "):
         load_clip(str(tmp_path / "clip.pt"))
+
+
+NO_CLIP = {  # names that such a file holds, and what the refusal says of it
+    "UNI": (["cls_token", "pos_embed", "blocks.0.attn.qkv.weight"], "never seen words"),
+    "CONCH": (
+        ["visual.trunk.cls_token", "visual.trunk.blocks.0.attn.qkv.weight", "text.cls_emb"],
+        "its image tower is one of timm",
+    ),
+    "BiomedCLIP": (
+        ["visual.trunk.cls_token", "text.transformer.embeddings.word_embeddings.weight"],
+        "its text tower is a BERT",
+    ),
+    "QuiltNet-B-16-PMB": (
+        ["visual.conv1.weight", "text.transformer.embeddings.word_embeddings.weight"],
+        "its text tower is a BERT",
+    ),
+    "ResNet": (["conv1.weight", "bn1.weight"], "its tensors are conv1.weight, bn1.weight, ..."),
+}
+
+
+@pytest.mark.parametrize("name", NO_CLIP)
+def test_what_is_no_clip_is_refused_in_one_line_that_says_why(name, tmp_path):
+    tensors, reason = NO_CLIP[name]
+    torch.save({tensor: torch.zeros(2) for tensor in tensors}, tmp_path / "model.bin")
+    with pytest.raises(ValueError, match=rf"model\.bin is not a CLIP: .*{reason}") as error:
+        load_clip(str(tmp_path / "model.bin"), "gelu")
+    assert "\n" not in str(error.value)
 
 
 def test_what_is_neither_a_file_nor_a_name_is_refused(tmp_path):
@@ -397,7 +527,7 @@ def test_a_named_clip_is_downloaded_once_and_verified(hub, tmp_path, clip_file, 
         content = file.read()
     served = tmp_path / "RN50.pt"
     served.write_bytes(content)
-    monkeypatch.setitem(CLIPS, "RN50", (f"file://{served}", sha256_of(served)))
+    monkeypatch.setitem(CLIPS, "RN50", (f"file://{served}", sha256_of(served), "quickgelu"))
     state = load_clip("RN50")
     served.unlink()
     again = load_clip("RN50")  # from the cache
@@ -408,26 +538,53 @@ def test_a_named_clip_is_downloaded_once_and_verified(hub, tmp_path, clip_file, 
         load_clip("RN50")
 
 
+def test_a_clip_whose_publisher_gives_no_checksum_is_checked_for_its_layout(
+    hub, tmp_path, monkeypatch
+):
+    served = tmp_path / "pytorch_model.bin"  # a name that many files have: the cache has the CLIP's
+    save_bin(hugging_face_clip("gelu"), served)
+    monkeypatch.setitem(CLIPS, "PathGen-CLIP", (f"file://{served}", "", "gelu"))
+    assert load_clip("PathGen-CLIP")["activation"] == "gelu"
+    assert os.listdir(hub) == ["PathGen-CLIP.bin"]
+    (hub / "PathGen-CLIP.bin").write_text("<!DOCTYPE html><html>Sign in</html>")
+    with pytest.raises(ValueError, match=r"PathGen-CLIP\.bin is not a .*: delete it and try again"):
+        load_clip("PathGen-CLIP")
+    torch.save({"blocks.0.attn.qkv.weight": torch.zeros(2)}, hub / "PathGen-CLIP.bin")
+    with pytest.raises(ValueError, match=r"PathGen-CLIP\.bin is not a CLIP: .*: delete it"):
+        load_clip("PathGen-CLIP")
+
+
 @pytest.mark.parametrize("served", [None, b"something else"])
 def test_a_download_that_fails_says_what_to_do(served, hub, tmp_path, monkeypatch):
     url = f"file://{tmp_path}/RN50.pt"
     if served:
         (tmp_path / "RN50.pt").write_bytes(served)
-    monkeypatch.setitem(CLIPS, "RN50", (url, "0" * 64))
+    monkeypatch.setitem(CLIPS, "RN50", (url, "0" * 64, "quickgelu"))
     message = f"no {url} .*: download it where you can and put it at {hub}/RN50.pt"
     with pytest.raises(ConnectionError, match=message):
         load_clip("RN50")
     assert os.listdir(hub) == []
 
 
-def test_every_named_clip_has_a_checksum(monkeypatch):
-    monkeypatch.setattr(weights, "published", lambda url, sha256: (url, sha256))
-    for name in CLIPS:
-        url, sha256 = find_clip(name)
-        assert len(sha256) == (8 if name == "RN50-cc12m" else 64)
-        assert sha256 in url
-        start = name.split("-cc")[0].replace("/", "-").lower()
-        assert os.path.basename(url).lower().startswith(start)
+def test_the_clips_known_by_name():
+    """Those of OpenAI and open_clip have their checksum in the address; without one, an address
+    of Hugging Face names a revision, whose file stays the same."""
+    for name, (url, sha256, activation) in CLIPS.items():
+        assert activation == ("gelu" if name in ("QuiltNet-B-32", "PathGen-CLIP") else "quickgelu")
+        assert re.fullmatch("([0-9a-f]{64})?|f000538c", sha256)
+        if "huggingface.co" in url:
+            assert re.search("/resolve/[0-9a-f]{40}/", url)
+        elif name != "PathGen-CLIP":
+            assert sha256 and sha256 in url
+            start = name.split("-cc")[0].replace("/", "-").lower()
+            assert os.path.basename(url).lower().startswith(start)
+
+
+def test_no_two_named_clips_share_a_file_of_the_cache(monkeypatch):
+    monkeypatch.setattr(weights, "published", lambda url, sha256, name: name)
+    files = {find_clip(name) for name in CLIPS}
+    assert len(files) == len(CLIPS)
+    assert {"ViT-B-32.pt", "QuiltNet-B-32.bin", "PLIP.bin"} <= files
 
 
 # ----------------------------------------------------------------------------------------- memory
@@ -444,7 +601,7 @@ def peak():
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 
 path, bank, sha256 = sys.argv[1:]
-CLIPS["ours"] = ("https://example.org/ours.pt", sha256)
+CLIPS["ours"] = ("https://example.org/ours.pt", sha256, "quickgelu")
 before = peak()
 state = load_clip(path, "quickgelu")
 _, vectors = open_bank(bank, state)

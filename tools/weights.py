@@ -11,7 +11,6 @@ import os
 import re
 import warnings
 import zipfile
-from pathlib import Path
 
 import torch
 
@@ -24,30 +23,71 @@ OPENAI = {  # SHA-256 of OpenAI's files, which is also a part of their address
     "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
 }
 URL = "https://openaipublic.azureedge.net/clip/models/{sha256}/{file}.pt"
-CLIPS = {  # what --clip knows by name -> its address, and its SHA-256 or how that begins
-    name: (URL.format(sha256=sha256, file=name.replace("/", "-")), sha256)
+CLIPS = {  # what --clip knows by name: its address, SHA-256 (or its beginning, or ""), activation
+    name: (URL.format(sha256=sha256, file=name.replace("/", "-")), sha256, "quickgelu")
     for name, sha256 in OPENAI.items()
 }
 CLIPS["RN50-cc12m"] = (  # the paper's start
     "https://github.com/mlfoundations/open_clip/releases/download/v0.2-weights/"
     "rn50-quickgelu-cc12m-f000538c.pt",
     "f000538c",
+    "quickgelu",
 )
+# These have seen histology. Hugging Face's are of a revision, whose file stays the same.
+QUILTNET = "wisdomik/QuiltNet-B-32/resolve/8ce77289ce35a90b2f1db1137dfa4bc2df175e33"
+PLIP = "vinid/plip/resolve/67ade53ddd32195868f422585f72698ef5d15094"
+PATHGEN = "https://pub-7a38cc906afa44a4a01533c288d0b1af.r2.dev/pathgenclip.pt"
+HUB = "https://huggingface.co"
+CLIPS["QuiltNet-B-32"] = (f"{HUB}/{QUILTNET}/open_clip_pytorch_model.bin", "", "gelu")
+CLIPS["PLIP"] = (
+    f"{HUB}/{PLIP}/pytorch_model.bin",
+    "98a7f8d2a1f4a8fc8f6dedb3a16ff7efbe02a7ef67c93904c80bca9767c69630",
+    "quickgelu",
+)
+CLIPS["PathGen-CLIP"] = (PATHGEN, "", "gelu")
+HUGGING_FACE = [  # pieces of a name in Hugging Face's CLIPModel, and in OpenAI's CLIP
+    ("text_model.", ""),
+    ("vision_model.", "visual."),
+    ("embeddings.", ""),
+    ("encoder.layers.", "transformer.resblocks."),
+    ("position_embedding.weight", "positional_embedding"),
+    ("patch_embedding.", "conv1."),
+    ("pre_layrnorm.", "ln_pre."),  # their spelling
+    ("post_layernorm.", "ln_post."),
+    ("final_layer_norm.", "ln_final."),
+    ("layer_norm", "ln_"),
+    ("self_attn.", "attn."),
+    ("fc1.", "c_fc."),
+    ("fc2.", "c_proj."),
+    ("visual_projection.weight", "visual.proj"),
+    ("text_projection.weight", "text_projection"),
+]
+NO_CLIP = [  # a piece of a tensor's name, and what has it
+    ("word_embeddings.", "its text tower is a BERT, with words of its own (as BiomedCLIP's)"),
+    ("visual.trunk.", "its image tower is one of timm (as CONCH's)"),
+    ("blocks.0.attn.qkv.", "it is a transformer of timm (as UNI), which has never seen words"),
+    ("vision_model.", "it has no visual_projection (as a CLIPVisionModel, or a SigLIP)"),
+]
 SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SAFETENSORS |= {"I64": torch.int64, "I32": torch.int32}
 
 
 def _sha256(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):  # never all of a large file in memory
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
-def published(url, sha256, path=""):
+def published(url, sha256, path="", name=""):
     """The path of a published file: `path`, or torch.hub's cache, where it is downloaded once.
 
-    sha256: all of it, or how it begins. Raises ConnectionError, or ValueError for another file.
+    sha256: all of it, how it begins, or "". name: in the cache, where it is not the address's.
+    Raises ConnectionError, or ValueError for another file.
     """
     if not path:
-        path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+        path = os.path.join(torch.hub.get_dir(), "checkpoints", name or os.path.basename(url))
         if not os.path.exists(path):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             try:
@@ -67,7 +107,8 @@ def published(url, sha256, path=""):
 def find_clip(source):
     """The path of what --clip says, which is a name in CLIPS or a file."""
     if source in CLIPS:
-        return published(*CLIPS[source])
+        url, sha256, _ = CLIPS[source]
+        return published(url, sha256, name=source.replace("/", "-") + os.path.splitext(url)[1])
     if not os.path.isfile(source):
         raise FileNotFoundError(f"--clip {source}: neither a file nor one of {', '.join(CLIPS)}")
     return source
@@ -101,7 +142,7 @@ def _read_safetensors(path):
 
 def _read_torchscript(path):
     """{"state_dict": ...} of an archive of OpenAI's. Raises ValueError for all others."""
-    if _sha256(path) not in [sha256 for _, sha256 in CLIPS.values()]:
+    if _sha256(path) not in [sha256 for _, sha256, _ in CLIPS.values()]:
         raise ValueError(
             "a TorchScript archive is a program, and this one is none of OpenAI's, so it was not "
             "run. If you trust it, export its tensors, and name that file: python -c "
@@ -127,6 +168,19 @@ def _read_zip(path):
     return torch.load(path, map_location="cpu", weights_only=True, mmap=stored)
 
 
+def _from_hugging_face(theirs):
+    """The tensors of Hugging Face's CLIPModel under OpenAI's names and in OpenAI's shapes."""
+    state = {}
+    for name, value in theirs.items():
+        for piece, ours in HUGGING_FACE:
+            name = name.replace(piece, ours)
+        state[name] = value.T if name in ("visual.proj", "text_projection") else value
+    for name in [name for name in state if "q_proj." in name]:
+        parts = [state.pop(name.replace("q_proj.", f"{part}_proj.")) for part in "qkv"]
+        state[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
+    return state
+
+
 def _read(path):
     """(float32 state dict, activation or "") of a file. Its first bytes tell the layout."""
     with open(path, "rb") as file:
@@ -142,20 +196,23 @@ def _read(path):
     state = {}
     for name in list(tensors):
         value = tensors.pop(name)  # one by one, so that memory never holds all of them twice
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and not name.endswith("position_ids"):  # 0, 1, 2, ...
             name = name.removeprefix("module.")  # of DistributedDataParallel
             state[name] = value.float() if value.is_floating_point() else value
+    if "visual_projection.weight" in state:
+        state = _from_hugging_face(state)
     return state, known
 
 
 def load_clip(source, activation=""):
     """The state dict of a CLIP: float32 on the CPU, and under "activation" that of its blocks.
 
-    source: a name in CLIPS or a file of open_clip's, OpenAI's, .safetensors, or our own (which has
-    no text tower). activation: "quickgelu" or "gelu"; warns if it contradicts the file, or if
-    neither says it. Raises ValueError for a file that is damaged, foreign, or a program.
+    source: a name in CLIPS or a file (our own has no text tower). activation: "quickgelu" or "gelu"
+    where neither the file nor its SHA-256 tells it; warns if it contradicts them. Raises ValueError
+    if nothing tells it, and for a file that is damaged, no CLIP, or a program.
     """
     path = find_clip(source)
+    remedy = ": delete it and try again" if source in CLIPS else ""
     try:
         state, known = _read(path)
     except Exception as error:  # whatever a damaged or foreign file does to its reader
@@ -163,21 +220,24 @@ def load_clip(source, activation=""):
         asked = re.search(r"GLOBAL (\S+)", str(error))  # by torch's unpickler
         if asked:
             reason = f"it asks for {asked[1]}, which was not run"
-        raise ValueError(f"{path} is not a checkpoint of tensors alone: {reason}") from None
+        raise ValueError(f"{path} is not a checkpoint of tensors alone: {reason}{remedy}") from None
+    reasons = [reason for piece, reason in NO_CLIP if any(piece in name for name in state)]
     if not any(name.startswith(("visual.", "tower.")) for name in state):
-        raise ValueError(
-            f"{path} is not a CLIP: its tensors are {', '.join([*state][:3])}, ... and not visual.*"
-        )
-    if not known and os.path.basename(path) in [os.path.basename(url) for url, _ in CLIPS.values()]:
-        known = "quickgelu"
+        reasons.append(f"its tensors are {', '.join([*state][:3])}, ... and not visual.*")
+    if reasons:
+        raise ValueError(f"{path} is not a CLIP: {reasons[0]}{remedy}")
+    if source in CLIPS:
+        known = CLIPS[source][2]
+    elif not known:
+        activations = {sha256[:8]: activation for _, sha256, activation in CLIPS.values()}
+        known = activations.get(_sha256(path)[:8], "")
     if not activation and not known:
-        warnings.warn(
-            f"{path} does not say its activation, quickgelu is taken. The wrong one fails "
-            "silently: open_clip's models without quickgelu in their name are gelu",
-            stacklevel=2,
+        raise ValueError(
+            f"{path} does not say its activation, and the wrong one fails silently: give "
+            "--activation quickgelu (as OpenAI's and PLIP) or gelu (as QuiltNet, most of open_clip)"
         )
     if activation and known and activation != known:
         warnings.warn(
             f"{path} was trained with {known}, not with --activation {activation}", stacklevel=2
         )
-    return state | {"activation": activation or known or "quickgelu"}
+    return state | {"activation": activation or known}

@@ -90,12 +90,23 @@ VOCABULARY = (  # address and SHA-256
 )
 
 
+def join_pair(symbols, pair):
+    """The symbols of a word, in which each such pair of neighbours has become one."""
+    joined = []
+    for symbol in symbols:
+        if joined and (joined[-1], symbol) == pair:
+            joined[-1] += symbol
+        else:
+            joined.append(symbol)
+    return joined
+
+
 class Tokenizer:
     """CLIP's byte-pair tokenizer (Radford et al. 2021), for ASCII text.
 
-    merges: pairs of symbols, the most frequent first; without any, as for the demo's CLIP, every
-    letter is a token. `vocabulary` is {symbol: id}: 256 bytes, the same as the last of a word, the
-    merges, start and end; so the end token has the largest id.
+    merges: pairs of symbols, the most frequent first; without any, every letter is a token.
+    `vocabulary` is {symbol: id}: 256 bytes, the same as the last of a word, the merges, start and
+    end; so the end token has the largest id.
     """
 
     def __init__(self, merges=()):
@@ -114,13 +125,7 @@ class Tokenizer:
             best = min(pairwise(symbols), key=lambda pair: self.rank.get(pair, len(self.rank)))
             if best not in self.rank:
                 break
-            merged = []
-            for symbol in symbols:
-                if merged and (merged[-1], symbol) == best:
-                    merged[-1] += symbol
-                else:
-                    merged.append(symbol)
-            symbols = merged
+            symbols = join_pair(symbols, best)
         return symbols
 
     def encode(self, text):
@@ -162,12 +167,12 @@ def read_merges(path=""):
     return [tuple(line.split()) for line in lines[: 49408 - 512 - 2]]  # CLIP took no more of them
 
 
-def tokenizer_of(tower, vocab=""):
-    """The Tokenizer of a text tower: CLIP's (vocab: see `read_merges`), or the demo's."""
-    tokenizer = Tokenizer(read_merges(vocab) if tower.vocabulary > 514 else ())
-    size = len(tokenizer.vocabulary)
-    if size != tower.vocabulary:
-        raise ValueError(f"this text tower has {tower.vocabulary} tokens, CLIP's {size}")
+def tokenizer_of(state, vocab=""):
+    """The Tokenizer of a CLIP's state, of its own merges or of CLIP's (see `read_merges`)."""
+    tokenizer = Tokenizer(state["merges"] if "merges" in state else read_merges(vocab))
+    tokens, size = len(state["token_embedding.weight"]), len(tokenizer.vocabulary)
+    if size != tokens:
+        raise ValueError(f"this text tower has {tokens} tokens, its tokenizer {size}")
     return tokenizer
 
 
@@ -210,7 +215,7 @@ def open_bank(path, state, vocab="", levels=LEVELS):
         bank = read_bank(path)
         tower = text_tower(state)
         attributes = {level: list(names) for level, names in bank["levels"].items()}
-        vectors = encode_bank(bank, tower, tokenizer_of(tower, vocab))
+        vectors = encode_bank(bank, tower, tokenizer_of(state, vocab))
     missing = [level for level in levels if level not in vectors]
     if missing:
         raise ValueError(f"{path} has {', '.join(vectors)}, and not the level {missing[0]}: add it")

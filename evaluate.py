@@ -162,7 +162,7 @@ def zero_shot(path, z, classes, clip, activation="", vocab=""):
     state = load_clip(clip, activation)
     tower = text_tower(state)
     bank = {"levels": {"class": {name: prompts[name] for name in classes}}}
-    t = encode_bank(bank, tower, tokenizer_of(tower, vocab))["class"]
+    t = encode_bank(bank, tower, tokenizer_of(state, vocab))["class"]
     scale = state.get("logit_scale", torch.tensor(100.0).log()).exp()
     return (scale * z @ t.T).softmax(dim=1).numpy()
 

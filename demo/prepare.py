@@ -26,13 +26,13 @@ def made_once(path, make):
 
 def demo_tissue(cache):
     """The folder of the demo's cohort, in the folder `cache`."""
-    return made_once(os.path.join(cache, "demo-tissue"), write_demo)
+    return made_once(os.path.join(cache, "tissue"), write_demo)
 
 
 def demo_clip(cache):
     """The path of the demo's CLIP, in the folder `cache`."""
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count())  # all others only wait for it
-    path = made_once(os.path.join(cache, "demo-clip.pt"), train_demo_clip)
+    path = made_once(os.path.join(cache, "clip.pt"), train_demo_clip)
     torch.set_num_threads(threads)
     return path

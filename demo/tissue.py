@@ -25,6 +25,11 @@ CLASSES = {  # the mean of each factor
     "normal": (0.35, 0.40, 0.25, 0.30, 0.35, 0.20, 0.40),
     "spindle": (0.55, 0.45, 0.30, 0.80, 0.40, 0.25, 0.80),
 }
+STAIN_SPREAD = (
+    0.17,
+    0.17,
+    0.05,
+)  # standard deviation, between slides, of the strengths and the hue
 
 
 def draw_nuclei(x, y, rng, direction, factors):
@@ -38,9 +43,9 @@ def draw_nuclei(x, y, rng, direction, factors):
     n = rng.poisson((6 + 54 * factors["cellularity"]) * (size / 64) ** 2)
     radius = 1.6 + 2.6 * factors["nuclear_size"]
     radius = radius * np.exp(rng.normal(0, 0.05 + 0.55 * pleomorphism, n))
-    stretch = 1 + 3 * elongation * rng.uniform(0.6, 1.2, n)
+    stretch = 1 + 4 * elongation * rng.uniform(0.8, 1.2, n)
     angle = direction + rng.normal(0, 0.15 + 0.9 * (1 - elongation), n)
-    darkness = np.exp(rng.normal(0, 0.05 + 0.3 * pleomorphism, n)).astype(np.float32)
+    darkness = np.exp(rng.normal(0, 0.05 + 0.4 * pleomorphism, n)).astype(np.float32)
     x0, y0 = rng.uniform(0, size, (2, n))
 
     # The squared distance of a pixel from a centre, in units of the radii, is a quadratic form:
@@ -60,12 +65,13 @@ def draw_nuclei(x, y, rng, direction, factors):
     return nuclei.max(axis=0, initial=0).reshape(size, size)
 
 
-def render(factors, rng, stain=(1.0, 1.0, 0.0), size=64):
+def render(factors, rng, stain=(1.0, 1.0, 0.0), size=64, scanner=1.0):
     """One patch of tissue, uint8 [size, size, 3].
 
     factors: seven numbers in [0, 1], as FACTORS. stain: strength of haematoxylin and of eosin, and
-    shift of hue. Nuclei are soft ellipses of haematoxylin, fibres a warped sine of eosin, vessels
-    rings about a lumen, necrosis a pale blob.
+    shift of hue. scanner: a factor on the density, [size, size] or a number. Nuclei are soft
+    ellipses of haematoxylin, fibres a warped sine of eosin, vessels rings about a lumen, necrosis a
+    pale blob.
     """
     factors = dict(zip(FACTORS, factors))
     y, x = np.mgrid[:size, :size].astype(np.float32)
@@ -81,12 +87,12 @@ def render(factors, rng, stain=(1.0, 1.0, 0.0), size=64):
     nuclei = draw_nuclei(x, y, rng, direction, factors)
 
     # Vessels: an empty lumen in a ring of eosin.
-    for _ in range(rng.poisson(4 * factors["vessels"])):
+    for _ in range(int(5 * factors["vessels"] + rng.random())):
         r = np.hypot(x - rng.uniform(0, size), y - rng.uniform(0, size))
-        lumen = rng.uniform(3, 7)
+        lumen = rng.uniform(3, 5)
         inside = np.clip(lumen - r, 0, 1)
         nuclei = nuclei * (1 - inside)
-        eosin = eosin * (1 - 0.9 * inside) + 0.7 * np.exp(-np.square((r - lumen - 1) / 1.2))
+        eosin = eosin * (1 - 0.9 * inside) + 1.2 * np.exp(-np.square((r - lumen - 1) / 1.2))
 
     # Necrosis: a ragged blob in which nuclei fade and eosin turns to dust.
     ragged = np.hypot(x - rng.uniform(0, size), y - rng.uniform(0, size))
@@ -101,15 +107,25 @@ def render(factors, rng, stain=(1.0, 1.0, 0.0), size=64):
     density = stain[0] * (1.1 * nuclei + 0.06)[..., None] * haematoxylin
     density = density + rng.normal(0, 0.03, (size, size, 3))
     density += stain[1] * np.maximum(eosin, 0)[..., None] * STAINS[1].numpy()
+    density *= np.reshape(scanner, (*np.shape(scanner), 1))
     return (255 * np.exp(-np.maximum(density, 0))).round().astype(np.uint8)
 
 
-def write_demo(out, patients=40, slides=3, patches=8, seed=0):
+def fine_sine(rng, share, size=64):
+    """A scanner's pattern, 1 + share sin(...), [size, size]: a wave of 3 to 5 pixels."""
+    y, x = np.mgrid[:size, :size]
+    angle = rng.uniform(0, np.pi)
+    wave = 2 * np.pi / rng.uniform(3, 5)
+    return 1 + share * np.sin(wave * (x * np.cos(angle) + y * np.sin(angle)))
+
+
+def write_demo(out, patients=40, held_out=16, slides=3, patches=8, signature=0.0, seed=0):
     """Write a cohort: so many patients a class, slides a patient, patches a slide. Returns `out`.
 
     Factors vary by class, patient, slide and patch; stain varies by patient and slide and means
-    nothing. A fifth of the patches look normal, whatever their label. Two of five patients are for
-    validation.
+    nothing. A fifth of the patches look normal, whatever their label. held_out: patients of each
+    class in the split val. signature: each patient has a scanner of its own, whose pattern is this
+    share of the density: a shortcut for whoever only tells patients apart.
     """
     rng = np.random.default_rng(seed)
     F = len(FACTORS)
@@ -120,10 +136,11 @@ def write_demo(out, patients=40, slides=3, patches=8, seed=0):
     for label, mean in CLASSES.items():
         for p in range(patients):
             patient = f"{label}-{p:02d}"
-            split = "val" if p % 5 in (1, 3) else "train"
+            split = "val" if p < held_out else "train"
             os.makedirs(os.path.join(out, "images", patient), exist_ok=True)
             patient_offset = rng.normal(0, 0.12, F)
             patient_stain = np.array((1, 1, 0)) + rng.normal(0, (0.15, 0.15, 0.05))
+            scanner = fine_sine(rng, signature)
             for s in range(slides):
                 slide_offset = patient_offset + rng.normal(0, 0.05, F)
                 stain = patient_stain + rng.normal(0, (0.07, 0.07, 0.02))
@@ -131,7 +148,9 @@ def write_demo(out, patients=40, slides=3, patches=8, seed=0):
                     centre = CLASSES["normal"] if rng.random() < 0.2 else mean
                     factors = np.clip(centre + slide_offset + rng.normal(0, 0.06, F), 0, 1)
                     path = f"images/{patient}/{s}-{b}.png"
-                    Image.fromarray(render(factors, rng, stain)).save(os.path.join(out, path))
+                    Image.fromarray(render(factors, rng, stain, scanner=scanner)).save(
+                        os.path.join(out, path)
+                    )
                     factor_rows.append([path, *factors.round(4)])
                     manifest_rows.append([path, patient, f"{patient}-{s}", label, split])
                     bar.update()
@@ -156,11 +175,14 @@ def main():
     flag = parser.add_argument
     flag("out", help="folder to write to")
     flag("--patients", type=int, default=40, help="patients in each of the four classes")
+    flag("--held-out", type=int, default=16, help="how many of these are in the split val")
+    help = "share of each pixel's density that a pattern of the patient's scanner makes up, as 0.25"
+    flag("--signature", type=float, default=0.0, help=help)
     flag("--seed", type=int, default=0, help="another seed is another cohort of the same kind")
     args = parser.parse_args()
     if os.path.exists(os.path.join(args.out, "manifest.csv")):
         raise SystemExit(f"{args.out} holds a cohort already: name another folder")
-    print(read_cohort(write_demo(args.out, patients=args.patients, seed=args.seed)))
+    print(read_cohort(write_demo(**vars(args))))
 
 
 if __name__ == "__main__":

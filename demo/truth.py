@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from demo.tissue import FACTORS
 from describe import read_bank
 from evaluate import auc, group_mean
 from model import write_whole
@@ -33,25 +34,55 @@ def read_truth(run):
 
 
 def read_factors(folder, paths):
-    """{factor: [n]} of patches, from a cohort's factors.csv. Raises FileNotFoundError for none."""
+    """The factors [n, 7] of patches, from a cohort's factors.csv. FileNotFoundError for none."""
     path = Path(folder, "factors.csv")
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: only demo tissue has known factors")
     with open(path, newline="", encoding="utf-8") as file:
-        table = {row.pop("path"): row for row in csv.DictReader(file)}
-    return {name: np.array([float(table[p][name]) for p in paths]) for name in table[paths[0]]}
+        table = {
+            row["path"]: [float(row[name]) for name in FACTORS] for row in csv.DictReader(file)
+        }
+    return np.array([table[path] for path in paths])
+
+
+def ridge(train_z, train_factors, z, penalty=1e-3):
+    """The factors [n, F] that a ridge regression reads off z [n, D].
+
+    minimise over W and b:  mean_i ||z_i W + b - factors_i||^2 + penalty ||W||^2 sum_d var(z_d) / D
+    """
+    centre = train_z.mean(axis=0)
+    x = train_z - centre
+    covariance = x.T @ x / len(x)
+    spread = penalty * np.trace(covariance) / len(covariance)
+    target = train_factors - train_factors.mean(axis=0)
+    weight = np.linalg.solve(covariance + spread * np.eye(len(covariance)), x.T @ target / len(x))
+    return (z - centre) @ weight + train_factors.mean(axis=0)
+
+
+def truth_auc(score, factor, groups, sign="+"):
+    """Whether places with the factor above its median score higher, as an AUC; for the sign "-",
+    whether those with the factor not above it do. None where all places are alike.
+
+    score, factor, groups: [n]; score and factor are averaged over each group.
+    """
+    mean, _ = group_mean(np.stack([score, factor], axis=1), groups)
+    area = auc(mean[:, 0], (mean[:, 1] > np.median(mean[:, 1])) == (sign == "+"))
+    return None if np.isnan(area) else area
 
 
 def truth_table(metrics, data):
     """How well each attribute tells its factor: dicts with an AUC for each encoder.
 
-    The AUC asks whether places with the factor above its median score higher; for "-factor",
-    whether those with the factor not above it do. Score and factor are averaged over the patch,
-    slide or patient. It is None where all places are alike. metrics, data: of `read_results`.
+    ceiling: the same of a ridge regression on z, fitted to the true factors of the training patches
+    (left out without any): what z holds, whether or not a word finds it. metrics, data: of
+    `read_results`.
     """
     rows = np.array(metrics["rows"])
+    train = np.flatnonzero(data["split"] == 0)
     truth = read_truth(metrics["run"])
-    factors = read_factors(metrics["data"], data["path"][rows])
+    factors = read_factors(metrics["data"], data["path"])
+    if len(train):
+        held = ridge(data["z"][train], factors[train], data["z"][rows])
     found = []
     for level in metrics["levels"]:
         groups = rows if level == metrics["levels"][0] else data[level][rows]
@@ -61,12 +92,13 @@ def truth_table(metrics, data):
         for k, name in enumerate(data[f"attributes_{level}"].tolist()):
             if name not in truth:
                 continue
-            factor = group_mean(factors[truth[name][1:]][:, None], groups)[0][:, 0]
-            high = (factor > np.median(factor)) == (truth[name][0] == "+")
+            sign, factor = truth[name][0], FACTORS.index(truth[name][1:])
+            values = factors[rows, factor]
             row = {"attribute": name, "level": level, "factor": truth[name]}
             for encoder, scores in encoders.items():
-                area = auc(group_mean(scores[:, [k]], groups)[0][:, 0], high)
-                row[f"AUC, {encoder}"] = None if np.isnan(area) else area
+                row[f"AUC, {encoder}"] = truth_auc(scores[:, k], values, groups, sign)
+            if len(train):
+                row["AUC, ceiling"] = truth_auc(held[:, factor], values, groups)
             found.append(row)
     if not found:
         raise ValueError(f"the truth of {metrics['run']}'s bank names none of its attributes")
@@ -82,11 +114,15 @@ def main():
     text = json.dumps(metrics, indent=1)
     write_whole(str(Path(run, "metrics.json")), lambda file: file.write(text.encode()))
     encoders = [key for key in metrics["truth"][0] if key.startswith("AUC")]
+    print(
+        f"{'mean AUC':>9}" + "".join(f"{encoder.removeprefix('AUC, '):>12}" for encoder in encoders)
+    )
     for level in metrics["levels"]:
         rows = [row for row in metrics["truth"] if row["level"] == level]
+        line = f"{level:>9}"
         for encoder in encoders:
-            mean = np.mean([row[encoder] for row in rows if row[encoder] is not None])
-            print(f"{level:>9}: mean {encoder} {mean:.3f}")
+            line += f"{np.mean([row[encoder] for row in rows if row[encoder] is not None]):12.3f}"
+        print(line)
     print(f"the page is {report.draw(run)}")
 
 

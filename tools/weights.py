@@ -201,6 +201,8 @@ def _read(path):
             state[name] = value.float() if value.is_floating_point() else value
     if "visual_projection.weight" in state:
         state = _from_hugging_face(state)
+    if "merges" in checkpoint:  # of the tokenizer, which the demo's CLIP brings along
+        state["merges"] = checkpoint["merges"]
     return state, known
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data import SPLITS, load_batches, plain_view, plural, read_cohort
 from describe import check_sentences, encode_bank, read_json, tokenizer_of
 from losses import LEVELS, attributes_used, standardise
-from model import HLSS, backbone_tower, image_tower, load_run, text_tower, write_whole
+from model import HLSS, load_run, make_tower, text_tower, write_whole
 from tools import report
 from tools.weights import load_clip
 
@@ -470,15 +470,11 @@ def starting_model(model, checkpoint, clip=""):
     clip: where the run's CLIP is now. A tower that started at random is made anew.
     """
     config = checkpoint["config"]
-    torch.manual_seed(config["seed"])  # as train.py does
-    if config.get("backbone"):
-        tower = backbone_tower(config["backbone"], model.bank)
-    elif config.get("start") == "random":
-        state = model.state_dict() | {"activation": config["activation"]}
-        tower = image_tower(state, checkpoint["image_size"], weights=False)
-    else:
+    state = model.state_dict() | {"activation": config["activation"]}  # of a tower that was new
+    if not config.get("backbone") and config.get("start") != "random":
         state = load_clip(clip or config["clip"], config["activation"])
-        tower = image_tower(state, checkpoint["image_size"])
+    torch.manual_seed(config["seed"])  # as train.py does
+    tower = make_tower(config, model.bank, state, checkpoint["image_size"])
     start = HLSS(tower, model.bank, "simclr").eval()
     start.mean = model.mean
     start.std = model.std

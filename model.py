@@ -404,18 +404,31 @@ def text_tower(state):
     return tower.eval().requires_grad_(False)
 
 
-def backbone_tower(name, bank):
-    """A classifier of torchvision with new weights, whose last linear layer now gives z.
+def backbone_tower(name, bank, weights=""):
+    """A classifier of torchvision, whose last linear layer is new and gives z.
 
     [N, 3, S, S] -> [N, D], D as of a bank's vectors; without any there is no such layer, and D is
-    the backbone's own. Raises ValueError if torchvision has no such classifier.
+    the backbone's own. weights: "" for random ones, "DEFAULT" for torchvision's (a download; their
+    mean and standard deviation are then at tower.normalisation), or the file of a state dict of
+    this classifier. Raises ValueError if torchvision has no such classifier, or it does not fit.
     """
     if name not in torchvision.models.list_models(module=torchvision.models):
         raise ValueError(f"--backbone {name}: no classifier of torchvision, as resnet18 is one")
-    tower = torchvision.models.get_model(name, weights=None)
+    default = weights == "DEFAULT"
+    tower = torchvision.models.get_model(name, weights="DEFAULT" if default else None)
     linears = [path for path, module in tower.named_modules() if isinstance(module, nn.Linear)]
     if not linears:
         raise ValueError(f"--backbone {name}: it ends without a linear layer; take resnet18")
+    if default:
+        preset = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+        tower.normalisation = preset.mean, preset.std
+    elif weights:
+        tensors = read_whole(weights, "name a state dict that torch.save wrote")
+        needed = [n for n in tower.state_dict() if not n.startswith(linears[-1])]
+        wrong = tower.load_state_dict({n: tensors[n] for n in needed if n in tensors}, strict=False)
+        missing = [n for n in wrong.missing_keys if n in needed]
+        if missing:
+            raise ValueError(f"--backbone-weights {weights} has no {missing[0]} for a {name}")
     tower.image_size = 224
     tower.dim = tower.get_submodule(linears[-1]).in_features
     last = nn.Identity()
@@ -426,6 +439,20 @@ def backbone_tower(name, bank):
         tower.dim = dim
     tower.set_submodule(linears[-1], last)
     return tower
+
+
+def make_tower(config, bank, clip, image_size=None):
+    """The image tower that a run starts from: the one place to change for a tower of your own.
+
+    A tower maps normalised images [N, 3, S, S] to [N, D] and has `dim`, which is D, and
+    `image_size`, the S of its views. train.py and evaluate.py both come here, also to load a
+    checkpoint, whose weights then replace these. config: {flag: value}, as of train.Config. bank:
+    {level: [K_l, D]}. clip: the state dict of a CLIP or of our own HLSS. image_size: in pixels,
+    where not the size that the CLIP was trained with.
+    """
+    if config.get("backbone"):
+        return backbone_tower(config["backbone"], bank, config.get("backbone_weights", ""))
+    return image_tower(clip, image_size, weights=config.get("start") != "random")
 
 
 # ------------------------------------------------------------------------------------------- HLSS
@@ -502,15 +529,16 @@ class HLSS(nn.Module):
 # ----------------------------------------------------------------------------- a run's checkpoints
 
 
-def hlss_from_state(state, objective, activation="quickgelu", backbone=""):
-    """HLSS rebuilt from its own state dict: no CLIP file, no text tower, no bank file is needed."""
+def hlss_from_state(state, config):
+    """HLSS rebuilt from its own state dict: no CLIP file, no text tower, no bank file is needed.
+
+    config: of the run, {flag: value}.
+    """
     names = [name for name in state if name.startswith("bank_")]
     bank = {name.removeprefix("bank_"): state[name] for name in names}
-    if backbone:
-        tower = backbone_tower(backbone, bank)
-    else:
-        tower = image_tower(state | {"activation": activation})
-    model = HLSS(tower, bank, objective)
+    clip = state | {"activation": config.get("activation", "quickgelu")}
+    tower = make_tower(config | {"backbone_weights": ""}, bank, clip)
+    model = HLSS(tower, bank, config["objective"])
     model.load_state_dict(state)
     return model
 
@@ -608,10 +636,7 @@ def load_run(path):
     checkpoint = newest_checkpoint(path) if os.path.isdir(path) else read_whole(path)
     if "config" not in checkpoint:
         raise ValueError(f"{path} holds no checkpoint of train.py (step-*.pt): train first")
-    config = checkpoint["config"]
-    names = ("objective", "activation", "backbone")
-    options = {name: config[name] for name in names if name in config}
-    return hlss_from_state(checkpoint["model"], **options).eval(), checkpoint
+    return hlss_from_state(checkpoint["model"], checkpoint["config"]).eval(), checkpoint
 
 
 class Log:

@@ -34,12 +34,12 @@ from data import (
     SPLITS,
     channel_statistics,
     class_patients,
-    decode,
     find_manifest,
     load_views,
     plural,
     read_cohort,
     seed_of,
+    short_side,
 )
 from demo.prepare import demo_clip, demo_tissue
 from describe import open_bank
@@ -50,10 +50,10 @@ from model import (
     HLSS,
     OBJECTIVES,
     Log,
-    backbone_tower,
     checkpoints,
     image_tower,
     lock_folder,
+    make_tower,
     newest_checkpoint,
     read_whole,
     save_checkpoint,
@@ -80,12 +80,12 @@ class Config:
     """Everything that a run depends on. Each field is a flag; the checkpoint carries them all."""
 
     data: str = flag("", "folder with manifest.csv; empty: demo tissue, written on first use")
-    out: str = flag("runs/demo", "folder of the run: checkpoints, log.jsonl, config.json")
+    out: str = flag("", "folder of the run: checkpoints, log.jsonl; empty: runs/, named as --data")
     cache: str = flag("runs/cache", "where the demo's tissue and CLIP are kept")
     clip: str = flag(
         "",
-        f"CLIP to start from, a file or one of {', '.join(CLIPS)}; empty: the demo's small CLIP, "
-        "trained on first use",
+        f"CLIP to start from: a file, or one of {', '.join(CLIPS)}, or demo, which knows demo "
+        "tissue alone and is trained on first use. Real images need one, or a --backbone",
     )
     activation: str = flag("", "of the CLIP's transformers, where its file does not say it")
     vocab: str = flag("", "CLIP's bpe_simple_vocab_16e6.txt.gz; empty: open_clip's, or a download")
@@ -98,8 +98,11 @@ class Config:
     )
     backbone: str = flag(
         "",
-        "a torchvision classifier, as resnet18, with new weights for a tower. hidisc and simclr "
-        "then need no --clip and no bank",
+        "a torchvision classifier, as resnet18, for a tower. hidisc and simclr then need no --clip "
+        "and no bank",
+    )
+    backbone_weights: str = flag(
+        "", "of the backbone: DEFAULT, torchvision's; the file of a state dict; empty: random ones"
     )
     objective: str = flag(
         "hlss",
@@ -118,7 +121,7 @@ class Config:
         "how the projections of --objective hlss start. text: as the bank, as in the paper; "
         "random: an ablation",
     )
-    steps: int = flag(800, "optimizer steps in all")
+    steps: int = flag(800, "optimizer steps in all; a run may be resumed with more of them")
     seed: int = flag(0, "of batches, views and new weights")
     patients: int = flag(8, "in a global batch. If the loss falls and the probe stays: more")
     levels: str = flag(
@@ -141,7 +144,7 @@ class Config:
     normalise: str = flag(
         "",
         "mean and standard deviation of the channels. clip: CLIP's; data: estimated from training "
-        "patches; empty: clip with a CLIP's tower, data with --backbone",
+        "patches; empty: those of the tower's weights where they are known, or else data",
     )
     image_size: int = flag(0, "pixels of a view; 0: what the tower was made for")
     read_size: int = flag(0, "pixels a patch is read at; 0: its own, at most twice a view")
@@ -175,6 +178,8 @@ class Config:
     timeout: int = flag(600, "seconds to wait for other processes. If a probe takes longer: more")
 
     def __post_init__(self):
+        name = os.path.basename(os.path.abspath(self.data or "demo")).removesuffix(".csv")
+        self.out = self.out or os.path.join("runs", name)
         self.align = self.align or ("paper" if self.objective == "hlss" else "off")
 
     @property
@@ -274,10 +279,13 @@ def check_flags(config):
         raise ValueError(f"--draw {config.draw}: {remedy}")
     if min(config.lambdas.values()) < 0:
         raise ValueError(f"--level-weights {config.level_weights}: none may be below 0")
-    needs_words = config.objective == "hlss" or config.align != "off"
-    if config.backbone and needs_words and not config.clip:
-        asked = f"--objective {config.objective}, --align {config.align}"
-        raise ValueError(f"--backbone {config.backbone}, {asked}: name a CLIP with --clip")
+    wordless = config.backbone and config.objective != "hlss" and config.align == "off"
+    if (config.data or config.backbone) and not config.clip and not wordless:
+        clips = f"a file, {', '.join(CLIPS)}, or demo, which knows demo tissue alone"
+        raise ValueError(
+            f"name a CLIP with --clip ({clips}), or train without words: --objective hidisc "
+            "--backbone resnet18"
+        )
 
 
 def learning_rate(step, config):
@@ -328,8 +336,9 @@ def prepare(config, rank):
             find_manifest(config.data)  # before anything that takes long
         os.makedirs(config.cache, exist_ok=True)
         config.data = config.data or demo_tissue(config.cache)
+        if config.clip in ("", "demo") and with_words:
+            config.clip = demo_clip(config.cache)
         if with_words:
-            config.clip = config.clip or demo_clip(config.cache)
             find_clip(config.clip)  # a download, once
     paths = [config.data, config.clip]
     if dist.is_initialized():
@@ -369,6 +378,7 @@ def training_cohort(cohort, config, world):
 def build_model(config, device):
     """The model, and the names of its attributes, {level: [names]}. Fills in config.activation."""
     bank = [({level: [] for level in config.level_names}, {})]  # without a CLIP: no words
+    state = None
     if config.clip:
         state = load_clip(config.clip, config.activation)
         config.activation = state["activation"]
@@ -379,11 +389,8 @@ def build_model(config, device):
     attributes, vectors = bank[0]  # all that is left of the language from here on
 
     torch.manual_seed(config.seed)  # of all that starts at random
-    if config.backbone:
-        tower = backbone_tower(config.backbone, vectors)
-        vectors = vectors or {level: torch.zeros(0, tower.dim) for level in attributes}
-    else:
-        tower = image_tower(state, config.image_size, weights=config.start == "clip")
+    tower = make_tower(vars(config), vectors, state, config.image_size)
+    vectors = vectors or {level: torch.zeros(0, tower.dim) for level in attributes}
     model = HLSS(tower, vectors, config.objective, config.init)
     return model.to(device, memory_format=torch.channels_last), attributes
 
@@ -391,9 +398,12 @@ def build_model(config, device):
 def set_pixels(model, config, cohort):
     """Sets the model's normalisation. Returns at how many pixels patches are read and viewed."""
     image_size = config.image_size or model.tower.image_size
-    read_size = config.read_size or min(*decode(cohort.path(0)).shape[1:], 2 * image_size)
-    kind = config.normalise or ("data" if config.backbone else "clip")
-    if kind == "data":  # CLIP's mean and standard deviation are there already
+    quiet = dist.is_initialized() and dist.get_rank() > 0
+    read_size = config.read_size or min(short_side(cohort, quiet=quiet), 2 * image_size)
+    known = getattr(model.tower, "normalisation", None)
+    if known and not config.normalise:
+        model.normalise(*known)
+    elif config.normalise == "data" or (config.backbone and not config.normalise):
         train_cohort = cohort.restrict("train")
         model.normalise(*channel_statistics(train_cohort, read_size, workers=config.workers))
     return {"read_size": read_size, "image_size": image_size}
@@ -410,7 +420,7 @@ def targets_of(config, model, cohort, rank, device):
     bank = {level: t.cpu() for level, t in model.bank.items()}
     teacher = HLSS(image_tower(load_clip(config.clip, config.activation)), bank, "simclr")
     image_size = teacher.tower.image_size
-    read_size = config.read_size or min(*decode(cohort.path(0)).shape[1:], 2 * image_size)
+    read_size = config.read_size or min(short_side(cohort, quiet=True), 2 * image_size)
     digest = hashlib.sha256(f"{config.activation} {read_size}".encode())
     for value in [*teacher.tower.state_dict().values(), *bank.values()]:
         digest.update(value.numpy().tobytes())
@@ -483,6 +493,9 @@ def check_same_run(config, model, attributes, cohort, checkpoint):
     known = {name: value for name, value in then.items() if name in vars(config)}
     before = vars(Config(**known))
     changed = []
+    if config.steps > before["steps"]:
+        print(f"--steps {config.steps} (there: {before['steps']}): its rates from here on")
+        before["steps"] = config.steps
     for name, value in vars(config).items():
         if name not in MAY_CHANGE and before[name] != value:
             changed.append(f"--{name.replace('_', '-')} {value} (there: {before[name]})")
@@ -506,23 +519,16 @@ def check_same_run(config, model, attributes, cohort, checkpoint):
 # --------------------------------------------------------------------------------- what a run keeps
 
 
-def describe_run(asked, config, world, device):
-    """Write config.json: the settings, and what else it takes to repeat the run."""
-    command = ["python", "train.py"]
-    if world > 1:
-        command = ["torchrun", f"--nproc_per_node={world}", "train.py"]
-    for f in dataclasses.fields(asked):
-        value = getattr(asked, f.name)
-        name = f.name.replace("_", "-")
-        if value == f.default and f.name != "amp":  # its default depends on the machine
-            continue
-        if f.type is bool:
-            command.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            command += [f"--{name}", str(value)]
+def command_of(world):
+    """What was typed to start this, as one line."""
+    launcher = f"torchrun --nproc_per_node={world}" if world > 1 else "python"
+    return f"{launcher} {shlex.join(sys.argv)}"
 
+
+def describe_run(config, world, device):
+    """Write config.json: the settings, and what else it takes to repeat the run."""
     about = {
-        "command": shlex.join(command),
+        "command": command_of(world),
         "commit": commit_of(os.path.dirname(os.path.abspath(__file__))),
         "processes": world,
         "device": device.type,
@@ -569,7 +575,7 @@ def introduce(asked, config, first, rank, world, device, cohort):
     """Writes config.json, and tells a person what to know before the loop begins."""
     if rank > 0:
         return
-    describe_run(asked, config, world, device)
+    describe_run(config, world, device)
     n = config.patients * math.prod(config.counts)
     print(
         f"{config.objective} from step {first} on {world} x {device}: {cohort.restrict('train')} "
@@ -733,7 +739,7 @@ def main():
     with processes(config.timeout) as (rank, world, device):
         finished = train(config, rank, world, device)
         if not finished and rank == 0:
-            print(f"stopped and saved in {config.out}: the same command goes on from there")
+            print(f"stopped and saved in {config.out}. To go on: {command_of(world)}")
     raise SystemExit(0 if finished else STOPPED)
 
 

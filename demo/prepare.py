@@ -3,8 +3,6 @@
 import os
 import shutil
 
-import torch
-
 from demo.clip import train_demo_clip
 from demo.tissue import write_demo
 
@@ -31,8 +29,4 @@ def demo_tissue(cache):
 
 def demo_clip(cache):
     """The path of the demo's CLIP, in the folder `cache`."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count())  # all others only wait for it
-    path = made_once(os.path.join(cache, "clip.pt"), train_demo_clip)
-    torch.set_num_threads(threads)
-    return path
+    return made_once(os.path.join(cache, "clip.pt"), train_demo_clip)

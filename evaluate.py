@@ -26,6 +26,7 @@ from describe import check_sentences, encode_bank, read_json, tokenizer_of
 from losses import LEVELS, attributes_used, standardise
 from model import HLSS, backbone_tower, image_tower, load_run, text_tower, write_whole
 from tools import report
+from tools.processes import processes, user_errors
 from tools.weights import load_clip
 
 NEIGHBOURS = {"knn200": 200, "knn20": 20}  # the k of each kNN probe
@@ -690,12 +691,8 @@ def main():
     args = parser.parse_args()
     if args.data and not args.out and os.path.isdir(args.run):
         parser.error("--data needs --out: the run's folder keeps what was found on its own cohort")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("gloo")  # nothing but finished embeddings is exchanged
-    rank = os.environ.get("LOCAL_RANK", 0)
-    evaluate(args, f"cuda:{rank}" if torch.cuda.is_available() else "cpu")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    with user_errors(), processes(timeout=1800) as (_, _, device):
+        evaluate(args, device)
 
 
 if __name__ == "__main__":

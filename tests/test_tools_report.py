@@ -135,6 +135,13 @@ def test_a_folder_without_results_is_an_error_with_the_command(tmp_path):
         report.draw(tmp_path)
 
 
+def test_the_command_says_it_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        report.main()
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path} has no metrics.json")
+
+
 def test_an_unknown_truth_is_said(out):
     metrics = json.loads((out / "metrics.json").read_text())
     del metrics["truth"]

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from data import decode, plain_view, plural
+from tools.processes import user_errors
 
 PANELS = {"hvc": "Contrast", "ha": "Alignment", "ar": "Attribute regression"}  # as in log.jsonl
 PANELS |= {"lr": "Learning rate", "knn200": "Accuracy of knn200", "knn20": "Accuracy of knn20"}
@@ -226,7 +227,9 @@ def draw(out):
 def main():
     parser = argparse.ArgumentParser(description="Draw a run's report.html again.")
     parser.add_argument("run", help="a folder that evaluate.py wrote to")
-    print(f"the page is {draw(parser.parse_args().run)}")
+    args = parser.parse_args()
+    with user_errors():
+        print(f"the page is {draw(args.run)}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python evaluate.py runs/demo                        a run's newest checkpoint, on its own cohort
     python evaluate.py runs/demo --against start        what training changed, with intervals
+    python evaluate.py runs/demo --embed FOLDER z.npz   embeddings of any images, without a manifest
     torchrun --nproc_per_node=4 evaluate.py runs/demo   embed in four processes
 
 The functions stand in the order of the work: embeddings -> probes -> intervals -> words. What it
@@ -26,6 +27,7 @@ from describe import check_sentences, encode_bank, read_json, tokenizer_of
 from losses import LEVELS, attributes_used, standardise
 from model import HLSS, backbone_tower, image_tower, load_run, text_tower, write_whole
 from tools import report
+from tools.cohort import index
 from tools.processes import processes, user_errors
 from tools.weights import load_clip
 
@@ -580,30 +582,44 @@ def reader_notes(args, config, cohort, rows, probes, words):
     return [note for holds, note in rules if holds]
 
 
+def write_arrays(path, cohort, z, scores, names, **arrays):
+    """Write an .npz: path [n] str, z [n, D], and of each level scores [n, K_l] and attributes."""
+    arrays |= {"path": np.array([name.decode() for name in cohort.names]), "z": z.numpy()}
+    for level in scores:
+        arrays[f"scores_{level}"] = scores[level].numpy()
+        arrays[f"attributes_{level}"] = np.array(names[level], str)
+    write_whole(path, lambda file: np.savez(file, **arrays))
+
+
+def embed_folder(args, run, device):
+    """Write z and the attribute scores of all images below a folder, as --embed says."""
+    model, checkpoint = run
+    folder, path = args.embed
+    cohort = index(folder, "(?P<patient>.+)")  # each image a patient of its own: nothing is pooled
+    z = embed_run(*run, cohort, args, device)
+    scores = {level: z @ t.cpu().T for level, t in model.bank.items()}
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        write_arrays(path, cohort, z, scores, checkpoint["attributes"])
+        print(f"{len(z)} images are in {path}: path, z, and scores and attributes of each level")
+
+
 def write(out, metrics, cohort, z, scores, names, against_scores):
     """Write embeddings.npz, of all patches, and metrics.json; each replaces the old one whole."""
     arrays = {
-        "z": z.numpy(),
-        "path": np.array([name.decode() for name in cohort.names]),
-        "splits": np.array(SPLITS),
-    }
-    arrays |= {
         "label": cohort.label,
         "split": cohort.split,
+        "splits": np.array(SPLITS),
         "classes": np.array(cohort.classes, str),
     }
     ids = cohort.ids(np.arange(len(cohort)))
     for level, names_of_groups, column in zip(cohort.levels[1:], cohort.groups, ids.T[1:]):
         arrays[level] = column.astype(np.int32)
         arrays[plural(level)] = np.array(names_of_groups)
-    for level in cohort.levels:
-        arrays[f"scores_{level}"] = scores[level].numpy()
-        arrays[f"attributes_{level}"] = np.array(names[level], str)
     for level, values in against_scores.items():
         arrays[f"against_scores_{level}"] = values.numpy()
     os.makedirs(out, exist_ok=True)
     text = json.dumps(metrics, indent=1)
-    write_whole(os.path.join(out, "embeddings.npz"), lambda file: np.savez(file, **arrays))
+    write_arrays(os.path.join(out, "embeddings.npz"), cohort, z, scores, names, **arrays)
     write_whole(os.path.join(out, "metrics.json"), lambda file: file.write(text.encode()))
 
 
@@ -612,6 +628,9 @@ def evaluate(args, device):
     # The run, and the cohort: its own, or the one that --data names.
     run = load_run(args.run)
     model, checkpoint = run
+    if args.embed:
+        embed_folder(args, run, device)
+        return
     config, names = checkpoint["config"], checkpoint["attributes"]
     levels = config.get("levels", ",".join(LEVELS)).split(",")
     cohort = read_cohort(args.data or config["data"], levels, config["val_fraction"])
@@ -685,6 +704,8 @@ def main():
     flag("--protocol", choices=("val", "test", "lopo"), default="val", help=protocol)
     flag("--against", default="", help="a run, or start (of training): adds the gain over it")
     flag("--show", nargs="+", default=[], help="patients, slides, paths: print their attributes")
+    images = "write z and attribute scores of all images below FOLDER; no manifest is needed"
+    flag("--embed", nargs=2, metavar=("FOLDER", "FILE.npz"), help=images)
     flag("--prompts", default="", help="JSON, {class: [sentences]}: adds a zero-shot probe")
     flag("--clip", default="", help="where the run's CLIP is now, for --against start, --prompts")
     flag("--workers", type=int, default=2, help="decoding threads; raise it if the device waits")

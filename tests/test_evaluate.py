@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import (
     accuracy_score,
@@ -30,6 +31,7 @@ import train
 from data import build_cohort, decode, plain_view, read_cohort
 from losses import LEVELS
 from model import HLSS, checkpoints, image_tower, load_run
+from tools.cohort import index
 from tools.processes import user_errors
 from tools.weights import load_clip
 
@@ -496,6 +498,40 @@ def test_other_classes_are_refused_with_both_lists(run, cohort_folder, tmp_path,
     both = r"'round'\], step 4 \['high_grade', 'low_grade', 'normal', 'spindle"
     with pytest.raises(ValueError, match=both):
         command(monkeypatch, run, "--data", tmp_path, "--out", tmp_path)
+
+
+def test_a_folder_is_embedded_without_a_manifest(
+    run, evaluated, cohort_folder, tmp_path, monkeypatch, capsys
+):
+    """Every image below it, in the order of the paths, and links are followed."""
+    folder = tmp_path / "any"
+    folder.mkdir()
+    (folder / "linked").symlink_to(os.path.join(cohort_folder, "images"))
+    data = read_embeddings(evaluated)
+    Image.open(os.path.join(cohort_folder, data["path"][5])).save(folder / "b.bmp")
+    (folder / "notes.txt").write_text("no image")
+    command(monkeypatch, run, "--embed", folder, tmp_path / "z.npz")
+    with np.load(tmp_path / "z.npz") as file:
+        found = dict(file)
+    paths = ["b.bmp", *(path.replace("images", "linked") for path in data["path"])]
+    assert found["path"].tolist() == sorted(paths)
+    assert found["path"].dtype.kind == found["attributes_slide"].dtype.kind == "U"
+    order = np.argsort(paths)
+    for name in ("z", "scores_patch", "scores_slide", "scores_patient"):
+        expected = np.concatenate([data[name][5:6], data[name]])[order]
+        np.testing.assert_allclose(found[name], expected, atol=1e-6)
+    assert found["attributes_slide"].tolist() == data["attributes_slide"].tolist()
+
+    # The same in a notebook.
+    model, checkpoint = load_run(run)
+    cohort = index(str(folder), "(?P<patient>.+)")
+    z = evaluate.embed(model, cohort, checkpoint["read_size"], checkpoint["image_size"])
+    scores = {level: z @ t.T for level, t in model.bank.items()}
+    np.testing.assert_allclose(scores["slide"], found["scores_slide"], atol=1e-6)
+
+    (tmp_path / "empty").mkdir()
+    flags = ["--embed", tmp_path / "empty", tmp_path / "no.npz"]
+    assert "no image file is below it" in refusal(monkeypatch, capsys, run, *flags)
 
 
 def test_a_users_mistake_needs_no_traceback(tmp_path, monkeypatch, capsys):

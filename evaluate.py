@@ -429,25 +429,18 @@ def table(results):
     notes = []
     for name, probes in results.items():
         for kind, metrics in probes.items():
-            heads = {"": f"{name} {kind}", "_interval": "  95%", "_gain_interval": "  gain, 95%"}
+            heads = {"": f"{name} {kind}", "_interval": "  95%"}
+            heads |= {"_gain": "  gain", "_gain_interval": "  gain, 95%"}
             for end, head in heads.items():
                 line = head.ljust(width)
                 for level in levels:
-                    line += f"{percent(metrics[level].get('accuracy' + end)):>9}"
-                    line += f"{percent(metrics[level].get('mca' + end)):>7}"
+                    accuracy = report.percent(metrics[level].get(f"accuracy{end}"))
+                    mca = report.percent(metrics[level].get(f"mca{end}"))
+                    line += f"{accuracy + mca.rjust(7):>16}"
                 if end == "" or any(f"accuracy{end}" in metrics[level] for level in levels):
                     lines.append(line.rstrip())
             notes += table_notes(kind, metrics, levels)
     return lines + [f"  {note}" for note in dict.fromkeys(notes)]
-
-
-def percent(value):
-    """A cell of a table: a share in percent, an interval as low..high, or - for neither."""
-    if value is None:
-        return "-"
-    if isinstance(value, list):
-        return f"{100 * value[0]:.0f}..{100 * value[1]:.0f} "
-    return f"{100 * value:.1f}"
 
 
 def table_notes(kind, metrics, levels):
@@ -488,20 +481,13 @@ def starting_model(model, checkpoint, clip=""):
     return start, checkpoint
 
 
-def open_encoders(args, run, cohort):
+def open_encoders(args, run):
     """{name: (model, checkpoint)}: the run's encoder first, then the one that --against names."""
     encoders = {f"step {run[1]['step']}": run}
     if args.against == "start":
         encoders["start"] = starting_model(*run, args.clip)
     elif args.against:
         encoders[args.against] = load_run(args.against)
-    for name, (_, checkpoint) in encoders.items():
-        classes = checkpoint["classes"]
-        if cohort.classes and classes and classes != cohort.classes:
-            differ = ", ".join(sorted({*classes} ^ {*cohort.classes}))
-            remedy = f"rename {differ} in the manifest, or take its column label out"
-            both = f"{cohort.root} has the classes {cohort.classes}, {name} {classes}"
-            raise ValueError(f"{both}: {remedy}")
     return encoders
 
 
@@ -536,6 +522,21 @@ def knows_no_words(config):
     """Whether a run started at random and learnt no attribute scores, so that names are noise."""
     at_random = config.get("backbone") or config.get("start") == "random"
     return at_random and config.get("align") != "regression"
+
+
+def export(path, model, config):
+    """Write the tower for others to load, and print how it wants its images.
+
+    A state dict: a CLIP's image tower under the names of CLIP and open_clip (visual.*), a backbone
+    under torchvision's; with the "mean" and "std" [3] of images in [0, 1] beside the weights.
+    """
+    prefix = "" if config.get("backbone") else "visual."
+    state = {prefix + name: value for name, value in model.tower.state_dict().items()}
+    state |= {"mean": model.mean.flatten(), "std": model.std.flatten()}
+    write_whole(path, lambda file: torch.save(state, file))
+    size = f"{model.tower.image_size} pixels, {config.get('backbone') or config['activation']}"
+    print(f"{path}: {size}; of images in [0, 1] take off the mean {state['mean'].tolist()}")
+    print(f"and divide by the std {state['std'].tolist()}")
 
 
 def run_probes(args, config, z, scores, cohort, splits):
@@ -628,10 +629,13 @@ def evaluate(args, device):
     # The run, and the cohort: its own, or the one that --data names.
     run = load_run(args.run)
     model, checkpoint = run
+    config, names = checkpoint["config"], checkpoint["attributes"]
+    if args.export:
+        export(args.export, model, config)
     if args.embed:
         embed_folder(args, run, device)
+    if args.export or args.embed:
         return
-    config, names = checkpoint["config"], checkpoint["attributes"]
     levels = config.get("levels", ",".join(LEVELS)).split(",")
     cohort = read_cohort(args.data or config["data"], levels, config["val_fraction"])
     if args.show:
@@ -640,7 +644,7 @@ def evaluate(args, device):
 
     # Embeddings, and attribute scores: how alike a patch and an attribute are, as a cosine.
     splits = probe_splits(cohort, args.protocol)
-    encoders = open_encoders(args, run, cohort)
+    encoders = open_encoders(args, run)
     z = {name: embed_run(*encoder, cohort, args, device) for name, encoder in encoders.items()}
     if dist.is_initialized() and dist.get_rank() > 0:
         return
@@ -665,12 +669,15 @@ def evaluate(args, device):
 
     # Results.
     folder = args.run if os.path.isdir(args.run) else os.path.dirname(os.path.abspath(args.run))
-    out = args.out or folder
+    other = os.path.basename(os.path.abspath(args.data)).removesuffix(".csv") if args.data else ""
+    protocol = "" if args.protocol == "val" else args.protocol
+    out = args.out or os.path.normpath(os.path.join(folder, other, protocol))
     metrics = {
         "command": " ".join(["python", *sys.argv]),
         "run": folder,
         "step": checkpoint["step"],
-        "data": cohort.root,
+        "data": os.path.abspath(args.data or config["data"]),
+        "root": cohort.root,
         "classes": cohort.classes,
         "protocol": args.protocol,
         "rows": rows.tolist(),
@@ -699,19 +706,19 @@ def main():
     flag = parser.add_argument
     flag("run", help="a run folder (its newest checkpoint is taken) or a checkpoint file")
     flag("--data", default="", help="another cohort than the run's: a folder or a manifest .csv")
-    flag("--out", default="", help="folder to write to (default: the run's)")
+    flag("--out", default="", help="folder to write to (default: RUN, RUN/DATA, RUN/PROTOCOL)")
     protocol = "probe that split from train, or leave one patient out at a time (default: val)"
     flag("--protocol", choices=("val", "test", "lopo"), default="val", help=protocol)
     flag("--against", default="", help="a run, or start (of training): adds the gain over it")
     flag("--show", nargs="+", default=[], help="patients, slides, paths: print their attributes")
     images = "write z and attribute scores of all images below FOLDER; no manifest is needed"
     flag("--embed", nargs=2, metavar=("FOLDER", "FILE.npz"), help=images)
+    weights = "write the image tower, for open_clip (a backbone: for torchvision), and stop"
+    flag("--export", default="", metavar="FILE", help=weights)
     flag("--prompts", default="", help="JSON, {class: [sentences]}: adds a zero-shot probe")
     flag("--clip", default="", help="where the run's CLIP is now, for --against start, --prompts")
     flag("--workers", type=int, default=2, help="decoding threads; raise it if the device waits")
     args = parser.parse_args()
-    if args.data and not args.out and os.path.isdir(args.run):
-        parser.error("--data needs --out: the run's folder keeps what was found on its own cohort")
     with user_errors(), processes(timeout=1800) as (_, _, device):
         evaluate(args, device)
 

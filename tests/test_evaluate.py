@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from conftest import ROOT
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
@@ -24,13 +26,15 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 from sklearn.neighbors import KNeighborsClassifier
+from test_model import small_clip
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate
 import train
 from data import build_cohort, decode, plain_view, read_cohort
 from losses import LEVELS
-from model import HLSS, checkpoints, image_tower, load_run
+from model import HLSS, backbone_tower, checkpoints, image_tower, load_run
+from tools import report
 from tools.cohort import index
 from tools.processes import user_errors
 from tools.weights import load_clip
@@ -487,17 +491,98 @@ def test_a_page_that_cannot_be_drawn_is_no_loss(run, tmp_path, monkeypatch, caps
     assert f"python -m tools.report {tmp_path} draws it later" in printed
 
 
-def test_another_cohort_does_not_overwrite_what_was_found_on_the_own(run, tmp_path, monkeypatch):
-    with pytest.raises(SystemExit):
-        command(monkeypatch, run, "--data", tmp_path)
+def test_what_was_found_on_the_own_cohort_stays(run, cohort_folder, tmp_path, monkeypatch):
+    """Other patients, and each but the first protocol, have folders of their own."""
+    other = tmp_path / "other"
+    other.mkdir()
+    small_cohort(cohort_folder, other, r"path|.*/\w+-0[0-2]/0-")
+    (other / "manifest.csv").rename(other / "clean.csv")
+    command(monkeypatch, run, "--data", other / "clean.csv", "--protocol", "lopo")
+    found = read_metrics(Path(run, "clean", "lopo"))
+    assert (found["data"], found["root"]) == (str(other / "clean.csv"), str(other))
+    assert "data:image/jpeg" in Path(run, "clean", "lopo", "report.html").read_text("utf-8")
+    assert not Path(run, "metrics.json").exists()
 
 
-def test_other_classes_are_refused_with_both_lists(run, cohort_folder, tmp_path, monkeypatch):
+def test_a_cohort_may_have_other_classes_than_the_runs(run, cohort_folder, tmp_path, monkeypatch):
+    """To probe elsewhere is what pretraining is for."""
     with open(os.path.join(cohort_folder, "manifest.csv")) as file:
         (tmp_path / "manifest.csv").write_text(file.read().replace(",spindle,", ",round,"))
-    both = r"'round'\], step 4 \['high_grade', 'low_grade', 'normal', 'spindle"
-    with pytest.raises(ValueError, match=both):
-        command(monkeypatch, run, "--data", tmp_path, "--out", tmp_path)
+    shutil.copytree(os.path.join(cohort_folder, "images"), tmp_path / "images")
+    command(monkeypatch, run, "--data", tmp_path, "--against", "start", "--out", tmp_path)
+    metrics = read_metrics(tmp_path)
+    assert metrics["classes"] == ["high_grade", "low_grade", "normal", "round"]
+    assert metrics["probes"]["linear"]["patch"]["recall"]["round"]["recall"] is not None
+
+
+def test_a_gain_is_a_number_where_patients_are_too_few_for_an_interval(cohort_folder, monkeypatch):
+    monkeypatch.setattr(evaluate, "FEW", 20)
+    cohort = read_cohort(cohort_folder)
+    splits = evaluate.probe_splits(cohort)
+    y = cohort.label[splits[0][1]]
+    right, wrong = ({"linear": np.eye(4)[(y + shift) % 4]} for shift in (0, 1))
+    lines = evaluate.table({"step 4": evaluate.assess(right, cohort, splits, other=wrong)})
+    assert [line.split() for line in lines[2:4]] == [
+        ["step", "4", "linear", *["100.0"] * 6],
+        ["gain", *["100.0"] * 6],
+    ]
+    assert "95%" not in "".join(lines)
+
+
+def test_an_interval_that_excludes_zero_shows_it_and_columns_stay():
+    assert report.percent([0.003, 0.164]) == "0.3..16 "
+    assert report.percent([-0.16, -0.0004]) == "-16..-0.04 "
+    assert report.percent([0.0, 0.164]) == "0..16 "
+    assert report.percent([-1e-17, 0.5]) == "0..50 "
+    ends = {f"{name}_gain_interval": [-0.0043, -0.0004] for name in ("accuracy", "mca")}
+    level = {"n": 9, "left_out": 0, "accuracy": 0.5, "mca": 0.5, "accuracy_gain": 0, "mca_gain": 0}
+    plain = {"accuracy_gain_interval": [0, 0], "mca_gain_interval": [0, 0]}
+    lines = evaluate.table({"step 9": {"linear": {"patch": level | ends, "slide": level | plain}}})
+    assert lines[-2] == "  gain, 95%    -0.4..-0.04 -0.4..-0.04     0..0   0..0"
+
+
+@pytest.mark.parametrize("kind", ["resnet", "vit"])
+def test_open_clip_loads_an_exported_tower(kind, tmp_path, capsys):
+    clip = small_clip(kind, quick_gelu=True).eval()
+    bank = {level: F.normalize(torch.randn(3, 64), dim=1) for level in LEVELS}
+    model = HLSS(image_tower(clip.state_dict()), bank).eval()
+    model.normalise((0.7, 0.5, 0.6), (0.1, 0.2, 0.3))
+    path = str(tmp_path / "tower.pt")
+    evaluate.export(path, model, {"activation": "quickgelu"})
+    assert f"{path}: 64 pixels, quickgelu" in capsys.readouterr().out
+
+    state = torch.load(path, weights_only=True)
+    mean = state.pop("mean").view(3, 1, 1)
+    std = state.pop("std").view(3, 1, 1)
+    other = small_clip(kind, quick_gelu=True).eval()
+    for parameter in other.visual.parameters():
+        torch.nn.init.normal_(parameter)  # nothing is right by chance
+    missing, unexpected = other.load_state_dict(state, strict=False)
+    assert unexpected == []
+    assert not any(name.startswith("visual.") for name in missing)
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        theirs = F.normalize(other.encode_image((images - mean) / std), dim=1)
+        torch.testing.assert_close(theirs, model.encode(images), atol=1e-5, rtol=0)
+
+
+def test_torchvision_loads_an_exported_backbone(tmp_path):
+    bank = {level: torch.randn(3, 64) for level in LEVELS}
+    model = HLSS(backbone_tower("resnet18", bank), bank).eval()
+    evaluate.export(str(tmp_path / "tower.pt"), model, {"backbone": "resnet18"})
+    state = torch.load(tmp_path / "tower.pt", weights_only=True)
+    del state["mean"], state["std"]
+    theirs = torchvision.models.resnet18(num_classes=64).eval()
+    theirs.load_state_dict(state)
+    images = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(theirs(images), model.tower(images), atol=1e-5, rtol=0)
+
+
+def test_the_command_exports(run, tmp_path, monkeypatch, capsys):
+    command(monkeypatch, run, "--export", tmp_path / "tower.pt")
+    assert "tower.pt: 64 pixels, " in capsys.readouterr().out
+    assert "visual.conv1.weight" in torch.load(tmp_path / "tower.pt", weights_only=True)
+    assert not Path(run, "metrics.json").exists()
 
 
 def test_a_folder_is_embedded_without_a_manifest(
@@ -578,7 +663,7 @@ def test_from_the_checkpoint_alone(run, cohort_folder, tmp_path, monkeypatch, ca
     checkpoint["config"] |= {"skip_unreadable": False, "a_flag_of_an_older_version": 3}
     torch.save(checkpoint, tmp_path / "moved.pt")
     small_cohort(cohort_folder, tmp_path, r"path|.*/high_grade-00", columns=3)
-    command(monkeypatch, tmp_path / "moved.pt", "--data", tmp_path)
+    command(monkeypatch, tmp_path / "moved.pt", "--data", tmp_path, "--out", tmp_path)
     assert "nothing to probe" in capsys.readouterr().out
     assert len(read_embeddings(tmp_path)["z"]) == 6
     assert (tmp_path / "report.html").exists()

@@ -75,7 +75,8 @@ def out(cohort, tmp_path):
         "command": "python evaluate.py",
         "run": str(folder),
         "step": 4,
-        "data": cohort.root,
+        "data": f"{cohort.root}/manifest.csv",
+        "root": cohort.root,
         "classes": cohort.classes,
         "protocol": "val",
         "rows": rows.tolist(),
@@ -150,7 +151,7 @@ def test_an_unknown_truth_is_said(out):
 
 
 def test_a_page_without_labels_logs_or_images(out):
-    change(out, probes={}, classes=[], class_attributes=[], against="", data="gone", run="gone")
+    change(out, probes={}, classes=[], class_attributes=[], against="", root="gone", run="gone")
     page = report.draw(out).read_text("utf-8")
     assert page.count('<div class="card">') == 12
     assert "data:image/jpeg" not in page

@@ -53,6 +53,18 @@ def top(scores, names, number=5):
     return ", ".join(f"{names[k]} {scores[k]:.3f}" for k in order)
 
 
+def percent(value):
+    """A cell of a table: a share in percent, an interval as low..high, or - for neither.
+
+    An end that is not 0 never looks like 0: on which side of it an interval lies is what is read.
+    """
+    if not isinstance(value, list):
+        return "-" if value is None else f"{100 * value:.1f}"
+    ends = [100 * round(end, 6) or 0 for end in value]  # without a minus before 0
+    low, high = [f"{end:.0f}" if abs(end) > 0.5 or end == 0 else f"{end:.1g}" for end in ends]
+    return f"{low}..{high} "
+
+
 def html_table(rows):
     """A table of dicts, their keys as its header; `x_interval` stands in brackets behind `x`."""
     if not rows:
@@ -130,7 +142,7 @@ def curves(log, levels):
 
 def thumbnail(metrics, data, row, size):
     """A patch as the encoder sees it, as the address of a small JPEG; empty if unreadable."""
-    path = Path(metrics["data"], data["path"][row])
+    path = Path(metrics["root"], data["path"][row])
     try:
         pixels = torch.from_numpy(decode(path, size).copy())[None]
     except ValueError:

@@ -63,14 +63,14 @@ def embed(model, cohort, read_size, image_size, batch=128, workers=2, stop=()):
         if stop:
             break
     model.train(was_training)
-    if world == 1 and stop:
+    everyone = [None if stop else parts]
+    if world > 1:
+        everyone *= world
+        dist.all_gather_object(everyone, everyone[0])
+    if None in everyone:
         return None
-    if world > 1:  # batch number i is part i // world of process i % world
-        everyone = [None] * world
-        dist.all_gather_object(everyone, None if stop else parts)
-        if None in everyone:
-            return None
-        parts = [everyone[i % world][i // world] for i in range(len(batches))]
+    # Batch number i is part i // world of process i % world.
+    parts = [everyone[i % world][i // world] for i in range(len(batches))]
     return torch.from_numpy(np.concatenate(parts))
 
 
@@ -139,9 +139,7 @@ def logistic(train_x, train_labels, x, classes):
 
     lbfgs.step(closure)
     if lbfgs.state[v]["n_iter"] == 1000:
-        warnings.warn(
-            "the linear probe has not converged after 1,000 steps of L-BFGS", stacklevel=2
-        )
+        warnings.warn("the linear probe has not converged in 1,000 steps of L-BFGS", stacklevel=2)
     logits = (x.double() - centre) @ axes @ v[:-1] + v[-1]
     probabilities = torch.zeros(len(x), classes)
     probabilities[:, present] = logits.softmax(dim=1).detach().float()
@@ -344,13 +342,24 @@ def assess_level(predictions, labels, groups, patient, counts, classes):
     return metrics
 
 
+def patient_results(probabilities, cohort, rows):
+    """What a probe says of each patient: dicts with patient, class, predicted, its probability."""
+    mean, label, first, _ = pool(probabilities, cohort.label[rows], cohort.patient[rows])
+    found = []
+    for p, c, patient in zip(mean, label, cohort.patient[rows[first]]):
+        row = {"patient": cohort.groups[-1][patient], "class": cohort.classes[c]}
+        said = {"predicted": cohort.classes[p.argmax()], "probability": float(p.max())}
+        found.append(row | said)
+    return found
+
+
 def assess(predictions, cohort, splits, resamples=RESAMPLES, other=None):
     """The metrics of each probe at each level: {kind: {level: metrics}}, with "k" used by kNN.
 
     predictions: {kind: probabilities [n, C] of the held-out rows}, as `predict`. other: the same of
     another encoder, to gain over. metrics: n and left_out (slides or patients with several labels);
     if n > 0 accuracy and mca; with resamples also intervals, macro one-vs-rest auc, recall by class
-    and confusion (rows: true, columns: predicted).
+    and confusion (rows: true, columns: predicted), and for each kind what it says of "patients".
     """
     rows = np.concatenate([held_out for _, held_out in splits])
     patients, patient = np.unique(cohort.patient[rows], return_inverse=True)
@@ -361,6 +370,8 @@ def assess(predictions, cohort, splits, resamples=RESAMPLES, other=None):
         results[kind] = {}
         if kind in NEIGHBOURS:
             results[kind]["k"] = min(NEIGHBOURS[kind], *(len(train) for train, _ in splits))
+        if resamples:
+            results[kind]["patients"] = patient_results(probabilities, cohort, rows)
         both = [probabilities, other[kind]] if other else [probabilities]
         for level, groups in zip(cohort.levels, cohort.ids(rows).T):
             metrics = assess_level(both, labels, groups, patient, counts, cohort.classes)
@@ -492,14 +503,16 @@ def open_encoders(args, run):
 
 
 def embed_run(model, checkpoint, cohort, args, device):
-    """z [n, D] of a cohort, at the sizes in pixels that the run was trained at."""
+    """z [n, D] of a cohort, at the sizes in pixels that the run was trained at, and the attribute
+    scores {level: [n, K_l]}: how alike a patch and an attribute are, as a cosine."""
     sizes = checkpoint["read_size"], checkpoint["image_size"]
-    return embed(model.to(device), cohort, *sizes, workers=args.workers)
+    z = embed(model.to(device), cohort, *sizes, workers=args.workers)
+    return z, {level: z @ t.cpu().T for level, t in model.bank.items()}
 
 
 def show(args, run, cohort, device):
     """Print the top attributes of the patients, slides and patches that --show names."""
-    model, checkpoint = run
+    attributes = run[1]["attributes"]
     ids = cohort.ids(np.arange(len(cohort)))
     for name in args.show:
         named = cohort.names == name.encode()
@@ -509,12 +522,11 @@ def show(args, run, cohort, device):
             first = ", ".join([cohort.name(0), *reversed(cohort.group_names(0))])
             missing = f"{cohort.root} has no such path, {' or '.join(cohort.levels[1:])}"
             raise ValueError(f"--show {name}: {missing}; the first is called {first}")
-        z = embed_run(*run, cohort.select(named), args, device).mean(dim=0)
+        _, scores = embed_run(*run, cohort.select(named), args, device)
         print(name)
-        for level, t in model.bank.items():
-            scores = (t.cpu() @ z).numpy()  # those of the mean are the mean of the scores
-            print(f"{level:>9}: {report.top(scores, checkpoint['attributes'][level])}")
-    if knows_no_words(checkpoint["config"]):
+        for level, values in scores.items():
+            print(f"{level:>9}: {report.top(values.mean(dim=0).numpy(), attributes[level])}")
+    if knows_no_words(run[1]["config"]):
         print(NO_LANGUAGE)
 
 
@@ -534,9 +546,9 @@ def export(path, model, config):
     state = {prefix + name: value for name, value in model.tower.state_dict().items()}
     state |= {"mean": model.mean.flatten(), "std": model.std.flatten()}
     write_whole(path, lambda file: torch.save(state, file))
-    size = f"{model.tower.image_size} pixels, {config.get('backbone') or config['activation']}"
-    print(f"{path}: {size}; of images in [0, 1] take off the mean {state['mean'].tolist()}")
-    print(f"and divide by the std {state['std'].tolist()}")
+    kind = config.get("backbone") or config["activation"]
+    print(f"{path}: {model.tower.image_size} pixels, {kind}; of images in [0, 1]")
+    print(f"the mean is {state['mean'].tolist()} and the std {state['std'].tolist()}")
 
 
 def run_probes(args, config, z, scores, cohort, splits):
@@ -562,20 +574,16 @@ def reader_notes(args, config, cohort, rows, probes, words):
     """What a reader of the numbers must know, as sentences. rows: those that were probed."""
     lopo = probes and args.protocol == "lopo"
     seen = len(np.unique(cohort.patient[rows][cohort.split[rows] == SPLITS.index("train")]))
+    wordless = probes and config["clip"] and not words
     rules = [
         (knows_no_words(config), NO_LANGUAGE),
         (lopo and seen, f"pretraining may have seen {seen} of the patients, without labels"),
         (probes and len(cohort.classes) == 1, "one class alone: to be right about it says nothing"),
-        (
-            probes and config["clip"] and not words,
-            "no class is set apart: that takes patients of two classes",
-        ),
+        (wordless, "no class is set apart: that takes patients of two classes"),
     ]
-    for c, name in enumerate(cohort.classes):
+    for c, name in enumerate(cohort.classes if lopo else ()):
         alone = len(np.unique(cohort.patient[cohort.label == c])) == 1
-        rules.append(
-            (lopo and alone, f"{name} has one patient: nothing shows it with that one out")
-        )
+        rules.append((alone, f"{name} has one patient: nothing shows it with that one out"))
     for level in cohort.levels if probes else ():
         metrics = probes["knn20"][level]
         few = "accuracy" in metrics and "accuracy_interval" not in metrics
@@ -594,24 +602,18 @@ def write_arrays(path, cohort, z, scores, names, **arrays):
 
 def embed_folder(args, run, device):
     """Write z and the attribute scores of all images below a folder, as --embed says."""
-    model, checkpoint = run
     folder, path = args.embed
     cohort = index(folder, "(?P<patient>.+)")  # each image a patient of its own: nothing is pooled
-    z = embed_run(*run, cohort, args, device)
-    scores = {level: z @ t.cpu().T for level, t in model.bank.items()}
+    z, scores = embed_run(*run, cohort, args, device)
     if not dist.is_initialized() or dist.get_rank() == 0:
-        write_arrays(path, cohort, z, scores, checkpoint["attributes"])
+        write_arrays(path, cohort, z, scores, run[1]["attributes"])
         print(f"{len(z)} images are in {path}: path, z, and scores and attributes of each level")
 
 
 def write(out, metrics, cohort, z, scores, names, against_scores):
     """Write embeddings.npz, of all patches, and metrics.json; each replaces the old one whole."""
-    arrays = {
-        "label": cohort.label,
-        "split": cohort.split,
-        "splits": np.array(SPLITS),
-        "classes": np.array(cohort.classes, str),
-    }
+    arrays = {"label": cohort.label, "split": cohort.split, "splits": np.array(SPLITS)}
+    arrays["classes"] = np.array(cohort.classes, str)
     ids = cohort.ids(np.arange(len(cohort)))
     for level, names_of_groups, column in zip(cohort.levels[1:], cohort.groups, ids.T[1:]):
         arrays[level] = column.astype(np.int32)
@@ -631,26 +633,23 @@ def evaluate(args, device):
     model, checkpoint = run
     config, names = checkpoint["config"], checkpoint["attributes"]
     if args.export:
-        export(args.export, model, config)
+        return export(args.export, model, config)
     if args.embed:
-        embed_folder(args, run, device)
-    if args.export or args.embed:
-        return
+        return embed_folder(args, run, device)
     levels = config.get("levels", ",".join(LEVELS)).split(",")
     cohort = read_cohort(args.data or config["data"], levels, config["val_fraction"])
     if args.show:
-        show(args, run, cohort, device)
-        return
+        return show(args, run, cohort, device)
 
-    # Embeddings, and attribute scores: how alike a patch and an attribute are, as a cosine.
+    # Embeddings, and attribute scores.
     splits = probe_splits(cohort, args.protocol)
     encoders = open_encoders(args, run)
-    z = {name: embed_run(*encoder, cohort, args, device) for name, encoder in encoders.items()}
+    z = {}
+    scores = {}
+    for name, encoder in encoders.items():
+        z[name], scores[name] = embed_run(*encoder, cohort, args, device)
     if dist.is_initialized() and dist.get_rank() > 0:
         return
-    scores = {}
-    for name, (encoder, _) in encoders.items():
-        scores[name] = {level: z[name] @ t.cpu().T for level, t in encoder.bank.items()}
 
     # Probes, with intervals.
     step = f"step {checkpoint['step']}"
@@ -678,6 +677,7 @@ def evaluate(args, device):
         "step": checkpoint["step"],
         "data": os.path.abspath(args.data or config["data"]),
         "root": cohort.root,
+        "cohort": str(cohort),
         "classes": cohort.classes,
         "protocol": args.protocol,
         "rows": rows.tolist(),
@@ -711,10 +711,8 @@ def main():
     flag("--protocol", choices=("val", "test", "lopo"), default="val", help=protocol)
     flag("--against", default="", help="a run, or start (of training): adds the gain over it")
     flag("--show", nargs="+", default=[], help="patients, slides, paths: print their attributes")
-    images = "write z and attribute scores of all images below FOLDER; no manifest is needed"
-    flag("--embed", nargs=2, metavar=("FOLDER", "FILE.npz"), help=images)
-    weights = "write the image tower, for open_clip (a backbone: for torchvision), and stop"
-    flag("--export", default="", metavar="FILE", help=weights)
+    flag("--embed", nargs=2, metavar=("FOLDER", "FILE.npz"), help="write z of all images below it")
+    flag("--export", default="", metavar="FILE", help="write the tower for open_clip, torchvision")
     flag("--prompts", default="", help="JSON, {class: [sentences]}: adds a zero-shot probe")
     flag("--clip", default="", help="where the run's CLIP is now, for --against start, --prompts")
     flag("--workers", type=int, default=2, help="decoding threads; raise it if the device waits")

@@ -60,7 +60,9 @@ def out(cohort, tmp_path):
         log.append({"step": step, "lr": 1e-3 / step, "loss": 2.0} | losses)
     log.append({"step": 4, "probe": probed})
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    (folder / "config.json").write_text(json.dumps({"seed": 0, "objective": "hlss"}))
+    (folder / "config.json").write_text(
+        json.dumps({"command": "python train.py", "objective": "hlss"})
+    )
 
     # What evaluate.py writes.
     metrics = {
@@ -115,6 +117,8 @@ def test_the_page_shows_everything(out):
     assert section(page, "patients").count("<tr>") == 1 + 4 * 8
     assert "+size" in section(page, "truth")
     assert "objective" in section(page, "settings")
+    assert "<td>python evaluate.py</td>" in section(page, "settings")
+    assert "<td>python train.py</td>" in section(page, "settings")
 
 
 def test_the_command_draws_the_page_again(out, monkeypatch, capsys):

@@ -207,7 +207,7 @@ def draw(out):
     levels = metrics["levels"]
     table, patients = results(metrics)
     path = Path(metrics["run"], "config.json")
-    config = {"command": metrics["command"]}
+    config = {"evaluation": metrics["command"]}  # command is that of training
     if path.exists():
         config |= json.loads(path.read_text("utf-8"))
     sections = {

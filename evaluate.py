@@ -2,6 +2,7 @@
 
     python evaluate.py runs/demo                        a run's newest checkpoint, on its own cohort
     python evaluate.py runs/demo --against start        what training changed, with intervals
+    python evaluate.py runs/demo --embed FOLDER z.npz   embeddings of any images, without a manifest
     torchrun --nproc_per_node=4 evaluate.py runs/demo   embed in four processes
 
 The functions stand in the order of the work: embeddings -> probes -> intervals -> words. What it
@@ -26,6 +27,8 @@ from describe import check_sentences, encode_bank, read_json, tokenizer_of
 from losses import LEVELS, attributes_used, standardise
 from model import HLSS, load_run, make_tower, text_tower, write_whole
 from tools import report
+from tools.cohort import index
+from tools.processes import processes, user_errors
 from tools.weights import load_clip
 
 NEIGHBOURS = {"knn200": 200, "knn20": 20}  # the k of each kNN probe
@@ -60,14 +63,14 @@ def embed(model, cohort, read_size, image_size, batch=128, workers=2, stop=()):
         if stop:
             break
     model.train(was_training)
-    if world == 1 and stop:
+    everyone = [None if stop else parts]
+    if world > 1:
+        everyone *= world
+        dist.all_gather_object(everyone, everyone[0])
+    if None in everyone:
         return None
-    if world > 1:  # batch number i is part i // world of process i % world
-        everyone = [None] * world
-        dist.all_gather_object(everyone, None if stop else parts)
-        if None in everyone:
-            return None
-        parts = [everyone[i % world][i // world] for i in range(len(batches))]
+    # Batch number i is part i // world of process i % world.
+    parts = [everyone[i % world][i // world] for i in range(len(batches))]
     return torch.from_numpy(np.concatenate(parts))
 
 
@@ -136,9 +139,7 @@ def logistic(train_x, train_labels, x, classes):
 
     lbfgs.step(closure)
     if lbfgs.state[v]["n_iter"] == 1000:
-        warnings.warn(
-            "the linear probe has not converged after 1,000 steps of L-BFGS", stacklevel=2
-        )
+        warnings.warn("the linear probe has not converged in 1,000 steps of L-BFGS", stacklevel=2)
     logits = (x.double() - centre) @ axes @ v[:-1] + v[-1]
     probabilities = torch.zeros(len(x), classes)
     probabilities[:, present] = logits.softmax(dim=1).detach().float()
@@ -341,13 +342,24 @@ def assess_level(predictions, labels, groups, patient, counts, classes):
     return metrics
 
 
+def patient_results(probabilities, cohort, rows):
+    """What a probe says of each patient: dicts with patient, class, predicted, its probability."""
+    mean, label, first, _ = pool(probabilities, cohort.label[rows], cohort.patient[rows])
+    found = []
+    for p, c, patient in zip(mean, label, cohort.patient[rows[first]]):
+        row = {"patient": cohort.groups[-1][patient], "class": cohort.classes[c]}
+        said = {"predicted": cohort.classes[p.argmax()], "probability": float(p.max())}
+        found.append(row | said)
+    return found
+
+
 def assess(predictions, cohort, splits, resamples=RESAMPLES, other=None):
     """The metrics of each probe at each level: {kind: {level: metrics}}, with "k" used by kNN.
 
     predictions: {kind: probabilities [n, C] of the held-out rows}, as `predict`. other: the same of
     another encoder, to gain over. metrics: n and left_out (slides or patients with several labels);
     if n > 0 accuracy and mca; with resamples also intervals, macro one-vs-rest auc, recall by class
-    and confusion (rows: true, columns: predicted).
+    and confusion (rows: true, columns: predicted), and for each kind what it says of "patients".
     """
     rows = np.concatenate([held_out for _, held_out in splits])
     patients, patient = np.unique(cohort.patient[rows], return_inverse=True)
@@ -358,6 +370,8 @@ def assess(predictions, cohort, splits, resamples=RESAMPLES, other=None):
         results[kind] = {}
         if kind in NEIGHBOURS:
             results[kind]["k"] = min(NEIGHBOURS[kind], *(len(train) for train, _ in splits))
+        if resamples:
+            results[kind]["patients"] = patient_results(probabilities, cohort, rows)
         both = [probabilities, other[kind]] if other else [probabilities]
         for level, groups in zip(cohort.levels, cohort.ids(rows).T):
             metrics = assess_level(both, labels, groups, patient, counts, cohort.classes)
@@ -426,25 +440,18 @@ def table(results):
     notes = []
     for name, probes in results.items():
         for kind, metrics in probes.items():
-            heads = {"": f"{name} {kind}", "_interval": "  95%", "_gain_interval": "  gain, 95%"}
+            heads = {"": f"{name} {kind}", "_interval": "  95%"}
+            heads |= {"_gain": "  gain", "_gain_interval": "  gain, 95%"}
             for end, head in heads.items():
                 line = head.ljust(width)
                 for level in levels:
-                    line += f"{percent(metrics[level].get('accuracy' + end)):>9}"
-                    line += f"{percent(metrics[level].get('mca' + end)):>7}"
+                    accuracy = report.percent(metrics[level].get(f"accuracy{end}"))
+                    mca = report.percent(metrics[level].get(f"mca{end}"))
+                    line += f"{accuracy + mca.rjust(7):>16}"
                 if end == "" or any(f"accuracy{end}" in metrics[level] for level in levels):
                     lines.append(line.rstrip())
             notes += table_notes(kind, metrics, levels)
     return lines + [f"  {note}" for note in dict.fromkeys(notes)]
-
-
-def percent(value):
-    """A cell of a table: a share in percent, an interval as low..high, or - for neither."""
-    if value is None:
-        return "-"
-    if isinstance(value, list):
-        return f"{100 * value[0]:.0f}..{100 * value[1]:.0f} "
-    return f"{100 * value:.1f}"
 
 
 def table_notes(kind, metrics, levels):
@@ -481,32 +488,27 @@ def starting_model(model, checkpoint, clip=""):
     return start, checkpoint
 
 
-def open_encoders(args, run, cohort):
+def open_encoders(args, run):
     """{name: (model, checkpoint)}: the run's encoder first, then the one that --against names."""
     encoders = {f"step {run[1]['step']}": run}
     if args.against == "start":
         encoders["start"] = starting_model(*run, args.clip)
     elif args.against:
         encoders[args.against] = load_run(args.against)
-    for name, (_, checkpoint) in encoders.items():
-        classes = checkpoint["classes"]
-        if cohort.classes and classes and classes != cohort.classes:
-            differ = ", ".join(sorted({*classes} ^ {*cohort.classes}))
-            remedy = f"rename {differ} in the manifest, or take its column label out"
-            both = f"{cohort.root} has the classes {cohort.classes}, {name} {classes}"
-            raise ValueError(f"{both}: {remedy}")
     return encoders
 
 
 def embed_run(model, checkpoint, cohort, args, device):
-    """z [n, D] of a cohort, at the sizes in pixels that the run was trained at."""
+    """z [n, D] of a cohort, at the sizes in pixels that the run was trained at, and the attribute
+    scores {level: [n, K_l]}: how alike a patch and an attribute are, as a cosine."""
     sizes = checkpoint["read_size"], checkpoint["image_size"]
-    return embed(model.to(device), cohort, *sizes, workers=args.workers)
+    z = embed(model.to(device), cohort, *sizes, workers=args.workers)
+    return z, {level: z @ t.cpu().T for level, t in model.bank.items()}
 
 
 def show(args, run, cohort, device):
     """Print the top attributes of the patients, slides and patches that --show names."""
-    model, checkpoint = run
+    attributes = run[1]["attributes"]
     ids = cohort.ids(np.arange(len(cohort)))
     for name in args.show:
         named = cohort.names == name.encode()
@@ -516,12 +518,11 @@ def show(args, run, cohort, device):
             first = ", ".join([cohort.name(0), *reversed(cohort.group_names(0))])
             missing = f"{cohort.root} has no such path, {' or '.join(cohort.levels[1:])}"
             raise ValueError(f"--show {name}: {missing}; the first is called {first}")
-        z = embed_run(*run, cohort.select(named), args, device).mean(dim=0)
+        _, scores = embed_run(*run, cohort.select(named), args, device)
         print(name)
-        for level, t in model.bank.items():
-            scores = (t.cpu() @ z).numpy()  # those of the mean are the mean of the scores
-            print(f"{level:>9}: {report.top(scores, checkpoint['attributes'][level])}")
-    if knows_no_words(checkpoint["config"]):
+        for level, values in scores.items():
+            print(f"{level:>9}: {report.top(values.mean(dim=0).numpy(), attributes[level])}")
+    if knows_no_words(run[1]["config"]):
         print(NO_LANGUAGE)
 
 
@@ -529,6 +530,21 @@ def knows_no_words(config):
     """Whether a run started at random and learnt no attribute scores, so that names are noise."""
     at_random = config.get("backbone") or config.get("start") == "random"
     return at_random and config.get("align") != "regression"
+
+
+def export(path, model, config):
+    """Write the tower for others to load, and print how it wants its images.
+
+    A state dict: a CLIP's image tower under the names of CLIP and open_clip (visual.*), a backbone
+    under torchvision's; with the "mean" and "std" [3] of images in [0, 1] beside the weights.
+    """
+    prefix = "" if config.get("backbone") else "visual."
+    state = {prefix + name: value for name, value in model.tower.state_dict().items()}
+    state |= {"mean": model.mean.flatten(), "std": model.std.flatten()}
+    write_whole(path, lambda file: torch.save(state, file))
+    kind = config.get("backbone") or config["activation"]
+    print(f"{path}: {model.tower.image_size} pixels, {kind}; of images in [0, 1]")
+    print(f"the mean is {state['mean'].tolist()} and the std {state['std'].tolist()}")
 
 
 def run_probes(args, config, z, scores, cohort, splits):
@@ -554,20 +570,16 @@ def reader_notes(args, config, cohort, rows, probes, words):
     """What a reader of the numbers must know, as sentences. rows: those that were probed."""
     lopo = probes and args.protocol == "lopo"
     seen = len(np.unique(cohort.patient[rows][cohort.split[rows] == SPLITS.index("train")]))
+    wordless = probes and config["clip"] and not words
     rules = [
         (knows_no_words(config), NO_LANGUAGE),
         (lopo and seen, f"pretraining may have seen {seen} of the patients, without labels"),
         (probes and len(cohort.classes) == 1, "one class alone: to be right about it says nothing"),
-        (
-            probes and config["clip"] and not words,
-            "no class is set apart: that takes patients of two classes",
-        ),
+        (wordless, "no class is set apart: that takes patients of two classes"),
     ]
-    for c, name in enumerate(cohort.classes):
+    for c, name in enumerate(cohort.classes if lopo else ()):
         alone = len(np.unique(cohort.patient[cohort.label == c])) == 1
-        rules.append(
-            (lopo and alone, f"{name} has one patient: nothing shows it with that one out")
-        )
+        rules.append((alone, f"{name} has one patient: nothing shows it with that one out"))
     for level in cohort.levels if probes else ():
         metrics = probes["knn20"][level]
         few = "accuracy" in metrics and "accuracy_interval" not in metrics
@@ -575,30 +587,38 @@ def reader_notes(args, config, cohort, rows, probes, words):
     return [note for holds, note in rules if holds]
 
 
+def write_arrays(path, cohort, z, scores, names, **arrays):
+    """Write an .npz: path [n] str, z [n, D], and of each level scores [n, K_l] and attributes."""
+    arrays |= {"path": np.array([name.decode() for name in cohort.names]), "z": z.numpy()}
+    for level in scores:
+        arrays[f"scores_{level}"] = scores[level].numpy()
+        arrays[f"attributes_{level}"] = np.array(names[level], str)
+    write_whole(path, lambda file: np.savez(file, **arrays))
+
+
+def embed_folder(args, run, device):
+    """Write z and the attribute scores of all images below a folder, as --embed says."""
+    folder, path = args.embed
+    cohort = index(folder, "(?P<patient>.+)")  # each image a patient of its own: nothing is pooled
+    z, scores = embed_run(*run, cohort, args, device)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        write_arrays(path, cohort, z, scores, run[1]["attributes"])
+        print(f"{len(z)} images are in {path}: path, z, and scores and attributes of each level")
+
+
 def write(out, metrics, cohort, z, scores, names, against_scores):
     """Write embeddings.npz, of all patches, and metrics.json; each replaces the old one whole."""
-    arrays = {
-        "z": z.numpy(),
-        "path": np.array([name.decode() for name in cohort.names]),
-        "splits": np.array(SPLITS),
-    }
-    arrays |= {
-        "label": cohort.label,
-        "split": cohort.split,
-        "classes": np.array(cohort.classes, str),
-    }
+    arrays = {"label": cohort.label, "split": cohort.split, "splits": np.array(SPLITS)}
+    arrays["classes"] = np.array(cohort.classes, str)
     ids = cohort.ids(np.arange(len(cohort)))
     for level, names_of_groups, column in zip(cohort.levels[1:], cohort.groups, ids.T[1:]):
         arrays[level] = column.astype(np.int32)
         arrays[plural(level)] = np.array(names_of_groups)
-    for level in cohort.levels:
-        arrays[f"scores_{level}"] = scores[level].numpy()
-        arrays[f"attributes_{level}"] = np.array(names[level], str)
     for level, values in against_scores.items():
         arrays[f"against_scores_{level}"] = values.numpy()
     os.makedirs(out, exist_ok=True)
     text = json.dumps(metrics, indent=1)
-    write_whole(os.path.join(out, "embeddings.npz"), lambda file: np.savez(file, **arrays))
+    write_arrays(os.path.join(out, "embeddings.npz"), cohort, z, scores, names, **arrays)
     write_whole(os.path.join(out, "metrics.json"), lambda file: file.write(text.encode()))
 
 
@@ -608,21 +628,24 @@ def evaluate(args, device):
     run = load_run(args.run)
     model, checkpoint = run
     config, names = checkpoint["config"], checkpoint["attributes"]
+    if args.export:
+        return export(args.export, model, config)
+    if args.embed:
+        return embed_folder(args, run, device)
     levels = config.get("levels", ",".join(LEVELS)).split(",")
     cohort = read_cohort(args.data or config["data"], levels, config["val_fraction"])
     if args.show:
-        show(args, run, cohort, device)
-        return
+        return show(args, run, cohort, device)
 
-    # Embeddings, and attribute scores: how alike a patch and an attribute are, as a cosine.
+    # Embeddings, and attribute scores.
     splits = probe_splits(cohort, args.protocol)
-    encoders = open_encoders(args, run, cohort)
-    z = {name: embed_run(*encoder, cohort, args, device) for name, encoder in encoders.items()}
+    encoders = open_encoders(args, run)
+    z = {}
+    scores = {}
+    for name, encoder in encoders.items():
+        z[name], scores[name] = embed_run(*encoder, cohort, args, device)
     if dist.is_initialized() and dist.get_rank() > 0:
         return
-    scores = {}
-    for name, (encoder, _) in encoders.items():
-        scores[name] = {level: z[name] @ t.cpu().T for level, t in encoder.bank.items()}
 
     # Probes, with intervals.
     step = f"step {checkpoint['step']}"
@@ -641,12 +664,16 @@ def evaluate(args, device):
 
     # Results.
     folder = args.run if os.path.isdir(args.run) else os.path.dirname(os.path.abspath(args.run))
-    out = args.out or folder
+    other = os.path.basename(os.path.abspath(args.data)).removesuffix(".csv") if args.data else ""
+    protocol = "" if args.protocol == "val" else args.protocol
+    out = args.out or os.path.normpath(os.path.join(folder, other, protocol))
     metrics = {
         "command": " ".join(["python", *sys.argv]),
         "run": folder,
         "step": checkpoint["step"],
-        "data": cohort.root,
+        "data": os.path.abspath(args.data or config["data"]),
+        "root": cohort.root,
+        "cohort": str(cohort),
         "classes": cohort.classes,
         "protocol": args.protocol,
         "rows": rows.tolist(),
@@ -675,23 +702,19 @@ def main():
     flag = parser.add_argument
     flag("run", help="a run folder (its newest checkpoint is taken) or a checkpoint file")
     flag("--data", default="", help="another cohort than the run's: a folder or a manifest .csv")
-    flag("--out", default="", help="folder to write to (default: the run's)")
+    flag("--out", default="", help="folder to write to (default: RUN, RUN/DATA, RUN/PROTOCOL)")
     protocol = "probe that split from train, or leave one patient out at a time (default: val)"
     flag("--protocol", choices=("val", "test", "lopo"), default="val", help=protocol)
     flag("--against", default="", help="a run, or start (of training): adds the gain over it")
     flag("--show", nargs="+", default=[], help="patients, slides, paths: print their attributes")
+    flag("--embed", nargs=2, metavar=("FOLDER", "FILE.npz"), help="write z of all images below it")
+    flag("--export", default="", metavar="FILE", help="write the tower for open_clip, torchvision")
     flag("--prompts", default="", help="JSON, {class: [sentences]}: adds a zero-shot probe")
     flag("--clip", default="", help="where the run's CLIP is now, for --against start, --prompts")
     flag("--workers", type=int, default=2, help="decoding threads; raise it if the device waits")
     args = parser.parse_args()
-    if args.data and not args.out and os.path.isdir(args.run):
-        parser.error("--data needs --out: the run's folder keeps what was found on its own cohort")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("gloo")  # nothing but finished embeddings is exchanged
-    rank = os.environ.get("LOCAL_RANK", 0)
-    evaluate(args, f"cuda:{rank}" if torch.cuda.is_available() else "cpu")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    with user_errors(), processes(timeout=1800) as (_, _, device):
+        evaluate(args, device)
 
 
 if __name__ == "__main__":

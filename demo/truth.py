@@ -80,7 +80,7 @@ def truth_table(metrics, data):
     rows = np.array(metrics["rows"])
     train = np.flatnonzero(data["split"] == 0)
     truth = read_truth(metrics["run"])
-    factors = read_factors(metrics["data"], data["path"])
+    factors = read_factors(metrics["root"], data["path"])
     if len(train):
         held = ridge(data["z"][train], factors[train], data["z"][rows])
     found = []

@@ -33,7 +33,9 @@ def cohort_folder(tmp_path_factory):
     validation."""
     from demo.tissue import write_demo
 
-    return str(write_demo(tmp_path_factory.mktemp("cohort"), patients=5, slides=2, patches=3))
+    return str(
+        write_demo(tmp_path_factory.mktemp("cohort"), patients=5, slides=2, patches=3, held_out=2)
+    )
 
 
 @pytest.fixture(scope="session")

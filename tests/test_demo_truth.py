@@ -36,7 +36,7 @@ def out(cohort_folder, tmp_path):
         "command": "python evaluate.py",
         "run": str(tmp_path),
         "step": 4,
-        "data": cohort.root,
+        "root": cohort.root,
         "classes": cohort.classes,
         "rows": list(range(len(cohort))),
         "notes": [],

@@ -6,13 +6,17 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from conftest import ROOT
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import (
     accuracy_score,
@@ -22,13 +26,17 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 from sklearn.neighbors import KNeighborsClassifier
+from test_model import small_clip
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate
 import train
 from data import build_cohort, decode, plain_view, read_cohort
 from losses import LEVELS
-from model import HLSS, checkpoints, image_tower, load_run
+from model import HLSS, backbone_tower, checkpoints, image_tower, load_run
+from tools import report
+from tools.cohort import index
+from tools.processes import user_errors
 from tools.weights import load_clip
 
 RNG = np.random.default_rng(0)
@@ -357,6 +365,18 @@ def evaluated(run, tmp_path_factory):
     return out
 
 
+def refusal(monkeypatch, capsys, *arguments):
+    """What the command says to a user's mistake: one line, and the exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, *arguments)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    return said
+
+
 def read_metrics(folder):
     text = (folder / "metrics.json").read_text()
     return json.loads(text, parse_constant=pytest.fail)  # no NaN: any reader can read it
@@ -471,17 +491,158 @@ def test_a_page_that_cannot_be_drawn_is_no_loss(run, tmp_path, monkeypatch, caps
     assert f"python -m tools.report {tmp_path} draws it later" in printed
 
 
-def test_another_cohort_does_not_overwrite_what_was_found_on_the_own(run, tmp_path, monkeypatch):
-    with pytest.raises(SystemExit):
-        command(monkeypatch, run, "--data", tmp_path)
+def test_what_was_found_on_the_own_cohort_stays(run, cohort_folder, tmp_path, monkeypatch):
+    """Other patients, and each but the first protocol, have folders of their own."""
+    other = tmp_path / "other"
+    other.mkdir()
+    small_cohort(cohort_folder, other, r"path|.*/\w+-0[0-2]/0-")
+    (other / "manifest.csv").rename(other / "clean.csv")
+    command(monkeypatch, run, "--data", other / "clean.csv", "--protocol", "lopo")
+    found = read_metrics(Path(run, "clean", "lopo"))
+    assert (found["data"], found["root"]) == (str(other / "clean.csv"), str(other))
+    assert "data:image/jpeg" in Path(run, "clean", "lopo", "report.html").read_text("utf-8")
+    assert not Path(run, "metrics.json").exists()
 
 
-def test_other_classes_are_refused_with_both_lists(run, cohort_folder, tmp_path, monkeypatch):
+def test_a_cohort_may_have_other_classes_than_the_runs(run, cohort_folder, tmp_path, monkeypatch):
+    """To probe elsewhere is what pretraining is for."""
     with open(os.path.join(cohort_folder, "manifest.csv")) as file:
         (tmp_path / "manifest.csv").write_text(file.read().replace(",spindle,", ",round,"))
-    both = r"'round'\], step 4 \['high_grade', 'low_grade', 'normal', 'spindle"
-    with pytest.raises(ValueError, match=both):
-        command(monkeypatch, run, "--data", tmp_path, "--out", tmp_path)
+    shutil.copytree(os.path.join(cohort_folder, "images"), tmp_path / "images")
+    command(monkeypatch, run, "--data", tmp_path, "--against", "start", "--out", tmp_path)
+    metrics = read_metrics(tmp_path)
+    assert metrics["classes"] == ["high_grade", "low_grade", "normal", "round"]
+    assert metrics["probes"]["linear"]["patch"]["recall"]["round"]["recall"] is not None
+
+
+def test_a_gain_is_a_number_where_patients_are_too_few_for_an_interval(cohort_folder, monkeypatch):
+    monkeypatch.setattr(evaluate, "FEW", 20)
+    cohort = read_cohort(cohort_folder)
+    splits = evaluate.probe_splits(cohort)
+    y = cohort.label[splits[0][1]]
+    right, wrong = ({"linear": np.eye(4)[(y + shift) % 4]} for shift in (0, 1))
+    lines = evaluate.table({"step 4": evaluate.assess(right, cohort, splits, other=wrong)})
+    assert [line.split() for line in lines[2:4]] == [
+        ["step", "4", "linear", *["100.0"] * 6],
+        ["gain", *["100.0"] * 6],
+    ]
+    assert "95%" not in "".join(lines)
+
+
+def test_an_interval_that_excludes_zero_shows_it_and_columns_stay():
+    assert report.percent([0.003, 0.164]) == "0.3..16 "
+    assert report.percent([-0.16, -0.0004]) == "-16..-0.04 "
+    assert report.percent([0.0, 0.164]) == "0..16 "
+    assert report.percent([-1e-17, 0.5]) == "0..50 "
+    ends = {f"{name}_gain_interval": [-0.0043, -0.0004] for name in ("accuracy", "mca")}
+    level = {"n": 9, "left_out": 0, "accuracy": 0.5, "mca": 0.5, "accuracy_gain": 0, "mca_gain": 0}
+    plain = {"accuracy_gain_interval": [0, 0], "mca_gain_interval": [0, 0]}
+    lines = evaluate.table({"step 9": {"linear": {"patch": level | ends, "slide": level | plain}}})
+    assert lines[-2] == "  gain, 95%    -0.4..-0.04 -0.4..-0.04     0..0   0..0"
+
+
+@pytest.mark.parametrize("kind", ["resnet", "vit"])
+def test_open_clip_loads_an_exported_tower(kind, tmp_path, capsys):
+    clip = small_clip(kind, quick_gelu=True).eval()
+    bank = {level: F.normalize(torch.randn(3, 64), dim=1) for level in LEVELS}
+    model = HLSS(image_tower(clip.state_dict()), bank).eval()
+    model.normalise((0.7, 0.5, 0.6), (0.1, 0.2, 0.3))
+    path = str(tmp_path / "tower.pt")
+    evaluate.export(path, model, {"activation": "quickgelu"})
+    assert f"{path}: 64 pixels, quickgelu" in capsys.readouterr().out
+
+    state = torch.load(path, weights_only=True)
+    mean = state.pop("mean").view(3, 1, 1)
+    std = state.pop("std").view(3, 1, 1)
+    other = small_clip(kind, quick_gelu=True).eval()
+    for parameter in other.visual.parameters():
+        torch.nn.init.normal_(parameter)  # nothing is right by chance
+    missing, unexpected = other.load_state_dict(state, strict=False)
+    assert unexpected == []
+    assert not any(name.startswith("visual.") for name in missing)
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        theirs = F.normalize(other.encode_image((images - mean) / std), dim=1)
+        torch.testing.assert_close(theirs, model.encode(images), atol=1e-5, rtol=0)
+
+
+def test_torchvision_loads_an_exported_backbone(tmp_path):
+    bank = {level: torch.randn(3, 64) for level in LEVELS}
+    model = HLSS(backbone_tower("resnet18", bank), bank).eval()
+    evaluate.export(str(tmp_path / "tower.pt"), model, {"backbone": "resnet18"})
+    state = torch.load(tmp_path / "tower.pt", weights_only=True)
+    del state["mean"], state["std"]
+    theirs = torchvision.models.resnet18(num_classes=64).eval()
+    theirs.load_state_dict(state)
+    images = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(theirs(images), model.tower(images), atol=1e-5, rtol=0)
+
+
+def test_the_command_exports(run, tmp_path, monkeypatch, capsys):
+    command(monkeypatch, run, "--export", tmp_path / "tower.pt")
+    assert "tower.pt: 64 pixels, " in capsys.readouterr().out
+    assert "visual.conv1.weight" in torch.load(tmp_path / "tower.pt", weights_only=True)
+    assert not Path(run, "metrics.json").exists()
+
+
+def test_a_folder_is_embedded_without_a_manifest(
+    run, evaluated, cohort_folder, tmp_path, monkeypatch, capsys
+):
+    """Every image below it, in the order of the paths, and links are followed."""
+    folder = tmp_path / "any"
+    folder.mkdir()
+    (folder / "linked").symlink_to(os.path.join(cohort_folder, "images"))
+    data = read_embeddings(evaluated)
+    Image.open(os.path.join(cohort_folder, data["path"][5])).save(folder / "b.bmp")
+    (folder / "notes.txt").write_text("no image")
+    command(monkeypatch, run, "--embed", folder, tmp_path / "z.npz")
+    with np.load(tmp_path / "z.npz") as file:
+        found = dict(file)
+    paths = ["b.bmp", *(path.replace("images", "linked") for path in data["path"])]
+    assert found["path"].tolist() == sorted(paths)
+    assert found["path"].dtype.kind == found["attributes_slide"].dtype.kind == "U"
+    order = np.argsort(paths)
+    for name in ("z", "scores_patch", "scores_slide", "scores_patient"):
+        expected = np.concatenate([data[name][5:6], data[name]])[order]
+        np.testing.assert_allclose(found[name], expected, atol=1e-6)
+    assert found["attributes_slide"].tolist() == data["attributes_slide"].tolist()
+
+    # The same in a notebook.
+    model, checkpoint = load_run(run)
+    cohort = index(str(folder), "(?P<patient>.+)")
+    z = evaluate.embed(model, cohort, checkpoint["read_size"], checkpoint["image_size"])
+    scores = {level: z @ t.T for level, t in model.bank.items()}
+    np.testing.assert_allclose(scores["slide"], found["scores_slide"], atol=1e-6)
+
+    (tmp_path / "empty").mkdir()
+    flags = ["--embed", tmp_path / "empty", tmp_path / "no.npz"]
+    assert "no image file is below it" in refusal(monkeypatch, capsys, run, *flags)
+
+
+def test_a_users_mistake_needs_no_traceback(tmp_path, monkeypatch, capsys):
+    assert "is neither a run folder nor a ch" in refusal(monkeypatch, capsys, tmp_path / "typo")
+    (tmp_path / "step-0000001.pt").write_bytes(b"damaged")
+    file = tmp_path / "step-0000001.pt"
+    assert f"{file} is damaged, or another file" in refusal(monkeypatch, capsys, file)
+
+
+def test_of_several_processes_the_first_speaks_at_once_and_others_if_it_does_not(
+    monkeypatch, capsys
+):
+    """torchrun ends the others as soon as one has failed: what all would say is said once."""
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit), user_errors():
+            raise OSError("no space")
+        assert capsys.readouterr().err == "error: no space\n"
+    assert waited == [2]
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    with pytest.raises(KeyError), user_errors():
+        raise KeyError
 
 
 def small_cohort(folder, to, pattern, columns=5):
@@ -502,16 +663,16 @@ def test_from_the_checkpoint_alone(run, cohort_folder, tmp_path, monkeypatch, ca
     checkpoint["config"] |= {"skip_unreadable": False, "a_flag_of_an_older_version": 3}
     torch.save(checkpoint, tmp_path / "moved.pt")
     small_cohort(cohort_folder, tmp_path, r"path|.*/high_grade-00", columns=3)
-    command(monkeypatch, tmp_path / "moved.pt", "--data", tmp_path)
+    command(monkeypatch, tmp_path / "moved.pt", "--data", tmp_path, "--out", tmp_path)
     assert "nothing to probe" in capsys.readouterr().out
     assert len(read_embeddings(tmp_path)["z"]) == 6
     assert (tmp_path / "report.html").exists()
-    with pytest.raises(FileNotFoundError, match=r"--clip gone\.pt"):
-        command(monkeypatch, tmp_path / "moved.pt", "--data", cohort_folder, "--against", "start")
+    flags = ["--data", cohort_folder, "--against", "start"]
+    assert "--clip gone.pt" in refusal(monkeypatch, capsys, tmp_path / "moved.pt", *flags)
 
 
 def test_against_itself_and_leaving_out_patients(run, cohort_folder, tmp_path, monkeypatch):
-    small_cohort(cohort_folder, tmp_path, r"path|.*/\w+-0[01]/0-")
+    small_cohort(cohort_folder, tmp_path, r"path|.*/\w+-0[12]/0-")
     flags = ["--data", tmp_path, "--against", run, "--protocol", "lopo", "--out", tmp_path]
     command(monkeypatch, run, *flags)
     metrics = read_metrics(tmp_path)
@@ -558,9 +719,8 @@ def test_show_prints_the_top_attributes(run, evaluated, monkeypatch, capsys):
     command(monkeypatch, run, "--show", path, "normal-02", "normal-02-1")
     lines = capsys.readouterr().out.splitlines()
     assert [lines[0], lines[4], lines[8]] == [path, "normal-02", "normal-02-1"]
-    assert lines[1].startswith(f"    patch: {best} 0.")
-    with pytest.raises(ValueError, match="no such path, slide or patient"):
-        command(monkeypatch, run, "--show", "nobody")
+    assert lines[1].startswith(f"    patch: {best} ")
+    assert "no such path, slide or patient" in refusal(monkeypatch, capsys, run, "--show", "nobody")
 
 
 @pytest.mark.parametrize(

@@ -15,14 +15,15 @@ MAY_IMPORT = {
     "data": {"losses"},
     "model": {"losses"},
     "describe": {"losses", "model", "tools.bank", "tools.weights"},
-    "evaluate": {"losses", "data", "model", "describe", "tools.weights", "tools.report"},
+    "evaluate": {"losses", "data", "model", "describe"}
+    | {"tools.cohort", "tools.processes", "tools.report", "tools.weights"},
     "train": {"losses", "data", "model", "describe", "evaluate", "demo.prepare"}
     | {"tools.processes", "tools.weights"},
     "tools.bank": set(),
     "tools.weights": set(),
     "tools.processes": set(),
     "tools.cohort": {"data"},
-    "tools.report": {"data"},
+    "tools.report": {"data", "tools.processes"},
     "demo.tissue": {"data", "model"},
     "demo.clip": {"demo.tissue", "describe", "model"},
     "demo.prepare": {"demo.tissue", "demo.clip"},

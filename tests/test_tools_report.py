@@ -16,17 +16,9 @@ from data import read_cohort
 from losses import LEVELS
 from tools import report
 
-SECTIONS = {
-    "results",
-    "gains",
-    "confusion",
-    "curves",
-    "maps",
-    "gallery",
-    "class_attributes",
-    "truth",
-    "settings",
-}
+SECTIONS = (
+    "results curves maps gallery class_attributes used truth confusion patients settings".split()
+)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 NAMES = {level: [f"{level} attribute {k}" for k in range(7)] for level in LEVELS}
@@ -68,14 +60,18 @@ def out(cohort, tmp_path):
         log.append({"step": step, "lr": 1e-3 / step, "loss": 2.0} | losses)
     log.append({"step": 4, "probe": probed})
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    (folder / "config.json").write_text(json.dumps({"seed": 0, "objective": "hlss"}))
+    (folder / "config.json").write_text(
+        json.dumps({"command": "python train.py", "objective": "hlss"})
+    )
 
     # What evaluate.py writes.
     metrics = {
         "command": "python evaluate.py",
         "run": str(folder),
         "step": 4,
-        "data": cohort.root,
+        "data": f"{cohort.root}/manifest.csv",
+        "root": cohort.root,
+        "cohort": str(cohort),
         "classes": cohort.classes,
         "protocol": "val",
         "rows": rows.tolist(),
@@ -103,7 +99,7 @@ def section(page, name):
 def test_the_page_needs_nothing_but_itself(out):
     page = report.draw(out).read_text("utf-8")
     assert len(page) < 3e6
-    assert "<script" not in page
+    assert "<script src" not in page
     marks = {f"#mark{i}" for i in range(7)}
     addresses = set(re.findall(r"(?:href|src)=\"([^\"]{1,15})", page))
     assert addresses <= {"data:image/jpeg", "data:,", *marks}
@@ -113,14 +109,16 @@ def test_the_page_needs_nothing_but_itself(out):
 
 def test_the_page_shows_everything(out):
     page = report.draw(out).read_text("utf-8")
-    assert {*re.findall(r'<section id="(\w+)"', page)} == SECTIONS
+    assert re.findall(r'<section id="(\w+)"', page) == SECTIONS  # results first
     assert page.count('<g class="dot">') == 48 + 16 + 8
     assert page.count('<div class="card">') == 12
-    assert page.count("<polyline") == 3 + 3 + 1 + 3 + 3
+    assert page.count("<polyline") == 3 + 3 + 1 + 1 + 3 + 3
     assert section(page, "results").count("<tr>") == 1 + 4 * 3
-    assert section(page, "confusion").count("<table>") == 4 * 3
+    assert section(page, "patients").count("<tr>") == 1 + 4 * 8
     assert "+size" in section(page, "truth")
     assert "objective" in section(page, "settings")
+    assert "<td>python evaluate.py</td>" in section(page, "settings")
+    assert "<td>python train.py</td>" in section(page, "settings")
 
 
 def test_the_command_draws_the_page_again(out, monkeypatch, capsys):
@@ -135,15 +133,15 @@ def test_a_folder_without_results_is_an_error_with_the_command(tmp_path):
         report.draw(tmp_path)
 
 
-def test_an_unknown_truth_is_said(out):
-    metrics = json.loads((out / "metrics.json").read_text())
-    del metrics["truth"]
-    (out / "metrics.json").write_text(json.dumps(metrics))
-    assert "are not known" in section(report.draw(out).read_text("utf-8"), "truth")
+def test_the_command_says_it_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        report.main()
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path} has no metrics.json")
 
 
 def test_a_page_without_labels_logs_or_images(out):
-    change(out, probes={}, classes=[], class_attributes=[], against="", data="gone", run="gone")
+    change(out, probes={}, classes=[], class_attributes=[], against="", root="gone", run="gone")
     page = report.draw(out).read_text("utf-8")
     assert page.count('<div class="card">') == 12
     assert "data:image/jpeg" not in page
@@ -161,14 +159,27 @@ def test_a_curve_goes_through_what_was_logged():
     log = [{"step": step, "ha_slide": value} for step, value in ((0, 3.0), (5, 1.0), (10, 2.0))]
     drawing = report.curves(log, list(LEVELS))
     assert 'class="line1" points="4,8 167,150 330,79"' in drawing
-    assert "Alignment: 1 to 3, steps 0 to 10" in drawing
+    assert "ha: 1 to 3, steps 0 to 10" in drawing
+
+
+def test_every_term_that_was_logged_has_a_curve():
+    line = {
+        "step": 1,
+        "loss": 1.0,
+        "attributes_used_patch": 2.0,
+        "a_new_term": 3.0,
+        "memory_mib": 9,
+    }
+    drawings = report.curves([line, line | {"step": 2}], list(LEVELS))
+    captions = re.findall("<figcaption>(.*?):", drawings)
+    assert captions == ["loss", "attributes_used", "a_new_term"]
 
 
 def test_a_class_has_its_mark_and_a_slide_of_several_is_grey(out, cohort):
     rows = evaluate.probe_splits(cohort)[0][1]
     page = section(report.draw(out).read_text("utf-8"), "maps")
     assert page.count('href="#mark-1"') == 0
-    assert page.count('href="#mark2"') == 1 + 12 + 4 + 2  # legend, patches, slides, patients
+    assert page.count('href="#mark2"') == 12 + 4 + 2  # patches, slides, patients
 
     data = report.read_results(out)[1]
     data["label"][rows[0]] = (data["label"][rows[0]] + 1) % 4
@@ -184,12 +195,61 @@ def test_a_table_has_a_column_for_each_key_and_intervals_in_brackets():
     rows = [{"x": 0.5, "x_interval": [0.25, 0.75], "n": 3}, {"y": "<", "x": None}]
     text = re.sub("<[^>]*>", " ", report.html_table(rows))
     assert " ".join(text.split()) == "x n y 0.5 (0.25 to 0.75) 3 - - - &lt;"
+    assert report.html_table([]) == report.html_table([{}]) == ""
+
+
+def test_shares_are_in_percent_and_intervals_show_their_side_of_zero():
+    row = {"mca_gain": 0.0512, "mca_gain_interval": [0.003, 0.1], "auc": 0.91234}
+    text = re.sub("<[^>]*>", " ", report.html_table([row]))
+    assert " ".join(text.split()) == "mca_gain auc 5.1 (0.3..10) 0.912"
 
 
 def test_top_is_the_highest_scores_first():
     scores = np.array([0.1, 0.5, -0.2, 0.4], np.float32)
     assert report.top(scores, list("abcd"), 3) == "b 0.500, d 0.400, a 0.100"
     assert report.top(scores, list("abcd")).count(",") == 3
+
+
+def browse(tmp_path, html):
+    """Chromium opens a page; returns the document that its scripts made."""
+    (tmp_path / "look.html").write_text(html, "utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,900"]
+    flags += ["--enable-logging=stderr", f"--user-data-dir={tmp_path}/profile", "--dump-dom"]
+    flags += ["--virtual-time-budget=5000", f"file://{tmp_path}/look.html"]
+    result = subprocess.run([CHROMIUM, *flags], capture_output=True, text=True, timeout=60)
+    assert "CONSOLE" not in result.stderr
+    return result.stdout
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
+def test_the_picture_and_the_matrices_are_those_of_the_numbers(out, tmp_path):
+    page = browse(tmp_path, report.draw(out).read_text("utf-8"))
+    metrics = json.loads((out / "metrics.json").read_text())
+    knn200 = metrics["probes"]["knn200"]["slide"]
+    drawing = section(page, "results").split("</figure>")[1]
+    assert "<figcaption>slide, n = 16<" in drawing
+    assert drawing.count('class="value"') == drawing.count('class="other"') == 4
+    value, other = [float(x) for x in re.findall(r'cx="([\d.]+)"', drawing)][1::-1]
+    assert value == pytest.approx(84 + 240 * knn200["mca"])
+    assert other == pytest.approx(value - 240 * knn200["mca_gain"])
+    assert 'class="chance" d="M144 4' in drawing  # a quarter of the 240 pixels
+
+    assert section(page, "confusion").count("<table>") == 4 * 3
+    _, matrix, *_ = section(page, "confusion").split("</table>")  # knn200, slide
+    cells = re.findall(r"<td[^>]*>(\d+)</td>", matrix)
+    assert cells == [str(count) for row in knn200["confusion"] for count in row]
+    words = re.search(r'<p id="words">(.*?)</p>', page)[1]
+    assert "20 patients, 40 slides, 120 patches. Probes are fitted to the split train" in words
+    assert "2 high_grade, 2 low_grade, 2 normal, 2 spindle. A guess" in words
+    assert "accuracy of 25.0%" in words
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
+def test_sections_without_content_are_left_out(out, tmp_path):
+    change(out, probes={}, classes=[], class_attributes=[], against="", truth=[], run="gone")
+    page = browse(tmp_path, report.draw(out).read_text("utf-8"))
+    assert re.findall(r'<section id="(\w+)"', page) == ["maps", "gallery", "used", "settings"]
+    assert "there is nothing to probe" in page
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
@@ -211,13 +271,8 @@ def test_the_page_in_a_browser(out, tmp_path, width):
           marks: seen(".dot use").length,
           shown: seen(".dot image").filter(e => box(e).width > 0).length})}</script>"""
     page = report.draw(out).read_text("utf-8").replace("&", "&amp;").replace('"', "&quot;")
-    (tmp_path / "look.html").write_text(look % (width, page, width))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,900"]
-    flags += ["--enable-logging=stderr", f"--user-data-dir={tmp_path}/profile", "--dump-dom"]
-    flags += ["--virtual-time-budget=5000", f"file://{tmp_path}/look.html"]
-    result = subprocess.run([CHROMIUM, *flags], capture_output=True, text=True, timeout=60)
-    seen = json.loads(re.search("<title>(.*?)</title>", result.stdout)[1])
+    document = browse(tmp_path, look % (width, page, width))
+    seen = json.loads(re.search("<title>(.*?)</title>", document)[1])
     assert (seen["spare"] >= 0, seen["out"], seen["flat"]) == (True, 0, 0)
-    assert seen["tables"] == 2 + 4 * 3 + 4
+    assert seen["tables"] == 1 + 3 + 4 * 3 + 2  # results; words; matrices; patients, settings
     assert (seen["images"], seen["marks"], seen["shown"]) == (12, 72, 0)
-    assert "CONSOLE" not in result.stderr

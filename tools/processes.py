@@ -1,6 +1,8 @@
-"""To join the processes that torchrun started, and to say which of them is missing when one is."""
+"""What the commands share: to join the processes of torchrun, to say which of them is missing when
+one is, and to say what a user did wrong."""
 
 import os
+import sys
 import time
 import warnings
 from contextlib import contextmanager
@@ -8,6 +10,23 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+
+@contextmanager
+def user_errors():
+    """Turns a ValueError or OSError, a user's mistake, into a line `error: ...` and exit code 2.
+
+    `python -X dev` shows the traceback. Of several processes rank 0 speaks first.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:
+            raise
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(2)  # if all made the same mistake, torchrun ends this process meanwhile
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
 
 
 @contextmanager

@@ -3,7 +3,8 @@
     python -m tools.report runs/demo    draws runs/demo/report.html again
 
 It shows what is there: metrics.json and embeddings.npz, which evaluate.py wrote to the folder, the
-log.jsonl and config.json of the run, and the patches. Each section of the page has a function.
+log.jsonl and config.json of the run, and the patches. Tables, curves and maps are made here; the
+picture of the results and the confusion matrices by report.html, out of the same numbers.
 """
 
 import argparse
@@ -21,9 +22,11 @@ import torch
 from PIL import Image
 
 from data import decode, plain_view, plural
+from tools.processes import user_errors
 
-PANELS = {"hvc": "Contrast", "ha": "Alignment", "ar": "Attribute regression"}  # as in log.jsonl
-PANELS |= {"lr": "Learning rate", "knn200": "Accuracy of knn200", "knn20": "Accuracy of knn20"}
+SHARES = ("accuracy", "mca", "accuracy_gain", "mca_gain", "probability")  # shown in percent
+DRAWN = ("recall", "confusion")  # by report.html
+UNDRAWN = ("step", "probe", "images_per_s", "memory_mib", "seconds_left")  # of log.jsonl
 MARKS = 7  # of report.html, for classes on the maps; more classes share them
 
 
@@ -52,19 +55,40 @@ def top(scores, names, number=5):
     return ", ".join(f"{names[k]} {scores[k]:.3f}" for k in order)
 
 
+def percent(value):
+    """A cell of a table: a share in percent, an interval as low..high, or - for neither.
+
+    An end that is not 0 never looks like 0: on which side of it an interval lies is what is read.
+    """
+    if not isinstance(value, list):
+        return "-" if value is None else f"{100 * value:.1f}"
+    ends = [100 * round(end, 6) or 0 for end in value]  # without a minus before 0
+    low, high = [f"{end:.0f}" if abs(end) > 0.5 or end == 0 else f"{end:.1g}" for end in ends]
+    return f"{low}..{high} "
+
+
+def plain(value):
+    """A cell of a table that is no share: two digits of an interval, three of another number."""
+    if isinstance(value, list):
+        return "{:.2g} to {:.2g}".format(*value)
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return "-" if value is None else str(value)
+
+
 def html_table(rows):
     """A table of dicts, their keys as its header; `x_interval` stands in brackets behind `x`."""
-    if not rows:
-        return "<p>There is nothing to show.</p>"
+    if not any(rows):
+        return ""
     keys = dict.fromkeys(key for row in rows for key in row if not key.endswith("_interval"))
     lines = ["".join(f"<th>{escape(key)}</th>" for key in keys)]
     for row in rows:
         line = ""
         for key in keys:
-            value = "-" if row.get(key) is None else row[key]
-            text = f"{value:.3g}" if isinstance(value, float) else str(value)
+            show = percent if key in SHARES else plain
+            text = show(row.get(key))
             if f"{key}_interval" in row:
-                text += " ({:.2f} to {:.2f})".format(*row[f"{key}_interval"])
+                text += f" ({show(row[f'{key}_interval']).strip()})"
             line += f"<td>{escape(text)}</td>"
         lines.append(line)
     return f'<div class="scroll"><table><tr>{"</tr><tr>".join(lines)}</tr></table></div>'
@@ -76,60 +100,51 @@ def figure(caption, height, svg):
     return f'{head}<svg width="340" height="{height}" role="img">{svg}</svg></figure>'
 
 
-def results(probes, gains=False):
-    """Accuracy, MCA and AUC of all probes at all levels, or their gains over another encoder."""
+def results(metrics):
+    """All numbers of all probes at all levels, and what each probe says of each patient: tables."""
     rows = []
-    for kind, level, metrics in probes:
-        keys = [key for key in metrics if ("gain" in key) == gains]
-        numbers = {key: metrics[key] for key in keys if key not in ("recall", "confusion")}
-        rows.append({"probe": kind, "level": level, **numbers})
-    return html_table(rows)
-
-
-def confusion(probes, classes):
-    """A confusion matrix for each probe at each level, with the recall of each class."""
-    tables = ""
-    for kind, level, metrics in probes:
-        rows = []
-        for name, counts in zip(classes, metrics.get("confusion", [])):
-            row = {f"{kind}, {level}": name, **dict(zip(classes, counts))}
-            rows.append(row | metrics["recall"][name])
-        tables += html_table(rows)
-    return tables
+    patients = []
+    for kind, probe in metrics["probes"].items():
+        patients += [{"probe": kind, **row} for row in probe.get("patients", [])]
+        for level in metrics["levels"]:
+            numbers = {key: probe[level][key] for key in probe[level] if key not in DRAWN}
+            rows.append({"probe": kind, "level": level, **numbers})
+    return html_table(rows), html_table(patients)
 
 
 def curves(log, levels):
-    """What was logged over the steps of training: a drawing for each of PANELS."""
+    """What was logged over the steps of training: a drawing for each term, a line a level."""
     points = defaultdict(lambda: defaultdict(list))  # {"hvc": {"slide": [(step, value), ...]}}
     for line in log:
-        for name, value in line.items():
-            panel, _, level = name.partition("_")
-            if panel in PANELS:
-                points[panel][level].append((line["step"], value))
+        for name in [name for name in line if name not in UNDRAWN]:
+            term, _, level = name.rpartition("_")
+            if level not in levels:
+                term, level = name, ""
+            points[term][level].append((line["step"], line[name]))
         for kind, probe in line.get("probe", {}).items():
             for level in levels:
                 if probe[level]["n"]:
-                    points[kind][level].append((line["step"], probe[level]["accuracy"]))
+                    point = (line["step"], 100 * probe[level]["accuracy"])
+                    points[f"accuracy of {kind}, percent"][level].append(point)
     drawings = ""
-    for panel in [panel for panel in PANELS if panel in points]:
-        lines = {level: np.array(line) for level, line in points[panel].items()}
+    for term, lines in points.items():
         every = np.concatenate(list(lines.values()))
         low = every.min(axis=0)  # step, value
         high = every.max(axis=0)
         svg = '<path class="axis" d="M4 8V150H330"/>'
         for level, line in lines.items():
             colour = levels.index(level) if level in levels else 0
-            xy = (line - low) / (high - low).clip(1e-12) * (326, -142) + (4, 150)
+            xy = (np.array(line) - low) / (high - low).clip(1e-12) * (326, -142) + (4, 150)
             text = " ".join(f"{x:.0f},{y:.0f}" for x, y in xy)
             svg += f'<polyline class="line{colour}" points="{text}"/>'
         span = f"{low[1]:.3g} to {high[1]:.3g}, steps {low[0]:.0f} to {high[0]:.0f}"
-        drawings += figure(f"{PANELS[panel]}: {span}", 154, svg)
+        drawings += figure(f"{term}: {span}", 154, svg)
     return drawings
 
 
 def thumbnail(metrics, data, row, size):
     """A patch as the encoder sees it, as the address of a small JPEG; empty if unreadable."""
-    path = Path(metrics["data"], data["path"][row])
+    path = Path(metrics["root"], data["path"][row])
     try:
         pixels = torch.from_numpy(decode(path, size).copy())[None]
     except ValueError:
@@ -190,31 +205,23 @@ def draw(out):
     """Draw the page of a folder that evaluate.py wrote to; returns the page's path."""
     metrics, data = read_results(out)
     levels = metrics["levels"]
-    probes = []
-    for kind, probe in metrics["probes"].items():
-        probes += [(kind, level, probe[level]) for level in levels]
-    legend = ""
-    for c, name in enumerate(metrics["classes"]):
-        mark = f'<svg width="16" height="16"><use href="#mark{c % MARKS}" x="8" y="8"/></svg>'
-        legend += f"<span>{mark}{escape(name)}</span> "
+    table, patients = results(metrics)
     path = Path(metrics["run"], "config.json")
-    config = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    unknown = "<p>The factors behind these images are not known, or were not asked for.</p>"
+    config = {"evaluation": metrics["command"]}  # command is that of training
+    if path.exists():
+        config |= json.loads(path.read_text("utf-8"))
     sections = {
         "title": escape(f"{metrics['run']}, step {metrics['step']}"),
         "notes": "".join(f'<p class="note">{escape(note)}</p>' for note in metrics["notes"]),
-        "results": results(probes),
-        "against": escape(metrics["against"] or "no other encoder"),
-        "gains": results(probes, gains=True) if metrics["against"] else "",
-        "confusion": confusion(probes, metrics["classes"]),
+        "json": json.dumps(metrics | {"rows": len(metrics["rows"])}).replace("<", "\\u003c"),
+        "results": table,
+        "patients": patients,
         "curves": curves(read_log(Path(metrics["run"], "log.jsonl")), levels),
-        "legend": legend,
         "maps": maps(metrics, data, levels),
         "gallery": gallery(metrics, data, levels),
         "class_attributes": html_table(metrics["class_attributes"]),
         "used": html_table([metrics["attributes_used"]]),
-        "truth": html_table(metrics["truth"]) if "truth" in metrics else unknown,
-        "command": escape(metrics["command"]),
+        "truth": html_table(metrics.get("truth", [])),
         "settings": html_table([{"setting": key, "value": config[key]} for key in config]),
     }
     template = string.Template(Path(__file__).with_name("report.html").read_text("utf-8"))
@@ -226,7 +233,9 @@ def draw(out):
 def main():
     parser = argparse.ArgumentParser(description="Draw a run's report.html again.")
     parser.add_argument("run", help="a folder that evaluate.py wrote to")
-    print(f"the page is {draw(parser.parse_args().run)}")
+    args = parser.parse_args()
+    with user_errors():
+        print(f"the page is {draw(args.run)}")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from losses import LEVELS
 from model import ACTIVATIONS, read_whole, text_tower, write_whole
 from tools.bank import check_bank
+from tools.processes import user_errors
 from tools.weights import CLIPS, load_clip, published
 
 # -------------------------------------------------------------------------------- the bank file
@@ -514,4 +515,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with user_errors():
+        main()

@@ -522,14 +522,29 @@ def show(args, run, cohort, device):
         print(name)
         for level, values in scores.items():
             print(f"{level:>9}: {report.top(values.mean(dim=0).numpy(), attributes[level])}")
-    if knows_no_words(run[1]["config"]):
-        print(NO_LANGUAGE)
+    for note in cohort_notes(run[1]["config"], cohort):
+        print(f"note: {note}")
 
 
 def knows_no_words(config):
     """Whether a run started at random and learnt no attribute scores, so that names are noise."""
     at_random = config.get("backbone") or config.get("start") == "random"
     return at_random and config.get("align") != "regression"
+
+
+def cohort_notes(config, cohort):
+    """What to know of a run's words on a cohort, before any number: sentences, perhaps none."""
+    elsewhere = not os.path.exists(os.path.join(cohort.root, "factors.csv"))  # as demo tissue has
+    demo_bank = config["bank"].endswith(os.path.join("demo", "attributes.json"))
+    demo_clip = config["clip"] == os.path.join(config.get("cache", ""), "clip.pt")
+    alone = len(np.unique(cohort.patient[cohort.split == SPLITS.index("train")])) == 1
+    rules = [
+        (knows_no_words(config), NO_LANGUAGE),
+        (elsewhere and demo_bank, "the bank describes demo tissue: --bank names another"),
+        (elsewhere and demo_clip, "the CLIP is the demo's and knows demo tissue alone"),
+        (alone, "one training patient: nothing shows how patients differ"),
+    ]
+    return [note for holds, note in rules if holds]
 
 
 def export(path, model, config):
@@ -572,7 +587,6 @@ def reader_notes(args, config, cohort, rows, probes, words):
     seen = len(np.unique(cohort.patient[rows][cohort.split[rows] == SPLITS.index("train")]))
     wordless = probes and config["clip"] and not words
     rules = [
-        (knows_no_words(config), NO_LANGUAGE),
         (lopo and seen, f"pretraining may have seen {seen} of the patients, without labels"),
         (probes and len(cohort.classes) == 1, "one class alone: to be right about it says nothing"),
         (wordless, "no class is set apart: that takes patients of two classes"),
@@ -584,7 +598,7 @@ def reader_notes(args, config, cohort, rows, probes, words):
         metrics = probes["knn20"][level]
         few = "accuracy" in metrics and "accuracy_interval" not in metrics
         rules.append((few, f"{level}: fewer than {FEW} patients are too few for an interval"))
-    return [note for holds, note in rules if holds]
+    return cohort_notes(config, cohort) + [note for holds, note in rules if holds]
 
 
 def write_arrays(path, cohort, z, scores, names, **arrays):

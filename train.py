@@ -43,7 +43,7 @@ from data import (
 )
 from demo.prepare import demo_clip, demo_tissue
 from describe import open_bank
-from evaluate import attribute_targets, embed, probe, table
+from evaluate import attribute_targets, cohort_notes, embed, probe, table
 from losses import LEVELS, ar, attributes_used, gather, ha, hvc
 from model import (
     ACTIVATIONS,
@@ -60,7 +60,7 @@ from model import (
     share_batch_norm,
     write_whole,
 )
-from tools.processes import processes
+from tools.processes import processes, user_errors
 from tools.weights import CLIPS, find_clip, load_clip
 
 CPU = torch.device("cpu")
@@ -571,7 +571,7 @@ def check_finite(numbers, step, ids, cohort, config):
     )
 
 
-def introduce(asked, config, first, rank, world, device, cohort):
+def introduce(config, first, rank, world, device, cohort):
     """Writes config.json, and tells a person what to know before the loop begins."""
     if rank > 0:
         return
@@ -584,8 +584,8 @@ def introduce(asked, config, first, rank, world, device, cohort):
         "where nothing is learnt\n"
         f"{config.clip or 'no CLIP'}, {config.bank or 'no bank'}, --align {config.align}"
     )
-    if asked.data and config.clip and (not asked.clip or asked.bank == Config.bank):
-        print("note: the demo's CLIP and bank know demo tissue alone: name others for real images")
+    for note in cohort_notes(vars(config), cohort):
+        print(f"note: {note}")
 
 
 def catch_signals():
@@ -646,7 +646,6 @@ def vitals(step, z, bank, config, durations):
 def train(config, rank=0, world=1, device=CPU):
     """Train to the end, or to a SIGTERM or SIGINT. Returns whether it reached the end."""
     # The cohort, the model, the optimizer, and the step to go on from.
-    asked = dataclasses.replace(config)  # before the paths of the demo are filled in
     _lock = prepare(config, rank)  # until this function ends
     cohort = read_cohort(config.data, config.level_names, config.val_fraction)
     train_cohort = training_cohort(cohort, config, world)
@@ -659,7 +658,7 @@ def train(config, rank=0, world=1, device=CPU):
     targets = targets_of(config, model, train_cohort, rank, device)  # {level: [G_l, K_l]} or {}
     wrapped = wrap(model, config, world, device)
     log = Log(config.out, first, rank, config.log_every)
-    introduce(asked, config, first, rank, world, device, cohort)
+    introduce(config, first, rank, world, device, cohort)
     signals = catch_signals()
     probing = (model, cohort, sizes, config, log, signals)
     if probe_due(first, config) and not log.has_probe(first) and not probe_now(first, *probing):
@@ -744,4 +743,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with user_errors():
+        main()

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from demo.tissue import FACTORS, STAIN_SPREAD, render
 from describe import WORD, Tokenizer, join_pair
 from model import CLIP_MEAN, CLIP_STD, ModifiedResNet, TextTower, write_whole
+from tools.processes import user_errors
 
 GRAMMAR = json.loads(Path(__file__).with_name("captions.json").read_text("utf-8"))
 CLEAR = 0.15  # a factor is low or high if it is this far from 0.5
@@ -150,4 +151,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with user_errors():
+        main()

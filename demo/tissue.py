@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from data import STAINS, read_cohort
 from model import write_whole
+from tools.processes import user_errors
 
 FACTORS = "cellularity nuclear_size pleomorphism elongation vessels necrosis fibres".split()
 CLASSES = {  # the mean of each factor
@@ -186,4 +187,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with user_errors():
+        main()

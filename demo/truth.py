@@ -17,6 +17,7 @@ from describe import read_bank
 from evaluate import auc, group_mean
 from model import write_whole
 from tools import report
+from tools.processes import user_errors
 
 DEMO_BANK = Path(__file__).with_name("attributes.json")
 
@@ -127,4 +128,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with user_errors():
+        main()

@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import data
+from tools.processes import user_errors
 
 # --------------------------------------------------------------------------------- write a manifest
 
@@ -400,4 +401,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with user_errors():
+        main()

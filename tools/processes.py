@@ -14,19 +14,21 @@ import torch.distributed as dist
 
 @contextmanager
 def user_errors():
-    """Turns a ValueError or OSError, a user's mistake, into a line `error: ...` and exit code 2.
+    """Turns a user's mistake, as ValueError or OSError, into a line `error: ...` and exit code 2.
 
     `python -X dev` shows the traceback. Of several processes rank 0 speaks first.
     """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if sys.flags.dev_mode:
             raise
         if os.environ.get("RANK", "0") != "0":
             time.sleep(2)  # if all made the same mistake, torchrun ends this process meanwhile
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped") from None
 
 
 @contextmanager

@@ -434,7 +434,7 @@ def test_embeddings_hold_the_scores_of_the_other_encoder(evaluated, run, clip_fi
 
 def test_all_text_of_the_embeddings_is_text(run, cohort_folder, tmp_path, monkeypatch):
     """Also where a file name is not ASCII."""
-    small_cohort(cohort_folder, tmp_path, r"path|.*/\w+-0[01]/0-")
+    small_cohort(cohort_folder, tmp_path, r"path|.*/\w+-0[12]/0-")
     manifest = (tmp_path / "manifest.csv").read_text()
     old = next(line.split(",")[0] for line in manifest.splitlines() if "normal-01/0-0" in line)
     new = "images/nüklei-β.png"

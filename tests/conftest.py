@@ -29,16 +29,16 @@ def manifest(folder, lines, header="path,patient,slide,label"):
 @pytest.fixture(scope="session")
 def cohort_folder(tmp_path_factory):
     """Demo tissue: 4 classes x 5 patients x 2 slides x 3 patches of 64 pixels; of each 5
-    patients 2 are for
-    validation."""
+    patients 2 are for validation."""
     from demo.tissue import write_demo
 
-    return str(write_demo(tmp_path_factory.mktemp("cohort"), patients=5, slides=2, patches=3))
+    folder = tmp_path_factory.mktemp("cohort")
+    return str(write_demo(folder, patients=5, held_out=2, slides=2, patches=3))
 
 
 @pytest.fixture(scope="session")
 def clip_file(tmp_path_factory):
-    """The demo's CLIP after one step of training: all the machinery, none of the knowledge."""
+    """The demo's CLIP after four steps of training: all the machinery, none of the knowledge."""
     from demo.clip import train_demo_clip
 
     path = str(tmp_path_factory.mktemp("clip") / "clip.pt")

@@ -20,6 +20,7 @@ from describe import (
     read_bank,
     read_merges,
     save_bank,
+    tokenizer_of,
 )
 from losses import LEVELS
 from model import text_tower
@@ -199,14 +200,13 @@ def test_other_than_ascii_is_refused():
 
 
 def test_a_bank_vector_is_the_equation(clip_file, tmp_path):
-    bank, tower = read_bank(DEMO), text_tower(load_clip(clip_file))
-    vectors = encode_bank(bank, tower, Tokenizer(), batch=50)
+    bank, state = read_bank(DEMO), load_clip(clip_file)
+    tower, tokenizer = text_tower(state), tokenizer_of(state)
+    vectors = encode_bank(bank, tower, tokenizer, batch=50)
     for level in LEVELS:
         assert vectors[level].shape == (14, 64)
         for row, sentences in zip(vectors[level], bank["levels"][level].values()):
-            each = [
-                F.normalize(tower(Tokenizer()([s], tower.context))[0], dim=0) for s in sentences
-            ]
+            each = [F.normalize(tower(tokenizer([s], tower.context))[0], dim=0) for s in sentences]
             torch.testing.assert_close(row, F.normalize(sum(each) / 4, dim=0), atol=1e-5, rtol=0)
 
 
@@ -244,7 +244,7 @@ def test_a_rotated_bank_has_the_same_angles_and_other_vectors(
 def test_a_bank_file_is_encoded_with_the_clip(clip_file):
     state = load_clip(clip_file)
     attributes, vectors = open_bank(DEMO, state)
-    expected = encode_bank(read_bank(DEMO), text_tower(state), Tokenizer())
+    expected = encode_bank(read_bank(DEMO), text_tower(state), Tokenizer(state["merges"]))
     for level in LEVELS:
         assert len(attributes[level]) == 14
         assert torch.equal(vectors[level], expected[level])

@@ -26,7 +26,9 @@ MAY_IMPORT = {
     "demo.tissue": {"data", "model"},
     "demo.clip": {"demo.tissue", "describe", "model"},
     "demo.prepare": {"demo.tissue", "demo.clip"},
-    "demo.truth": {"data", "describe", "evaluate", "model", "tools.report", "demo.prepare"},
+    "demo.truth": {"demo.tissue", "describe", "evaluate", "model", "tools.report"},
+    "demo.study": {"losses", "data", "model", "describe", "evaluate", "tools.weights"}
+    | {"demo.tissue", "demo.clip", "demo.prepare", "demo.truth"},
 }
 RUNTIME = {"torch", "torchvision", "numpy", "PIL", "tqdm"}
 

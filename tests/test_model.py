@@ -106,7 +106,7 @@ def test_sizes_are_read_off_the_state_dict(clip_file):
     tower = image_tower(state)
     text = text_tower(state)
     assert (tower.image_size, tower.dim) == (64, 64)
-    assert (text.dim, text.context, text.vocabulary) == (64, 77, 514)
+    assert (text.dim, text.context, text.vocabulary) == (64, 77, 514 + len(state["merges"]))
     assert not any(p.requires_grad for p in text.parameters())
     torch.manual_seed(1)
     other = ModifiedResNet((1, 2, 1, 3), 8, 48, 96)

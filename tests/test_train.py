@@ -227,7 +227,7 @@ def test_a_backbone_without_words_needs_neither_clip_nor_bank(
     config = train.parse_config(flags)
     assert train.train(config)
     assert (config.clip, config.bank) == ("", "")
-    assert not (tmp_path / "demo-clip.pt").exists()
+    assert not (tmp_path / "clip.pt").exists()
     model, checkpoint = load_run(config.out)
     assert model.tower.dim == 512  # ResNet-18's own
     assert checkpoint["attributes"] == {"patch": [], "slide": [], "patient": []}

@@ -2,14 +2,17 @@
 
 import csv
 import os
+import sys
 import time
 
 import numpy as np
+import pytest
 import torch.multiprocessing as mp
+from PIL import Image
 
-from data import read_cohort
+from data import SPLITS, read_cohort
 from demo.prepare import made_once
-from demo.tissue import CLASSES, FACTORS, render
+from demo.tissue import CLASSES, FACTORS, fine_sine, main, render, write_demo
 
 
 def test_demo_tissue_shows_its_factors():
@@ -34,6 +37,124 @@ def test_the_demo_cohort_is_an_ordinary_cohort(cohort_folder):
         truth = list(csv.DictReader(file))
     assert sorted(row["path"] for row in truth) == sorted(name.decode() for name in cohort.names)
     assert all(0 <= float(row[f]) <= 1 for row in truth for f in FACTORS)
+
+
+def test_long_nuclei_and_varied_ones_are_seen():
+    """At the same area and without fibres: long ones have more border, varied ones more darkest."""
+
+    def look(measure, **factors):
+        rng = np.random.default_rng(0)
+        values = [
+            {"cellularity": 0.3, "nuclear_size": 0.5, **factors}.get(name, 0) for name in FACTORS
+        ]
+        return np.mean([measure(render(values, rng)[..., 0].astype(float)) for _ in range(30)])
+
+    def border(red):
+        dark = red < 130
+        return (dark[1:] != dark[:-1]).mean() / dark.mean()
+
+    def darkest(red):
+        return np.quantile(red, 0.01)
+
+    assert look(border, elongation=1) > 1.3 * look(border)
+    assert look(darkest, pleomorphism=1) < 0.8 * look(darkest)
+
+
+@pytest.mark.parametrize("held_out", [0, 1, 3])
+def test_so_many_patients_of_each_class_are_held_out(held_out, tmp_path):
+    write_demo(str(tmp_path), patients=3, held_out=held_out, slides=1, patches=1)
+    cohort = read_cohort(str(tmp_path))
+    expected = {f"{label}-{p:02d}" for label in CLASSES for p in range(held_out)}
+    in_val = cohort.names[cohort.split == SPLITS.index("val")].astype(str)
+    assert {name.split("/")[1] for name in in_val} == expected
+    assert (cohort.split == SPLITS.index("train")).sum() == len(CLASSES) * (3 - held_out)
+
+
+# ---------------------------------------------------------------------- the signature of a patient
+
+
+def peak(path):
+    """The strongest wave of 3 to 5 pixels of a patch: how often it fits in x and y, and how much
+    stronger it is than the median one."""
+    density = -np.log((np.asarray(Image.open(path), dtype=float) + 1) / 256).mean(axis=2)
+    window = np.hanning(64)  # so that what does not fit a whole number of times stays sharp
+    spectrum = np.abs(np.fft.fft2((density - density.mean()) * np.outer(window, window)))
+    frequency = np.fft.fftfreq(64, 1 / 64)
+    radius = np.hypot(frequency[:, None], frequency)
+    band = (radius > 64 / 5.2) & (radius < 64 / 2.9) & (frequency[:, None] >= 0)
+    y, x = np.unravel_index(np.where(band, spectrum, 0).argmax(), band.shape)
+    return (frequency[y], frequency[x]), spectrum[y, x] / np.median(spectrum[band])
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory):
+    """The same cohort without and with scanners of a share of 0.25: {signature: folder}."""
+    folders = {}
+    for signature in (0.0, 0.25):
+        folder = str(tmp_path_factory.mktemp("twin"))
+        folders[signature] = write_demo(
+            folder, patients=2, held_out=1, slides=2, patches=3, signature=signature
+        )
+    return folders
+
+
+def peaks_of_patients(folder):
+    """Of each patient (where, strength): what `peak` finds in each of the patches."""
+    cohort = read_cohort(folder)
+    found = {}
+    for row, patient in enumerate(cohort.patient):
+        found.setdefault(patient, []).append(peak(cohort.path(row)))
+    return [tuple(zip(*peaks)) for peaks in found.values()]
+
+
+def test_no_signature_leaves_the_pixels_as_they_are():
+    values = [0.5] * len(FACTORS)
+    plain = render(values, np.random.default_rng(0))
+    blank = fine_sine(np.random.default_rng(1), 0.0)
+    assert np.array_equal(render(values, np.random.default_rng(0), scanner=blank), plain)
+
+
+def test_a_signature_changes_nothing_else(twins):
+    """The factors are the same, and so is what a patch has on average."""
+    plain, signed = (open(os.path.join(folder, "factors.csv")).read() for folder in twins.values())
+    assert plain == signed
+    for name in read_cohort(twins[0.0]).names.astype(str):
+        a, b = (np.asarray(Image.open(os.path.join(f, name)), float) for f in twins.values())
+        assert 1 < np.abs(a - b).mean() < 20
+        assert abs(a.mean() - b.mean()) < 2
+
+
+def test_a_signature_is_one_wave_for_all_patches_of_a_patient(twins):
+    """Which tissue of its own does not have: its strongest wave is another in every patch."""
+    pairs = zip(*map(peaks_of_patients, twins.values()))
+    for (plain_where, plain_strength), (where, strength) in pairs:
+        assert np.ptp(where, axis=0).max() <= 1  # of 13 to 21 times in a patch
+        assert np.ptp(plain_where, axis=0).max() > 1
+        assert np.median(strength) > 1.4 * np.median(plain_strength)
+
+
+def test_a_signature_tells_patients_apart(twins):
+    first = [where[0] for where, _ in peaks_of_patients(twins[0.25])]
+    distances = [np.hypot(*np.subtract(a, b)) for i, a in enumerate(first) for b in first[:i]]
+    assert np.median(distances) > 5
+
+
+def test_the_command_refuses_a_folder_that_holds_a_cohort(tmp_path, monkeypatch, capsys):
+    command = [
+        "tissue.py",
+        str(tmp_path),
+        "--patients",
+        "1",
+        "--held-out",
+        "0",
+        "--signature",
+        "0.1",
+    ]
+    monkeypatch.setattr(sys, "argv", command)
+    main()
+    assert "4 patients, 12 slides, 96 patches" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="holds a cohort already: name another folder"):
+        main()
 
 
 def _make(folder):

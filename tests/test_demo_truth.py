@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from sklearn.linear_model import Ridge
+from sklearn.metrics import roc_auc_score
 
 import evaluate
 from data import read_cohort
 from demo import truth
+from demo.tissue import FACTORS
 from losses import LEVELS
+from tools import report
 
 BANK = {
     "levels": {level: {f"high {level}": ["a"], f"low {level}": ["b"]} for level in LEVELS},
@@ -29,7 +33,7 @@ def out(cohort_folder, tmp_path):
     """
     cohort = read_cohort(cohort_folder)
     names = cohort.names.astype(str)
-    cellularity = truth.read_factors(cohort_folder, names)["cellularity"]
+    cellularity = truth.read_factors(cohort_folder, names)[:, FACTORS.index("cellularity")]
     score = torch.from_numpy(np.stack([cellularity, -cellularity], axis=1))
     scores = dict.fromkeys(LEVELS, score)
     metrics = {
@@ -65,6 +69,13 @@ def change(out, **values):
     (out / "metrics.json").write_text(json.dumps(metrics | values))
 
 
+def rewrite(out, function):
+    """Replaces what embeddings.npz holds, {name: array}, by what a function makes of it."""
+    with np.load(out / "embeddings.npz") as file:
+        data = function(dict(file))
+    np.savez(out / "embeddings.npz", **data)
+
+
 def test_attributes_are_held_against_their_factors(out, monkeypatch, capsys):
     """A score that is the factor has an AUC of 1, and of 0 where the bank means the opposite."""
     command(monkeypatch, out)
@@ -76,8 +87,10 @@ def test_attributes_are_held_against_their_factors(out, monkeypatch, capsys):
         assert row["AUC, start"] == 1 - row["AUC, step 4"]
     assert metrics["truth"][0]["factor"] == "+cellularity"
     printed = capsys.readouterr().out
-    assert "patch: mean AUC, step 4 0.500" in printed
-    assert "slide: mean AUC, start 0.000" in printed
+    lines = [line.split() for line in printed.splitlines()]
+    assert lines[0] == ["mean", "AUC", "step", "4", "start", "ceiling"]
+    assert lines[1][:3] == ["patch", "0.500", "0.500"]
+    assert lines[2][:3] == ["slide", "1.000", "0.000"]
     assert "+cellularity" in (out / "report.html").read_text()
 
 
@@ -96,13 +109,11 @@ def test_only_the_rows_that_were_probed_count(out, monkeypatch, cohort_folder):
 
 
 def test_without_another_encoder_there_is_one_auc(out, monkeypatch):
-    with np.load(out / "embeddings.npz") as file:
-        data = {name: array for name, array in dict(file).items() if "against" not in name}
-    np.savez(out / "embeddings.npz", **data)
+    rewrite(out, lambda data: {name: data[name] for name in data if "against" not in name})
     change(out, against="")
     command(monkeypatch, out)
     row = json.loads((out / "metrics.json").read_text())["truth"][0]
-    assert [key for key in row if key.startswith("AUC")] == ["AUC, step 4"]
+    assert [key for key in row if key.startswith("AUC")] == ["AUC, step 4", "AUC, ceiling"]
 
 
 @pytest.mark.parametrize("bank", ["gone.json", "attributes/demo.json"])
@@ -133,3 +144,60 @@ def test_a_cohort_without_factors_is_an_error(out, tmp_path, monkeypatch):
 def test_a_folder_without_results_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"run python evaluate\.py"):
         command(monkeypatch, tmp_path)
+
+
+# ------------------------------------------------------------------ the numbers, on their own
+
+
+def test_ridge_is_scikit_learns():
+    """Which sums the squares where we average them, and takes its penalty as it is."""
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(80, 10)) * rng.uniform(0.1, 3, 10) + 5
+    factors = z @ rng.normal(size=(10, 7)) + rng.normal(size=(80, 7)) - 2
+    for penalty in (1e-3, 1.0):
+        ours = truth.ridge(z[:60], factors[:60], z[60:], penalty)
+        theirs = Ridge(alpha=60 * penalty * z[:60].var(axis=0).mean()).fit(z[:60], factors[:60])
+        np.testing.assert_allclose(ours, theirs.predict(z[60:]), rtol=1e-6)
+    np.testing.assert_allclose(
+        truth.ridge(z, factors, z, 1e9), [factors.mean(axis=0)] * 80, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("sign", "+-")
+def test_an_auc_is_scikit_learns_on_the_means_of_places(sign):
+    rng = np.random.default_rng(0)
+    groups = rng.permutation(np.arange(30).repeat(4))
+    factor = rng.random(30)[groups] + rng.normal(0, 0.1, 120)
+    score = factor + rng.normal(0, 0.5, 120)
+    means = np.array([[score[groups == g].mean(), factor[groups == g].mean()] for g in range(30)])
+    high = means[:, 1] > np.median(means[:, 1])
+    expected = roc_auc_score(high if sign == "+" else ~high, means[:, 0])
+    assert truth.truth_auc(score, factor, groups, sign) == pytest.approx(expected)
+    assert 0.6 < max(expected, 1 - expected) < 0.98
+
+
+def test_places_that_are_all_alike_have_no_auc():
+    assert truth.truth_auc(np.arange(4.0), np.full(4, 0.5), np.arange(4)) is None
+
+
+def test_the_ceiling_is_what_z_holds_whether_or_not_a_word_finds_it(out, cohort_folder):
+    """With the factors as z a regression reads all of them; with noise it reads none."""
+    names = read_cohort(cohort_folder).names.astype(str)
+    factors = truth.read_factors(cohort_folder, names)
+    noise = np.random.default_rng(0).normal(size=factors.shape)
+    held_out = np.flatnonzero(read_cohort(cohort_folder).split == 1).tolist()
+    change(out, rows=held_out)
+    ceilings = []
+    for z in (factors, noise):
+        rewrite(out, lambda data, z=z: data | {"z": z})
+        table = truth.truth_table(*report.read_results(out))
+        ceilings.append({row["attribute"]: row["AUC, ceiling"] for row in table})
+    assert ceilings[0] == dict.fromkeys(ceilings[0], 1.0)
+    assert ceilings[1]["high patch"] < 0.8
+
+
+def test_without_training_patches_there_is_no_ceiling(out, monkeypatch):
+    rewrite(out, lambda data: data | {"split": np.ones_like(data["split"])})
+    command(monkeypatch, out)
+    row = json.loads((out / "metrics.json").read_text())["truth"][0]
+    assert [key for key in row if key.startswith("AUC")] == ["AUC, step 4", "AUC, start"]

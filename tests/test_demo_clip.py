@@ -30,7 +30,9 @@ POLES = list(product(FACTORS, (-1, 1)))
 def statements(factor, sign):
     """All that a caption can say of a factor that is low (-1) or high (1), without fillers."""
     phrases = GRAMMAR["phrases"][factor]
-    mine, others = (phrases["low"], phrases["high"])[::-sign]
+    mine, others = phrases["high"], phrases["low"]
+    if sign < 0:
+        mine, others = others, mine
     return {frame.format(a, b) for frame in GRAMMAR["frames"] for a in mine for b in others}
 
 

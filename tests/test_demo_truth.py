@@ -136,7 +136,7 @@ def test_a_bank_of_other_attributes_is_an_error(out, monkeypatch):
 
 
 def test_a_cohort_without_factors_is_an_error(out, tmp_path, monkeypatch):
-    change(out, data=str(tmp_path))
+    change(out, root=str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"factors\.csv does not exist: only demo tissue"):
         command(monkeypatch, out)
 

@@ -473,7 +473,7 @@ def test_a_crash_while_writing_leaves_what_was_there(run, tmp_path, monkeypatch)
 
     (tmp_path / "embeddings.npz").write_bytes(b"before")
     monkeypatch.setattr(evaluate.np, "savez", crash)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="stopped"):
         command(monkeypatch, run, "--out", tmp_path)
     assert (tmp_path / "embeddings.npz").read_bytes() == b"before"
 
@@ -681,7 +681,7 @@ def test_against_itself_and_leaving_out_patients(run, cohort_folder, tmp_path, m
     for probe in metrics["probes"].values():
         gains |= {probe["patch"]["accuracy_gain"], probe["slide"]["accuracy_gain"]}
     assert gains == {0}
-    assert "4 of the patients" in metrics["notes"][0]
+    assert "4 of the patients" in " ".join(metrics["notes"])
 
 
 def test_nothing_is_held_against_the_start_unasked(run, tmp_path, monkeypatch):

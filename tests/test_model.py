@@ -96,7 +96,7 @@ def test_the_image_is_normalised_inside():
 def test_a_model_is_rebuilt_from_its_state_alone(objective):
     original = model(objective).eval()
     original.normalise((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    rebuilt = hlss_from_state(original.state_dict(), objective).eval()
+    rebuilt = hlss_from_state(original.state_dict(), {"objective": objective}).eval()
     for a, b in zip(original(IMAGES)[1].values(), rebuilt(IMAGES)[1].values(), strict=True):
         assert torch.equal(a, b)
 
@@ -280,7 +280,7 @@ def test_a_torchvision_backbone_stands_in(name):
     images = torch.rand(2, 3, 64, 64)
     z, _ = hlss(images)
     assert z.shape == (2, 48)
-    again = hlss_from_state(hlss.state_dict(), "hlss", backbone=name).eval()
+    again = hlss_from_state(hlss.state_dict(), {"objective": "hlss", "backbone": name}).eval()
     assert torch.equal(again(images)[0], z)
 
 

@@ -554,7 +554,8 @@ def write_whole(path, write):
             write(file)
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch.save may turn the one into the other
+    except (OSError, RuntimeError) as error:
+        error = error.__context__ or error  # torch.save turns the one into the other
         if os.path.exists(part):
             os.remove(part)
         remedy = "make room and start again" if "space" in str(error) else "look at the folder"

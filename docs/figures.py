@@ -24,6 +24,7 @@ PANELS = {  # metric: (title, lowest, highest), in percent
     "zero-shot": ("zero-shot, slides", 20, 90),
     "auc": ("AUC of the attributes", 50, 95),
 }
+GAP = 45  # pixels from one panel to the next
 ARMS = ("start", "SimCLR", "HiDisc", "HLSS", "HVC", "HiDisc + AR", "HiDisc + AR, control")
 ARMS += ("HVC + AR", "HVC + AR, control")
 
@@ -32,14 +33,14 @@ def study(setting="centre"):
     """One panel for each metric, a row for each arm: a dot for each seed, the mean, and its 95%
     interval by Student's t."""
     lines = read_lines()
-    left, width, row = 150, 190, 22
+    left, width, row = 150, 190, 22  # pixels
     height = 60 + row * len(ARMS)
-    total = left + len(PANELS) * (width + 20)
+    total = left + len(PANELS) * (width + GAP)
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total} {height}">', STYLE]
     for i, arm in enumerate(ARMS):
         parts.append(f'<text x="{left - 10}" y="{54 + row * i}" text-anchor="end">{arm}</text>')
     for column, (metric, (title, low, high)) in enumerate(PANELS.items()):
-        x0 = left + column * (width + 20)
+        x0 = left + column * (width + GAP)
         parts.append(f'<text x="{x0}" y="16">{title}</text>')
         for tick in range(low, high + 1, 10):
             x = x0 + width * (tick - low) / (high - low)

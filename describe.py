@@ -2,7 +2,7 @@
 
     python describe.py check demo/attributes.json --vocab bytes
     python describe.py generate --tissue "lung, H&E" --endpoint http://localhost:11434/v1 --model M
-    python describe.py encode demo/attributes.json --clip runs/cache/demo-clip.pt --out bank.pt
+    python describe.py encode demo/attributes.json --clip runs/cache/clip.pt --out bank.pt
 
 A bank file is JSON: {"name": ..., "tissue": ..., "levels": {"patch": {attribute: [sentences]},
 "slide": {...}, "patient": {...}}}. It may hold "truth", {attribute: "+factor" or "-factor"}, where
@@ -118,6 +118,7 @@ class Tokenizer:
         symbols = [*single, *last, *map("".join, merges), START, END]
         self.vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
         self.rank = {pair: i for i, pair in enumerate(merges)}
+        self.split = functools.cache(self.split)  # words recur
 
     def split(self, word):
         """The symbols of a word: of all neighbours, those that rank first are merged, and again."""

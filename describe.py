@@ -42,7 +42,6 @@ def read_bank(path, partial=False):
 
     partial: it is being written still, so that a level or an attribute may be empty.
     """
-
     bank = read_json(path)
     levels = bank.get("levels") if isinstance(bank, dict) else None
     if not isinstance(levels, dict) or not levels:
@@ -221,9 +220,8 @@ def open_bank(path, state, vocab="", levels=LEVELS):
     missing = [level for level in levels if level not in vectors]
     if missing:
         raise ValueError(f"{path} has {', '.join(vectors)}, and not the level {missing[0]}: add it")
-    return {level: attributes[level] for level in levels}, {
-        level: vectors[level] for level in levels
-    }
+    attributes = {level: attributes[level] for level in levels}
+    return attributes, {level: vectors[level] for level in levels}
 
 
 def rotate(vectors, seed):

@@ -36,7 +36,6 @@ NEIGHBOURS = {"knn200": 200, "knn20": 20}  # the k of each kNN probe
 PROBES = (*NEIGHBOURS, "linear", "attributes")
 RESAMPLES = 1000  # of the bootstrap
 FEW = 20  # of fewer patients than this, intervals come out too narrow: see docs/RESULTS.md
-NO_LANGUAGE = "the encoder started from random weights: its attribute names carry no meaning"
 
 
 @torch.no_grad()
@@ -348,8 +347,8 @@ def patient_results(probabilities, cohort, rows):
     found = []
     for p, c, patient in zip(mean, label, cohort.patient[rows[first]]):
         row = {"patient": cohort.groups[-1][patient], "class": cohort.classes[c]}
-        said = {"predicted": cohort.classes[p.argmax()], "probability": float(p.max())}
-        found.append(row | said)
+        row |= {"predicted": cohort.classes[p.argmax()], "probability": float(p.max())}
+        found.append(row)
     return found
 
 
@@ -526,20 +525,16 @@ def show(args, run, cohort, device):
         print(f"note: {note}")
 
 
-def knows_no_words(config):
-    """Whether a run started at random and learnt no attribute scores, so that names are noise."""
-    at_random = config.get("backbone") or config.get("start") == "random"
-    return at_random and config.get("align") != "regression"
-
-
 def cohort_notes(config, cohort):
     """What to know of a run's words on a cohort, before any number: sentences, perhaps none."""
     elsewhere = not os.path.exists(os.path.join(cohort.root, "factors.csv"))  # as demo tissue has
     demo_bank = config["bank"].endswith(os.path.join("demo", "attributes.json"))
     demo_clip = config["clip"] == os.path.join(config.get("cache", ""), "clip.pt")
+    at_random = config.get("backbone") or config.get("start") == "random"
+    wordless = at_random and config.get("align") != "regression"
     alone = len(np.unique(cohort.patient[cohort.split == SPLITS.index("train")])) == 1
     rules = [
-        (knows_no_words(config), NO_LANGUAGE),
+        (wordless, "the encoder started from random weights: its attribute names mean nothing"),
         (elsewhere and demo_bank, "the bank describes demo tissue: --bank names another"),
         (elsewhere and demo_clip, "the CLIP is the demo's and knows demo tissue alone"),
         (alone, "one training patient: nothing shows how patients differ"),

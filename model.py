@@ -18,7 +18,6 @@ import os
 import socket
 import zipfile
 from collections import OrderedDict
-from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -136,7 +135,7 @@ class QuickGELU(nn.Module):
     """x sigmoid(1.702 x), the approximation that OpenAI's weights were trained with."""
 
     def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
+        return F.silu(1.702 * x) / 1.702  # silu(y) is y sigmoid(y), in one pass over memory
 
 
 ACTIVATIONS = {"quickgelu": QuickGELU, "gelu": nn.GELU}
@@ -260,7 +259,7 @@ class _BatchNorm(torch.autograd.Function):
         ctx.mark_non_differentiable(mean, var)
         factor = weight * scale
         shift = bias - mean * factor
-        return affine(x, factor, shift), mean, var
+        return x * per_channel(factor, x) + per_channel(shift, x), mean, var
 
     @staticmethod
     def backward(ctx, g, *_):
@@ -276,16 +275,14 @@ class _BatchNorm(torch.autograd.Function):
         factor = weight * scale
         slope = -factor * scale * gx_mean
         shift = -factor * g_mean - slope * mean
+        dx = g * per_channel(factor, x) + x * per_channel(slope, x) + per_channel(shift, x)
         # weight and bias: of this process alone, for DistributedDataParallel averages them
-        return affine(g, factor, shift, slope, x), gx_sum.to(weight), g_sum.to(weight), None
+        return dx, gx_sum.to(weight), g_sum.to(weight), None
 
 
-def affine(x, factor, shift, slope=None, other=None):
-    """factor x + slope other + shift in each channel. x, other: [N, C, H, W]; the rest: [C]."""
-    y = x * factor.to(x)[:, None, None]
-    if slope is not None:
-        y += other * slope.to(x)[:, None, None]
-    return y.add_(shift.to(x)[:, None, None])
+def per_channel(values, x):
+    """values [C] in the type of x and the shape [C, 1, 1], which broadcasts over [N, C, H, W]."""
+    return values.to(x)[:, None, None]
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
@@ -463,11 +460,10 @@ class HLSS(nn.Module):
 
     tower: [N, 3, S, S] normalised images -> [N, D]. bank: {level: [K_l, D]}, one unit vector for
     each attribute; hidisc and simclr also train without any, [0, D]. objective: one of OBJECTIVES.
-    init: of hlss's projections, "text" (the paper) or "random" (to see what the text is worth).
     Raises ValueError if bank and tower differ in D.
     """
 
-    def __init__(self, tower, bank, objective="hlss", init="text"):
+    def __init__(self, tower, bank, objective="hlss"):
         super().__init__()
         self.tower = tower
         self.objective = objective
@@ -484,14 +480,13 @@ class HLSS(nn.Module):
         for level in self.levels:
             self.register_buffer(f"bank_{level}", bank[level].detach().clone())
             if objective == "hlss":
-                self.projections[level] = nn.Linear(dim, len(bank[level]))
-        if objective != "hlss":
-            self.projections["shared"] = nn.Linear(dim, 128)
-        elif init == "text":
-            # W_l starts as the bank, b_l as 0: p_l starts as the similarity to each attribute.
-            for level, projection in self.projections.items():
+                # W_l starts as the bank, b_l as 0: p_l starts as the similarity to each attribute.
+                projection = nn.Linear(dim, len(bank[level]))
                 projection.weight.data.copy_(bank[level])
                 projection.bias.data.zero_()
+                self.projections[level] = projection
+        if objective != "hlss":
+            self.projections["shared"] = nn.Linear(dim, 128)
 
     @property
     def bank(self):
@@ -643,41 +638,37 @@ def load_run(path):
 class Log:
     """log.jsonl, one JSON line at a time. All ranks know it, only rank 0 writes and speaks.
 
-    On opening, what a killed run wrote after its last checkpoint (of step `until`) is dropped. What
-    is damaged or missing before it is said.
+    On opening, what a killed run wrote after its last checkpoint (of step `until`) is dropped, and
+    a damaged line is named.
     """
 
-    def __init__(self, folder, until, rank, every):
+    def __init__(self, folder, until, rank):
         self.path = os.path.join(folder, "log.jsonl")
         self.lines = []
         self.silent = rank > 0
         if until:
-            self.read(until, every)
+            self.read(until)
         if not self.silent:
             content = "".join(json.dumps(line) + "\n" for line in self.lines)
             write_whole(self.path, lambda file: file.write(content.encode()))
 
-    def read(self, until, every):
-        """Lines up to a step. every: the most steps that lie between two lines."""
+    def read(self, until):
+        """Lines up to a step."""
         lines = []
         if os.path.exists(self.path):
             with open(self.path, "rb") as file:
                 lines = file.read().split(b"\n")
+        elif not self.silent:
+            print(f"{self.path} is gone: a new one begins after step {until}")
         *lines, unfinished = lines or [b""]  # the last is empty, or what a kill left
-        notes = []
         for number, line in enumerate(lines, 1):
             try:
                 line = json.loads(line)
                 if line["step"] <= until:
                     self.lines.append(line)
             except (ValueError, TypeError, KeyError):
-                notes.append(f"{self.path}, line {number}, is damaged and left out")
-        steps = [0, *(line["step"] for line in self.lines if "loss" in line), until + 1]
-        for before, after in pairwise(steps):
-            if after - before > every + 1:
-                notes.append(f"{self.path} has no line between the steps {before} and {after}")
-        if notes and not self.silent:
-            print("\n".join(notes))
+                if not self.silent:
+                    print(f"{self.path}, line {number}, is damaged and left out")
 
     def write(self, **line):
         """Append a line, on the disk before a checkpoint that it describes."""

@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-import resource
 import shlex
 import signal
 import subprocess
@@ -29,18 +28,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import (
-    AUGMENTATIONS,
-    SPLITS,
-    channel_statistics,
-    class_patients,
-    find_manifest,
-    load_views,
-    plural,
-    read_cohort,
-    seed_of,
-    short_side,
-)
+import data
 from demo.prepare import demo_clip, demo_tissue
 from describe import open_bank
 from evaluate import attribute_targets, cohort_notes, embed, probe, table
@@ -116,12 +104,7 @@ class Config:
         "training, for when attributes or zero-shot are to be read off it afterwards; off: "
         "nothing. Empty: paper for hlss, off for the others",
     )
-    init: str = flag(
-        "text",
-        "how the projections of --objective hlss start. text: as the bank, as in the paper; "
-        "random: an ablation",
-    )
-    steps: int = flag(800, "optimizer steps in all; a run may be resumed with more of them")
+    steps: int = flag(500, "optimizer steps in all; a run may be resumed with more of them")
     seed: int = flag(0, "of batches, views and new weights")
     patients: int = flag(8, "in a global batch. If the loss falls and the probe stays: more")
     levels: str = flag(
@@ -173,7 +156,7 @@ class Config:
     sync_bn: bool = flag(True, "batch norm over all processes, so that they train as one does")
     workers: int = flag(2, "decoding threads of a process. If the device waits for data: more")
     log_every: int = flag(10, "steps between the lines of log.jsonl")
-    probe_every: int = flag(200, "steps between kNN probes; 0: at the start and at the end alone")
+    probe_every: int = flag(250, "steps between kNN probes; 0: at the start and at the end alone")
     save_every: int = flag(100, "steps between checkpoints; the newest two are kept")
     timeout: int = flag(600, "seconds to wait for other processes. If a probe takes longer: more")
 
@@ -206,17 +189,15 @@ LONG = dict(image_size=224, patients=64, steps=60000, workers=8)
 LONG |= dict(log_every=50, probe_every=5000, save_every=1000)
 PRESETS = {  # over the defaults above, which are the demo's
     "demo": {},
-    "opensrh": LONG
-    | dict(bank="attributes/opensrh.json", out="runs/opensrh", augmentation="strong-srh"),
-    "tcga": LONG | dict(bank="attributes/tcga.json", out="runs/tcga", augmentation="strong"),
+    "opensrh": LONG | dict(bank="attributes/opensrh.json", augmentation="strong-srh"),
+    "tcga": LONG | dict(bank="attributes/tcga.json", augmentation="strong"),
 }
 CHOICES = {
     "objective": OBJECTIVES,
-    "init": ["text", "random"],
     "start": ["clip", "random"],
     "align": ["paper", "regression", "off"],
     "activation": list(ACTIVATIONS),
-    "augmentation": list(AUGMENTATIONS),
+    "augmentation": list(data.AUGMENTATIONS),
     "normalise": ["clip", "data"],
 }
 LOWEST = {
@@ -274,7 +255,7 @@ def check_flags(config):
         remedy = "name at least two; with one, nothing would tell patients apart"
         raise ValueError(f"--levels {config.levels}: {remedy}")
     if len(config.counts) != len(levels) or min(config.counts) < 1 or config.counts[-1] < 2:
-        names = ", ".join([*map(plural, levels[-2::-1]), "views"])
+        names = ", ".join([*map(data.plural, levels[-2::-1]), "views"])
         remedy = f"give {len(levels)} numbers of at least 1: {names} (at least 2, to attract)"
         raise ValueError(f"--draw {config.draw}: {remedy}")
     if min(config.lambdas.values()) < 0:
@@ -310,14 +291,6 @@ def average(numbers, device):
     return dict(zip(numbers, values.tolist()))
 
 
-def memory():
-    """The most memory that this process has held, in MiB: on its GPU, or in all on the CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
 # ------------------------------------------------------------------------ what the loop begins with
 
 
@@ -333,7 +306,12 @@ def prepare(config, rank):
         os.makedirs(config.out, exist_ok=True)
         lock = lock_folder(config.out)
         if config.data:
-            find_manifest(config.data)  # before anything that takes long
+            data.find_manifest(config.data)  # before anything that takes long
+        else:
+            print(
+                f"the demo makes tissue and a small CLIP, once, in {config.cache} (a minute and a "
+                f"half on two cores), then trains for {config.steps} steps (500 take a minute)"
+            )
         os.makedirs(config.cache, exist_ok=True)
         config.data = config.data or demo_tissue(config.cache)
         if config.clip in ("", "demo") and with_words:
@@ -350,10 +328,7 @@ def prepare(config, rank):
 def find_bank(path):
     """A bank's path, from whatever folder this is run. Raises FileNotFoundError."""
     here = os.path.dirname(os.path.abspath(__file__))
-    places = [path, os.path.join(here, path)]
-    if path == "attributes/demo.json":  # as runs of before name it
-        places.append(os.path.join(here, "demo/attributes.json"))
-    for place in places:
+    for place in (path, os.path.join(here, path)):
         if os.path.exists(place):
             return place
     raise FileNotFoundError(f"--bank {path} is neither here nor beside train.py: name a bank file")
@@ -370,8 +345,6 @@ def training_cohort(cohort, config, world):
             f"--patients {config.patients} cannot be shared evenly by {world} processes: use a "
             f"multiple of {world}, or a number of processes that divides {config.patients}"
         )
-    if config.balance_classes:
-        class_patients(cohort)  # what it refuses is better refused now
     return cohort
 
 
@@ -391,7 +364,7 @@ def build_model(config, device):
     torch.manual_seed(config.seed)  # of all that starts at random
     tower = make_tower(vars(config), vectors, state, config.image_size)
     vectors = vectors or {level: torch.zeros(0, tower.dim) for level in attributes}
-    model = HLSS(tower, vectors, config.objective, config.init)
+    model = HLSS(tower, vectors, config.objective)
     return model.to(device, memory_format=torch.channels_last), attributes
 
 
@@ -399,13 +372,13 @@ def set_pixels(model, config, cohort):
     """Sets the model's normalisation. Returns at how many pixels patches are read and viewed."""
     image_size = config.image_size or model.tower.image_size
     quiet = dist.is_initialized() and dist.get_rank() > 0
-    read_size = config.read_size or min(short_side(cohort, quiet=quiet), 2 * image_size)
+    read_size = config.read_size or min(data.short_side(cohort, quiet=quiet), 2 * image_size)
     known = getattr(model.tower, "normalisation", None)
     if known and not config.normalise:
         model.normalise(*known)
     elif config.normalise == "data" or (config.backbone and not config.normalise):
         train_cohort = cohort.restrict("train")
-        model.normalise(*channel_statistics(train_cohort, read_size, workers=config.workers))
+        model.normalise(*data.channel_statistics(train_cohort, read_size, workers=config.workers))
     return {"read_size": read_size, "image_size": image_size}
 
 
@@ -420,7 +393,7 @@ def targets_of(config, model, cohort, rank, device):
     bank = {level: t.cpu() for level, t in model.bank.items()}
     teacher = HLSS(image_tower(load_clip(config.clip, config.activation)), bank, "simclr")
     image_size = teacher.tower.image_size
-    read_size = config.read_size or min(short_side(cohort, quiet=True), 2 * image_size)
+    read_size = config.read_size or min(data.short_side(cohort, quiet=True), 2 * image_size)
     digest = hashlib.sha256(f"{config.activation} {read_size}".encode())
     for value in [*teacher.tower.state_dict().values(), *bank.values()]:
         digest.update(value.numpy().tobytes())
@@ -527,9 +500,12 @@ def command_of(world):
 
 def describe_run(config, world, device):
     """Write config.json: the settings, and what else it takes to repeat the run."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    git = "git describe --always --dirty --abbrev=40"  # says nothing where there is no repository
+    commit = subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True).stdout
     about = {
         "command": command_of(world),
-        "commit": commit_of(os.path.dirname(os.path.abspath(__file__))),
+        "commit": commit.strip(),
         "processes": world,
         "device": device.type,
         "python": sys.version.split()[0],
@@ -537,17 +513,6 @@ def describe_run(config, world, device):
     about |= {name: version(name) for name in ("torch", "numpy", "pillow")}
     content = json.dumps(vars(config) | about, indent=1).encode()
     write_whole(os.path.join(config.out, "config.json"), lambda file: file.write(content))
-
-
-def commit_of(folder):
-    """The commit of the repository in this very folder; "" without one, or without git."""
-    git = "git describe --always --dirty --abbrev=40 --exclude=*".split()
-    not_above = os.environ | {"GIT_CEILING_DIRECTORIES": os.path.dirname(os.path.abspath(folder))}
-    try:
-        said = subprocess.run(git, cwd=folder, env=not_above, capture_output=True, text=True)
-    except OSError:
-        return ""
-    return said.stdout.strip()
 
 
 def check_finite(numbers, step, ids, cohort, config):
@@ -607,7 +572,7 @@ def probe_now(step, model, cohort, sizes, config, log, signals):
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)  # batch norm's averages; the checkpoint holds those of rank 0
-    needed = cohort.select((cohort.label >= 0) & (cohort.split != SPLITS.index("test")))
+    needed = cohort.select((cohort.label >= 0) & (cohort.split != data.SPLITS.index("test")))
     result = {}
     if len(needed):
         z = embed(model, needed, **sizes, workers=config.workers, stop=signals)
@@ -619,13 +584,6 @@ def probe_now(step, model, cohort, sizes, config, log, signals):
     return True
 
 
-def conclude(log, config):
-    """The table of a finished run."""
-    if not log.silent:
-        end = f"the run is in {config.out}; python evaluate.py {config.out} probes its checkpoint"
-        print("\n".join([*table(log.probes()), end]))
-
-
 def vitals(step, z, bank, config, durations):
     """What the log says of a step beside its losses: {name: number}."""
     z = gather(z.detach())
@@ -635,7 +593,8 @@ def vitals(step, z, bank, config, durations):
         if len(t):
             numbers[f"attributes_used_{level}"] = attributes_used(z, t)
     numbers["images_per_s"] = round(len(z) / pace, 1)
-    numbers["memory_mib"] = round(memory())
+    if z.is_cuda:
+        numbers["memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
     numbers["seconds_left"] = round(pace * (config.steps - step))
     return numbers
 
@@ -647,7 +606,7 @@ def train(config, rank=0, world=1, device=CPU):
     """Train to the end, or to a SIGTERM or SIGINT. Returns whether it reached the end."""
     # The cohort, the model, the optimizer, and the step to go on from.
     _lock = prepare(config, rank)  # until this function ends
-    cohort = read_cohort(config.data, config.level_names, config.val_fraction)
+    cohort = data.read_cohort(config.data, config.level_names, config.val_fraction)
     train_cohort = training_cohort(cohort, config, world)
     model, attributes = build_model(config, device)
     sizes = set_pixels(model, config, cohort)  # {"read_size": pixels, "image_size": pixels}
@@ -657,7 +616,7 @@ def train(config, rank=0, world=1, device=CPU):
     first = resume(config, model, optimizer, attributes, cohort)
     targets = targets_of(config, model, train_cohort, rank, device)  # {level: [G_l, K_l]} or {}
     wrapped = wrap(model, config, world, device)
-    log = Log(config.out, first, rank, config.log_every)
+    log = Log(config.out, first, rank)
     introduce(config, first, rank, world, device, cohort)
     signals = catch_signals()
     probing = (model, cohort, sizes, config, log, signals)
@@ -667,13 +626,13 @@ def train(config, rank=0, world=1, device=CPU):
     durations = deque(maxlen=config.log_every)  # seconds of each step
     began = time.perf_counter()
     # Batch. The same patients, patches and views on any number of processes; each gets its share.
-    batches = load_views(
+    batches = data.load_views(
         train_cohort, config, first, **sizes, device=device, rank=rank, world=world
     )
     bar = tqdm(batches, "train", total=config.steps, initial=first, unit="step", disable=rank > 0)
     for step, (images, ids) in enumerate(bar, first + 1):  # [n, 3, S, S] in [0, 1]; [n, L]
         # Dropout, where a tower has it: the masks are those of the step, resumed or not.
-        torch.manual_seed(seed_of(config.seed, step, rank))
+        torch.manual_seed(data.seed_of(config.seed, step, rank))
 
         # Forward. The encoder in bf16 where asked for; the losses are float32 inside.
         with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
@@ -729,7 +688,8 @@ def train(config, rank=0, world=1, device=CPU):
             return False
         began = time.perf_counter()
 
-    conclude(log, config)
+    if rank == 0:
+        print(*table(log.probes()), f"next: python evaluate.py {config.out}", sep="\n")
     return True
 
 

@@ -40,10 +40,12 @@ def _gradients(rank, world, flags, images, ids, mode):
     mine = slice(rank * len(ids) // world, (rank + 1) * len(ids) // world)
     result = {}
     for objective in OBJECTIVES:
-        # Not from the text: to an untrained text tower all attributes are alike, which amplifies
-        # rounding.
-        config = train.parse_config([*flags, "--objective", objective, "--init", "random"])
+        config = train.parse_config([*flags, "--objective", objective])
         model, _ = train.build_model(config, torch.device("cpu"))
+        # To an untrained text tower all attributes are alike, which amplifies rounding: the
+        # projections do not start from the text here.
+        for projection in model.projections.values():
+            projection.reset_parameters()
         if mode == "eval":
             for module in model.modules():
                 if isinstance(module, torch.nn.BatchNorm2d):

@@ -19,7 +19,7 @@ from losses import attributes_used, ha, hvc
 from model import checkpoints, load_run
 
 
-def log_of(out, drop=("images_per_s", "memory_mib", "seconds_left")):
+def log_of(out, drop=("images_per_s", "seconds_left")):
     """The log's lines, without what depends on the machine."""
     with open(os.path.join(out, "log.jsonl")) as file:
         return [{k: v for k, v in json.loads(line).items() if k not in drop} for line in file]
@@ -265,7 +265,6 @@ def test_the_default_bank_is_found_from_any_folder(cohort_folder, clip_file, tmp
     config = train.Config(data=cohort_folder, clip=clip_file)
     train.prepare(config, 0)
     assert config.bank == os.path.join(ROOT, "demo/attributes.json")
-    assert train.find_bank("attributes/demo.json") == config.bank  # as runs of before name it
     with pytest.raises(FileNotFoundError, match=r"--bank nowhere\.json is neither here nor"):
         train.find_bank("nowhere.json")
 
@@ -304,7 +303,7 @@ def test_a_run_of_before_goes_on_unless_it_used_what_is_gone(flags):
     path = checkpoints(config.out)[-1]
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["config"] |= {"skip_unreadable": False, "augmentation_probability": 0.0}
-    for name in ("workers", "init", "align", "ar_weight", "start"):
+    for name in ("workers", "align", "ar_weight", "start"):
         del checkpoint["config"][name]
     torch.save(checkpoint, path)
     assert train.train(train.parse_config(flags))
@@ -323,9 +322,9 @@ def test_a_contradicting_flag_is_refused(flags):
 
 
 def test_bf16_follows_float32(flags, tmp_path):
-    # Neither the default rate nor the fixture's text, to which all attributes are alike: both
-    # amplify rounding.
-    flags = [*flags, "--lr", "1e-5", "--init", "random"]
+    # Neither the default rate nor projections from the fixture's text, to which all attributes are
+    # alike: both amplify rounding.
+    flags = [*flags, "--lr", "1e-5", "--objective", "hidisc", "--align", "paper"]
     train.train(full := train.parse_config([*flags, "--out", str(tmp_path / "full")]))
     train.train(half := train.parse_config([*flags, "--amp", "--out", str(tmp_path / "half")]))
     for a, b in zip(log_of(full.out)[1:5], log_of(half.out)[1:5]):
@@ -395,12 +394,10 @@ def test_a_line_of_the_log_has_everything(flags, capsys):
         "lr",
         "gradient_norm",
         "images_per_s",
-        "memory_mib",
         "seconds_left",
         *(f"{part}_{level}" for part in ("hvc", "ha", "attributes_used") for level in levels),
     }
     assert all(1 <= line[f"attributes_used_{level}"] <= 32 for level in levels)
-    assert 50 < line["memory_mib"] < 50_000
     assert log_of(config.out, drop=())[4]["seconds_left"] == 0
     assert "each hvc term stays at log(32 - 1) = 3.43" in capsys.readouterr().out
 
@@ -419,18 +416,6 @@ def test_config_json_says_how_to_run_it_again(flags, monkeypatch):
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
     assert about["commit"].removesuffix("-dirty") == head
-
-
-def test_the_commit_of_a_repository_around_it_is_not_ours(tmp_path):
-    (tmp_path / "inside").mkdir()
-    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
-    (tmp_path / "x").write_text("x")
-    config = ["-c", "user.name=x", "-c", "user.email=x"]
-    for command in (["add", "x"], [*config, "commit", "-qm", "x"]):
-        subprocess.run(["git", *command], cwd=tmp_path, check=True, capture_output=True)
-    assert len(train.commit_of(tmp_path)) >= 40
-    assert train.commit_of(tmp_path / "inside") == ""
-    assert train.commit_of(ROOT)
 
 
 def test_only_what_the_probe_uses_is_embedded(flags, cohort_folder, tmp_path, monkeypatch):

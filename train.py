@@ -104,7 +104,7 @@ class Config:
         "training, for when attributes or zero-shot are to be read off it afterwards; off: "
         "nothing. Empty: paper for hlss, off for the others",
     )
-    steps: int = flag(500, "optimizer steps in all; a run may be resumed with more of them")
+    steps: int = flag(400, "optimizer steps in all; a run may be resumed with more of them")
     seed: int = flag(0, "of batches, views and new weights")
     patients: int = flag(8, "in a global batch. If the loss falls and the probe stays: more")
     levels: str = flag(
@@ -156,7 +156,7 @@ class Config:
     sync_bn: bool = flag(True, "batch norm over all processes, so that they train as one does")
     workers: int = flag(2, "decoding threads of a process. If the device waits for data: more")
     log_every: int = flag(10, "steps between the lines of log.jsonl")
-    probe_every: int = flag(250, "steps between kNN probes; 0: at the start and at the end alone")
+    probe_every: int = flag(200, "steps between kNN probes; 0: at the start and at the end alone")
     save_every: int = flag(100, "steps between checkpoints; the newest two are kept")
     timeout: int = flag(600, "seconds to wait for other processes. If a probe takes longer: more")
 
@@ -310,7 +310,7 @@ def prepare(config, rank):
         else:
             print(
                 f"the demo makes tissue and a small CLIP, once, in {config.cache} (a minute and a "
-                f"half on two cores), then trains for {config.steps} steps (500 take a minute)"
+                f"half on two cores), then trains for {config.steps} steps (400 take 40 seconds)"
             )
         os.makedirs(config.cache, exist_ok=True)
         config.data = config.data or demo_tissue(config.cache)
@@ -611,7 +611,7 @@ def train(config, rank=0, world=1, device=CPU):
     model, attributes = build_model(config, device)
     sizes = set_pixels(model, config, cohort)  # {"read_size": pixels, "image_size": pixels}
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, weight_decay=config.weight_decay
+        model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
     )
     first = resume(config, model, optimizer, attributes, cohort)
     targets = targets_of(config, model, train_cohort, rank, device)  # {level: [G_l, K_l]} or {}

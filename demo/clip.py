@@ -66,7 +66,7 @@ def caption(signs, rng):
 
 
 def train_demo_clip(
-    path, steps=450, patches=3072, batch=128, seed=0, factors=FACTORS, size=64, width=16, dim=64
+    path, steps=400, patches=3072, batch=128, seed=0, factors=FACTORS, size=64, width=16, dim=64
 ):
     """Write a small CLIP: {"state_dict", "activation", "merges"}, trained on single patches of
     tissue of random factors and stain.
@@ -99,7 +99,7 @@ def train_demo_clip(
     text = TextTower(len(tokenizer.vocabulary), 77, 64, 2, dim, "quickgelu")
     scale = torch.nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))
     parameters = [*image.parameters(), *text.parameters(), scale]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
 
     bar = tqdm(range(steps), desc="demo CLIP", unit="step")
@@ -144,7 +144,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flag = parser.add_argument
     flag("out", help="file to write")
-    flag("--steps", type=int, default=450, help="more of them teach more")
+    flag("--steps", type=int, default=400, help="more of them teach more")
     flag("--seed", type=int, default=0, help="of tissue, captions and weights")
     told = "what captions tell of; the others the CLIP never hears of"
     flag("--factors", nargs="+", choices=FACTORS, default=FACTORS, help=told)

@@ -104,7 +104,7 @@ def clip_of(folder, seed, told):
     """The path of the CLIP of a seed whose captions tell of these factors; trained if need be."""
     torch.set_num_threads(1)
     path = os.path.join(folder, f"clip-{seed}-{len(told)}.pt")
-    return made_once(path, lambda path: train_demo_clip(path, seed=seed, factors=told))
+    return made_once(path, lambda path: train_demo_clip(path, steps=450, seed=seed, factors=told))
 
 
 def run(folder, job):

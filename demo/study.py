@@ -67,19 +67,8 @@ ARMS = {
 }
 WEIGHTS = (0.3, 1.0, 3.0)  # of AR: one for all, chosen on the cohorts of two other seeds
 TUNING = (100, 101)
-T95 = (
-    0,
-    0,
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-)  # of n seeds, n - 1 dof
+# Student's t of a 95% interval over n seeds, at place n.
+T95 = (0, 0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def tuning_jobs(lines):
@@ -123,25 +112,21 @@ def run(folder, job):
     out = os.path.join(folder, "-".join(map(str, job)).replace(" ", ""))
     os.makedirs(out, exist_ok=True)
     bank = os.path.join(out, "bank.pt")
-    own_bank = rotate(true_bank, seed) if arm.endswith("control") else true_bank
-    save_bank(bank, read_bank(DEMO_BANK), own_bank)
+    rotated = seed if arm.endswith("control") else None
+    own_bank = true_bank if rotated is None else rotate(true_bank, rotated)
+    save_bank(bank, read_bank(DEMO_BANK), own_bank, rotated)
 
     if arm == "start":
         torch.manual_seed(seed)
         tower = image_tower(state, weights=world["start"] == "clip")
         model = HLSS(tower, own_bank, "simclr").eval()
     else:
-        command = [sys.executable, "train.py", "--data", tissue, "--clip", clip, "--bank", bank]
-        command += [
-            "--out",
-            out,
-            "--seed",
-            str(seed),
-            "--start",
-            world["start"],
-            *ARMS[arm].split(),
-        ]
-        command += ["--ar-weight", str(weight), "--steps", "500", "--probe-every", "0", "--amp"]
+        paths = ["--data", tissue, "--clip", clip, "--bank", bank, "--out", out]
+        flags = (
+            f"{ARMS[arm]} --ar-weight {weight} --seed {seed} --start {world['start']} --steps 500"
+        )
+        command = [sys.executable, "train.py", *paths, *flags.split()]
+        command += ["--probe-every", "0", "--amp"]
         with open(os.path.join(out, "output.txt"), "w") as file:
             subprocess.run(command, cwd=HERE.parent, stdout=file, stderr=file, check=True)
         model, _ = load_run(out)

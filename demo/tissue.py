@@ -26,11 +26,7 @@ CLASSES = {  # the mean of each factor
     "normal": (0.35, 0.40, 0.25, 0.30, 0.35, 0.20, 0.40),
     "spindle": (0.55, 0.45, 0.30, 0.80, 0.40, 0.25, 0.80),
 }
-STAIN_SPREAD = (
-    0.17,
-    0.17,
-    0.05,
-)  # standard deviation, between slides, of the strengths and the hue
+STAIN_SPREAD = (0.17, 0.17, 0.05)  # of both strengths and the hue: standard deviation over slides
 
 
 def draw_nuclei(x, y, rng, direction, factors):
@@ -149,9 +145,8 @@ def write_demo(out, patients=40, held_out=16, slides=3, patches=8, signature=0.0
                     centre = CLASSES["normal"] if rng.random() < 0.2 else mean
                     factors = np.clip(centre + slide_offset + rng.normal(0, 0.06, F), 0, 1)
                     path = f"images/{patient}/{s}-{b}.png"
-                    Image.fromarray(render(factors, rng, stain, scanner=scanner)).save(
-                        os.path.join(out, path)
-                    )
+                    image = Image.fromarray(render(factors, rng, stain, scanner=scanner))
+                    image.save(os.path.join(out, path))
                     factor_rows.append([path, *factors.round(4)])
                     manifest_rows.append([path, patient, f"{patient}-{s}", label, split])
                     bar.update()

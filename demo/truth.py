@@ -26,7 +26,7 @@ def read_truth(run):
     """{attribute: "+factor" or "-factor"} of a run's bank, or of the demo's if that is gone."""
     config = Path(run, "config.json")
     bank = Path(json.loads(config.read_text("utf-8"))["bank"]) if config.exists() else DEMO_BANK
-    if not bank.exists() or bank.parts[-2:] == ("attributes", "demo.json"):
+    if not bank.exists():
         bank = DEMO_BANK
     truth = read_bank(bank).get("truth") if bank.suffix == ".json" else None
     if not truth:
@@ -115,9 +115,7 @@ def main():
     text = json.dumps(metrics, indent=1)
     write_whole(str(Path(run, "metrics.json")), lambda file: file.write(text.encode()))
     encoders = [key for key in metrics["truth"][0] if key.startswith("AUC")]
-    print(
-        f"{'mean AUC':>9}" + "".join(f"{encoder.removeprefix('AUC, '):>12}" for encoder in encoders)
-    )
+    print(" mean AUC" + "".join(f"{encoder.removeprefix('AUC, '):>12}" for encoder in encoders))
     for level in metrics["levels"]:
         rows = [row for row in metrics["truth"] if row["level"] == level]
         line = f"{level:>9}"

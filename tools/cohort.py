@@ -283,9 +283,8 @@ def contact_sheet(cohort, augmentation, views=4, seed=0, size=160):
     _, patches = next(data.load_batches(cohort, [rows], 2 * size))
     parameters = data.view_parameters(len(rows) * views, seed, 0, data.AUGMENTATIONS[augmentation])
     drawn = data.make_views(patches, parameters, size).unflatten(0, (len(rows), views))
-    sheet = torch.cat(
-        [data.plain_view(patches, size)[:, None], drawn], dim=1
-    )  # [R, 1 + V, 3, H, W]
+    plain = data.plain_view(patches, size)[:, None]
+    sheet = torch.cat([plain, drawn], dim=1)  # [R, 1 + V, 3, H, W]
 
     # One image: room for a line of text above each, then rows and columns side by side.
     sheet = F.pad(sheet, (2, 2, 18, 2), value=1)

@@ -93,9 +93,8 @@ def published(url, sha256, path="", name=""):
             try:
                 torch.hub.download_url_to_file(url, path, sha256)
             except (OSError, RuntimeError) as error:  # no network; another checksum
-                raise ConnectionError(
-                    f"no {url} ({error}): download it where you can and put it at {path}"
-                ) from error
+                remedy = f"download it where you can and put it at {path}"
+                raise ConnectionError(f"no {url} ({error}): {remedy}") from error
     found = _sha256(path)
     if not found.startswith(sha256):
         raise ValueError(

@@ -1,0 +1,72 @@
+"""The README's fork recipes are true: each is a diff of a few lines, applied to a copy of the
+repository, trained on a small cohort to a table, and evaluated."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+pytestmark = pytest.mark.slow  # a new process for each command; CI runs them
+
+HLSS = "--bank demo/attributes.json --image-size 64"
+RECIPES = {  # name: the flags of its training
+    "level": f"{HLSS} --levels patch,region,slide,patient --draw 2,2,1,2",
+    "loss": f"{HLSS} --uniformity-weight 0.1",
+    "head": f"{HLSS} --objective hidisc",
+    "tower": "--objective hidisc --backbone tiny",
+    "tissue": "--preset lung --image-size 64",
+    "probe": HLSS,
+}
+
+
+def run(fork, *words):
+    """The output of one of the fork's commands."""
+    command = [sys.executable, *words]
+    done = subprocess.run(command, cwd=fork, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_fork_trains_to_a_table_and_is_evaluated(name, clip_file, tmp_path):
+    fork = tmp_path / "fork"
+    rooms = shutil.ignore_patterns(".*", "runs", "tests", "docs", "__pycache__")
+    shutil.copytree(ROOT, fork, ignore=rooms)
+    recipe = os.path.join(ROOT, "tests", "forks", f"{name}.diff")
+    subprocess.run(["git", "apply", recipe], cwd=fork, check=True)
+
+    run(fork, "-m", "demo.tissue", "cohort", "--patients", "5", "--held-out", "2")
+    clip = [] if name == "tower" else ["--clip", clip_file]
+    flags = "--data cohort --patients 4 --steps 4 --log-every 1 --no-amp --out run"
+    table = run(fork, "train.py", *clip, *flags.split(), *RECIPES[name].split())
+    assert "step 4 knn200" in table
+    table = run(fork, "evaluate.py", "run")
+    assert "step 4 linear" in table
+
+    state = torch.load(fork / "run" / "step-0000004.pt", weights_only=True)
+    line = json.loads((fork / "run" / "log.jsonl").read_text().splitlines()[1])
+    metrics = json.loads((fork / "run" / "metrics.json").read_text())
+    there = {
+        "level": {"hvc_region", "ha_region"} <= set(line) and metrics["levels"][1] == "region",
+        "loss": line.get("uniformity", 1) < 0,
+        "head": "projections.shared.2.weight" in state["model"],
+        "tower": "tower.conv3.weight" in state["model"],
+        "tissue": state["attributes"]["slide"] == ["preserved air spaces", "solid tumour nests"],
+        "probe": "accuracy" in metrics["probes"].get("centroid", {}).get("patient", {}),
+    }
+    assert there[name]
+
+
+def test_every_recipe_is_here_and_short():
+    recipes = sorted(Path(ROOT, "tests", "forks").glob("*.diff"))
+    assert [recipe.stem for recipe in recipes] == sorted(RECIPES)
+    for recipe in recipes:
+        lines = recipe.read_text().splitlines()
+        added = [line for line in lines if line.startswith("+") and not line.startswith("+++")]
+        assert len(added) <= 50, recipe

@@ -9,7 +9,6 @@ import tifffile
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
-from bench_data import speed
 from conftest import manifest
 from PIL import Image
 
@@ -638,9 +637,3 @@ def test_plain_view():
     torch.testing.assert_close(
         data.plain_view(PATCHES, 16).mean(), PATCHES.float().mean() / 255, atol=2e-3, rtol=0
     )
-
-
-def test_views_are_made_faster_than_one_by_one(tmp_path, capsys):
-    """About four times on a quiet core (tests/bench_data.py); here, that the benchmark runs."""
-    assert speed(str(tmp_path), patches=16, rounds=2) > 1
-    assert "ms a view" in capsys.readouterr().out

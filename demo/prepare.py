@@ -10,15 +10,23 @@ from demo.tissue import write_demo
 def made_once(path, make):
     """The path of a file or folder, made by make(path) unless it is there.
 
-    It appears whole. Where several processes make it at once, all take that of the first.
+    It appears whole or, when it is interrupted, not at all. Where several processes make it at
+    once, all take that of the first.
     """
-    if not os.path.exists(path):
-        mine = f"{path}.{os.getpid()}.part"
+    if os.path.exists(path):
+        return path
+    mine = f"{path}.{os.getpid()}.part"
+    try:
         make(mine)
-        try:
-            os.rename(mine, path)
-        except OSError:  # a folder that another process has put there meanwhile
+        os.rename(mine, path)
+    except OSError:
+        if not os.path.exists(path):  # where another process was faster
+            raise
+    finally:
+        if os.path.isdir(mine):
             shutil.rmtree(mine)
+        elif os.path.exists(mine):
+            os.remove(mine)
     return path
 
 

@@ -10,7 +10,7 @@ SMALL = {
     "batch": lambda: bench.batch(sizes=(16,), rounds=1),
     "step": lambda: bench.step({"small": (((1, 1, 1, 1), 8, 16, 32), 8, 1, "")}),
     "views": lambda: bench.views(patches=8, rounds=2),
-    "cohort": lambda: bench.cohort(patients=(2,)),
+    "cohort": lambda: bench.cohort(patients=(100,)),
     "knn": lambda: bench.probes(m=300, n=20, D=8, rounds=1),
 }
 

@@ -1,0 +1,286 @@
+"""What a new user meets in the first hours: defaults, notes, pretrained backbones, mistakes."""
+
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from conftest import ROOT, manifest
+from test_train import log_of
+
+import evaluate
+import train
+from demo.prepare import made_once
+from model import load_run
+from tools.processes import user_errors
+
+
+def call(monkeypatch, module, *words):
+    """Run a command as `python MODULE WORDS` does. Returns its exit code, 0 or what it says."""
+    monkeypatch.setattr(sys, "argv", [f"{module}.py", *map(str, words)])
+    try:
+        with user_errors():
+            importlib.import_module(module).main()
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+# ------------------------------------------------------------------------------------- defaults
+
+
+def test_a_run_is_named_after_its_data():
+    words = ["--clip", "demo"]
+    assert train.parse_config([]).out == os.path.join("runs", "demo")
+    assert train.parse_config([*words, "--data", "some/mine/"]).out == os.path.join("runs", "mine")
+    assert train.parse_config([*words, "--data", "a/b.csv"]).out == os.path.join("runs", "b")
+    assert train.parse_config([*words, "--data", "a", "--out", "x"]).out == "x"
+
+
+def test_real_images_need_a_clip_or_no_words(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_config(["--data", "mine"])
+    said = capsys.readouterr().err
+    assert "name a CLIP with --clip (a file, RN50" in said
+    assert "or demo, which knows demo tissue alone" in said
+    assert "--objective hidisc --backbone resnet18" in said
+    train.parse_config(["--data", "mine", "--objective", "hidisc", "--backbone", "resnet18"])
+
+
+def test_the_demos_clip_may_be_asked_for(flags, clip_file, tmp_path):
+    """As a dry run on one's own images; it is taken from the cache."""
+    (tmp_path / "cache").mkdir()
+    os.symlink(clip_file, tmp_path / "cache" / "clip.pt")
+    words = ["--clip", "demo", "--cache", str(tmp_path / "cache"), "--steps", "1"]
+    assert train.train(train.parse_config([*flags, *words]))
+
+
+def test_the_run_of_another_cohort_is_refused(flags, tmp_path):
+    assert train.train(train.parse_config([*flags, "--steps", "1"]))
+    other = manifest(tmp_path / "other", [f"{p}.png,{p},{p},a" for p in "abcdefgh"])
+    with pytest.raises(ValueError, match=r"give another --out|is not the cohort of"):
+        os.symlink(os.path.join(flags[1], "images"), tmp_path / "other" / "images")
+        lines = Path(flags[1], "manifest.csv").read_text().splitlines()[:-6]
+        Path(other, "manifest.csv").write_text("\n".join(lines) + "\n")
+        train.train(train.parse_config([*flags, "--steps", "1", "--data", other]))
+
+
+def test_a_start_that_failed_is_no_hindrance(flags):
+    with pytest.raises(FileNotFoundError, match="--clip nowhere"):
+        train.train(train.parse_config([*flags, "--clip", "nowhere"]))
+    assert train.train(train.parse_config([*flags, "--steps", "1"]))
+
+
+# ---------------------------------------------------------------------------------- a longer run
+
+
+def test_steps_may_grow_and_the_rates_follow(flags, capsys):
+    first = train.parse_config([*flags, "--steps", "4", "--save-every", "2"])
+    assert train.train(first)
+    longer = train.parse_config([*flags, "--steps", "8", "--save-every", "2"])
+    assert train.train(longer)
+    assert "--steps 8 (there: 4): its rates from here on" in capsys.readouterr().out
+    rates = {line["step"]: line["lr"] for line in log_of(first.out) if "lr" in line}
+    assert rates == {
+        step: train.learning_rate(step - 1, first if step <= 4 else longer) for step in range(1, 9)
+    }
+    with pytest.raises(ValueError, match=r"--steps 4 \(there: 8\)"):
+        train.train(train.parse_config([*flags, "--steps", "4"]))
+
+
+# ------------------------------------------------------------------------- pretrained backbones
+
+LIGHT = ["--objective", "hidisc", "--backbone", "resnet18", "--image-size", "32"]
+LIGHT += ["--clip", "", "--steps", "1"]
+
+
+def test_a_backbone_starts_from_a_file(flags, tmp_path):
+    """All weights but those of the last layer, which is of other classes."""
+    theirs = torchvision.models.resnet18().state_dict()
+    torch.save(theirs, tmp_path / "theirs.pt")
+    config = train.parse_config([*flags, *LIGHT, "--backbone-weights", str(tmp_path / "theirs.pt")])
+    model, _ = train.build_model(config, train.CPU)
+    ours = model.tower.state_dict()
+    assert set(theirs) - set(ours) == {"fc.weight", "fc.bias"}
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+    del theirs["layer1.0.conv1.weight"]
+    torch.save(theirs, tmp_path / "theirs.pt")
+    with pytest.raises(
+        ValueError, match=r"theirs\.pt has no layer1\.0\.conv1\.weight for a resnet"
+    ):
+        train.build_model(config, train.CPU)
+
+
+def test_torchvisions_weights_bring_their_normalisation(flags, monkeypatch):
+    """It stays in the checkpoint, and evaluation downloads nothing."""
+    downloads = []
+
+    def download(*arguments, **options):
+        downloads.append(arguments)
+        return torchvision.models.resnet18().state_dict()
+
+    monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", download)
+    config = train.parse_config([*flags, *LIGHT, "--backbone-weights", "DEFAULT"])
+    assert train.train(config)
+    assert len(downloads) == 1
+    model, _ = load_run(config.out)
+    assert len(downloads) == 1
+    assert model.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
+    assert model.std.flatten().tolist() == pytest.approx([0.229, 0.224, 0.225])
+
+
+# -------------------------------------------------------------------------------------- notes
+
+
+def one_patient(cohort_folder, folder):
+    """The demo's cohort with one patient of each class left, of whom one trains; it has no
+    factors."""
+    folder.mkdir()
+    os.symlink(os.path.join(cohort_folder, "images"), folder / "images")
+    header, *rows = Path(cohort_folder, "manifest.csv").read_text().splitlines()
+    kept = [row for row in rows if row.split(",")[1].endswith("-04")]
+    kept = [row if "normal-04" in row else row.replace(",train", ",val") for row in kept]
+    (folder / "manifest.csv").write_text("\n".join([header, *kept]) + "\n")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def noted(cohort_folder, clip_file, tmp_path_factory):
+    """A run that has all that can be noted, but for words that mean nothing."""
+    folder = tmp_path_factory.mktemp("noted")
+    data = one_patient(cohort_folder, folder / "mine")
+    (folder / "cache").mkdir()
+    os.symlink(clip_file, folder / "cache" / "clip.pt")
+    words = f"--data {data} --clip demo --cache {folder}/cache --out {folder}/run --no-amp"
+    return [*words.split(), "--steps", "1", "--patients", "1"], folder / "run"
+
+
+NOTES = [
+    "the bank describes demo tissue: --bank names another",
+    "the CLIP is the demo's and knows demo tissue alone",
+    "one training patient: nothing shows how patients differ",
+]
+
+
+def test_what_a_reader_must_know_is_said_everywhere(noted, monkeypatch, capsys):
+    flags, run = noted
+    assert train.train(train.parse_config(flags))
+    said = capsys.readouterr().out
+    assert all(f"note: {note}" in said for note in NOTES)
+    assert call(monkeypatch, "evaluate", run) == 0
+    assert set(NOTES) <= set(json.loads((run / "metrics.json").read_text())["notes"])
+    page = (run / "report.html").read_text()
+    assert all(note.replace("'", "&#x27;") in page for note in NOTES)
+    capsys.readouterr()
+    assert call(monkeypatch, "evaluate", run, "--show", "normal-04") == 0
+    said = capsys.readouterr().out
+    assert all(f"note: {note}" in said for note in NOTES)
+
+
+def test_words_that_mean_nothing_are_noted(cohort_folder):
+    cohort = evaluate.read_cohort(cohort_folder)
+    config = {"bank": "x", "clip": "x", "start": "random", "align": "paper"}
+    (note,) = evaluate.cohort_notes(config, cohort)
+    assert note == "the encoder started from random weights: its attribute names mean nothing"
+    assert evaluate.cohort_notes(config | {"align": "regression"}, cohort) == []
+
+
+# ------------------------------------------------------------------------------------ mistakes
+
+
+def test_ctrl_c_leaves_no_half_of_a_clip(tmp_path):
+    command = [sys.executable, "train.py", "--cache", str(tmp_path), "--out", str(tmp_path / "run")]
+    (tmp_path / "tissue").mkdir()
+    manifest(tmp_path / "tissue", ["x.png,amy,s,a"])
+    threads = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, env=threads, **pipes)
+    while "captioned tissue" not in process.stderr.readline():
+        assert process.poll() is None
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert said.rstrip().endswith("stopped")
+    assert "Traceback" not in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "tissue"]
+
+
+def test_what_is_made_once_appears_whole(tmp_path):
+    path = tmp_path / "file"
+
+    def stopped(part):
+        Path(part).write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        made_once(str(path), stopped)
+    assert not list(tmp_path.iterdir())
+    made_once(str(path), lambda part: Path(part).write_text("whole"))
+    made_once(str(path), stopped)  # it is there: nothing is made
+    assert path.read_text() == "whole"
+
+
+def mistakes(folder):
+    """(module, words, what is said): the words of a command that a user may well type."""
+    files = {
+        "latin.csv": "path,patient,slide\nx.png,Müller,s1\n".encode("latin-1"),
+        "semicolon.csv": b"path;patient;slide\nx.png;amy;s1\n",
+        "capitals.csv": b"Path,Patient,Slide\nx.png,amy,s1\n",
+        "backslash.csv": b"path,patient,slide\na\\x.png,amy,s1\n",
+        "empty.csv": b"",
+        "text.pt": b"not weights",
+        "bank.json": b'{"levels": {"patch": {}}}',
+        "list.json": b"[1, 2",
+        "picture.png": b"\x89PNG\r\n\x1a\n",
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    (folder / "nothing").mkdir(exist_ok=True)
+
+    def csv(name):
+        return [folder / name]
+
+    clip = ["--clip", "demo", "--out", folder / "run"]
+    return [
+        ("tools.cohort", ["check", *csv("latin.csv")], "line 2: .* is not UTF-8: save it as CSV"),
+        ("tools.cohort", ["check", *csv("semicolon.csv")], "no column path, patient, slide; name"),
+        ("tools.cohort", ["check", *csv("capitals.csv")], "no column path, patient, slide; name"),
+        ("tools.cohort", ["check", *csv("backslash.csv")], r"must be written 'a/x\.png'"),
+        ("tools.cohort", ["check", *csv("empty.csv")], "no column"),
+        (
+            "tools.cohort",
+            ["check", folder / "gone"],
+            r"gone/manifest\.csv does not exist: a cohort",
+        ),
+        ("tools.cohort", ["index", folder / "nothing", "--pattern", "{patient}/*"], "no image"),
+        ("tools.cohort", ["index", folder, "--pattern", "{slide}/*"], "must name patient"),
+        ("train", ["--data", folder / "gone", *clip], "does not exist: a cohort needs one"),
+        ("train", ["--bank", folder / "gone.json", *clip], "neither here nor beside train.py"),
+        ("evaluate", [folder / "gone"], "neither a run folder nor a checkpoint file"),
+        ("evaluate", [folder / "nothing"], r"holds no checkpoint of train.py .*: train first"),
+        ("evaluate", [folder / "text.pt"], "is damaged, or another file"),
+        ("describe", ["check", folder / "bank.json"], "level patch must be .*, not empty"),
+        ("describe", ["check", folder / "list.json"], "is not JSON"),
+        ("describe", ["check", folder / "picture.png"], "is not JSON"),
+        ("describe", ["encode", folder / "bank.json", "--clip", folder / "text.pt"], "text.pt is"),
+        ("tools.report", [folder / "nothing"], r"has no metrics\.json: run python evaluate\.py"),
+        ("demo.truth", [folder / "nothing"], r"has no metrics\.json: run python evaluate\.py"),
+    ]
+
+
+@pytest.mark.parametrize("number", range(19))
+def test_a_mistake_is_answered_in_a_line_with_the_remedy(number, tmp_path, monkeypatch, capsys):
+    module, words, said = mistakes(tmp_path)[number]
+    assert call(monkeypatch, module, *words) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert re.search(said, line), line

@@ -12,7 +12,6 @@ the factors behind the images are known. `python -m demo.clip OUT` trains the de
 import argparse
 import functools
 import gzip
-import html
 import http.client
 import importlib.util
 import json
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 from losses import LEVELS
 from model import ACTIVATIONS, read_whole, text_tower, write_whole
-from tools.bank import check_bank
+from tools.bank import check_bank, is_plain
 from tools.processes import user_errors
 from tools.weights import CLIPS, load_clip, published
 
@@ -132,14 +131,11 @@ class Tokenizer:
     def encode(self, text):
         """The token ids of a text, without start and end. Raises ValueError for what another
         tokenizer may read otherwise: characters that are not printable ASCII, HTML entities."""
-        plain = html.unescape(html.unescape(text))
-        for found in re.findall(r"[^\t\n\f\r -~]|&#?\w+;", f"{text}\n{plain}"):
-            entity = found.lower() if found.isupper() else found  # some read &NBSP; as &nbsp;
-            if found[0] != "&" or html.unescape(entity) != entity:
-                refused = f"not the {found!r} in {text!r}"
-                raise ValueError(f"only ASCII can be tokenized, and no HTML entity: {refused}")
+        text = " ".join(text.split())
+        if not is_plain(text):
+            raise ValueError(f"only ASCII can be tokenized, and no HTML entity: not {text!r}")
         ids = []
-        for word in WORD.findall(" ".join(plain.split()).lower()):
+        for word in WORD.findall(text.lower()):
             symbols = [word] if word in (START, END) else self.split(word)
             ids += [self.vocabulary[symbol] for symbol in symbols]
         return ids

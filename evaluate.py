@@ -459,7 +459,7 @@ def table_notes(kind, metrics, levels):
     k = metrics.get("k")
     if k != NEIGHBOURS.get(kind):
         few = f"{kind}: there are only {k} training patches with a label, so k = {k}"
-        notes.append(f"{few}: all vote, and the commonest class is ahead")
+        notes.append(f"{few}: every one of them votes, which favours the commonest class")
     numbers = [f"{metrics[level]['n']} {plural(level)}" for level in levels]
     notes.append(f"scored: {', '.join(numbers)}")
     for level in levels:

@@ -174,8 +174,8 @@ def ha(z, bank, temperature=1.0):
 
     z: [n, D], L2-normalised; the gradient reaches it. bank: {level: [K_l, D]}, frozen. Returns
     {"ha_patch": scalar, ...}. No gather: a row needs no other row. At the paper's temperature of 1
-    the softmax over D entries of a unit vector is almost flat and the loss near zero; a lower one,
-    of about 1/sqrt(D), makes it felt.
+    the softmax over D entries of a unit vector is almost flat and the loss near zero; at a lower
+    one, of about 1/sqrt(D), it has weight.
     """
     terms = {}
     for level, t in bank.items():

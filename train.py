@@ -68,7 +68,9 @@ class Config:
     """Everything that a run depends on. Each field is a flag; the checkpoint carries them all."""
 
     data: str = flag("", "folder with manifest.csv; empty: demo tissue, written on first use")
-    out: str = flag("", "folder of the run: checkpoints, log.jsonl; empty: runs/, named as --data")
+    out: str = flag(
+        "", "folder of the run, for checkpoints and log.jsonl; empty: runs/NAME, NAME as of --data"
+    )
     cache: str = flag("runs/cache", "where the demo's tissue and CLIP are kept")
     clip: str = flag(
         "",
@@ -76,21 +78,25 @@ class Config:
         "tissue alone and is trained on first use. Real images need one, or a --backbone",
     )
     activation: str = flag("", "of the CLIP's transformers, where its file does not say it")
-    vocab: str = flag("", "CLIP's bpe_simple_vocab_16e6.txt.gz; empty: open_clip's, or a download")
+    vocab: str = flag(
+        "",
+        "CLIP's vocabulary, bpe_simple_vocab_16e6.txt.gz; empty: that of an installed open_clip, "
+        "or a download",
+    )
     bank: str = flag(
         "demo/attributes.json",
         "the attribute-text bank: a bank file, or the bank.pt that describe.py encode made of it",
     )
     start: str = flag(
-        "clip", "the CLIP's image tower. clip: from its weights; random: of its sizes, but anew"
+        "clip", "what the image tower starts from. clip: the CLIP's weights; random: random ones"
     )
     backbone: str = flag(
         "",
-        "a torchvision classifier, as resnet18, for a tower. hidisc and simclr then need no --clip "
-        "and no bank",
+        "a network of torchvision, such as resnet18, in place of the CLIP's image tower; hidisc "
+        "and simclr then need neither --clip nor --bank",
     )
     backbone_weights: str = flag(
-        "", "of the backbone: DEFAULT, torchvision's; the file of a state dict; empty: random ones"
+        "", "of the backbone. DEFAULT: torchvision's; a file: its state dict; empty: random ones"
     )
     objective: str = flag(
         "hlss",
@@ -100,13 +106,15 @@ class Config:
     align: str = flag(
         "",
         "what ties z to the words. paper: it is drawn to its nearest attributes, the paper's "
-        "method; regression (ours): it keeps the attribute scores that the CLIP gave before "
-        "training, for when attributes or zero-shot are to be read off it afterwards; off: "
-        "nothing. Empty: paper for hlss, off for the others",
+        "method; regression (ours): it keeps the attribute scores that the CLIP gave at the "
+        "start, so that attributes and zero-shot can be used afterwards; off: nothing. Empty: "
+        "paper for hlss, off for the others",
     )
     steps: int = flag(400, "optimizer steps in all; a run may be resumed with more of them")
     seed: int = flag(0, "of batches, views and new weights")
-    patients: int = flag(8, "in a global batch. If the loss falls and the probe stays: more")
+    patients: int = flag(
+        8, "patients in a batch of all processes. If the loss falls and the probe stays: more"
+    )
     levels: str = flag(
         ",".join(LEVELS),
         "the hierarchy, fine to coarse. The first is the image; each other is a column of the "
@@ -114,8 +122,8 @@ class Config:
     )
     draw: str = flag(
         "",
-        "how many of each are drawn: slides a patient, patches a slide (so for each level but the "
-        "last, coarse to fine) and views a patch, at least 2; empty: 2 of each, as 2,2,2",
+        "how many are drawn: slides of a patient, patches of a slide, views of a patch (at least "
+        "2), as 2,2,2; with other levels one number for each, from coarse to fine. Empty: 2 each",
     )
     balance_classes: bool = flag(False, "draw patients evenly by class; this uses labels")
     augmentation: str = flag(
@@ -133,7 +141,7 @@ class Config:
     read_size: int = flag(0, "pixels a patch is read at; 0: its own, at most twice a view")
     val_fraction: float = flag(0.2, "share of the patients held out without a split column")
     lr: float = flag(1e-3, "peak learning rate. If the loss jumps or is not finite: divide by 3")
-    warmup: float = flag(0.1, "share of the steps that the rate climbs. Unstable at first: more")
+    warmup: float = flag(0.1, "share of the steps in which lr climbs. If unstable at first: more")
     weight_decay: float = flag(0.01, "AdamW's")
     temperature: float = flag(0.07, "of the contrast. If every hvc_* stays at chance: try 0.2")
     level_weights: str = flag(
@@ -144,8 +152,8 @@ class Config:
     ha_weight: float = flag(1.0, "lambda of --align paper")
     ha_temperature: float = flag(
         1.0,
-        "softmax temperature of --align paper. At the paper's 1 it is hardly felt: try 0.1; if "
-        "attributes_used falls to 1: higher again",
+        "softmax temperature of --align paper. At the paper's 1 the loss is almost 0: try 0.1; if "
+        "attributes_used falls to 1, all images take one attribute: higher again",
     )
     ar_weight: float = flag(
         1.0,
@@ -153,7 +161,7 @@ class Config:
     )
     amp: bool = flag(torch.cuda.is_available(), "bf16 tower and projections; on with CUDA")
     compile: bool = flag(False, "torch.compile the tower, for CUDA: a slow first step, then faster")
-    sync_bn: bool = flag(True, "batch norm over all processes, so that they train as one does")
+    sync_bn: bool = flag(True, "batch norm over all processes, as if they were one")
     workers: int = flag(2, "decoding threads of a process. If the device waits for data: more")
     log_every: int = flag(10, "steps between the lines of log.jsonl")
     probe_every: int = flag(200, "steps between kNN probes; 0: at the start and at the end alone")

@@ -702,10 +702,10 @@ def test_a_backbone_has_never_seen_language(
     train.train(config)
     capsys.readouterr()
     command(monkeypatch, config.out)
-    assert "attribute names carry no meaning" in capsys.readouterr().out
+    assert "attribute names mean nothing" in capsys.readouterr().out
     command(monkeypatch, config.out, "--show", "normal-02")
-    assert "attribute names carry no meaning" in capsys.readouterr().out
-    assert "attribute names carry no meaning" in (tmp_path / "run/report.html").read_text()
+    assert "attribute names mean nothing" in capsys.readouterr().out
+    assert "attribute names mean nothing" in (tmp_path / "run/report.html").read_text()
     start, _ = evaluate.starting_model(*load_run(config.out))
     expected, _ = train.build_model(config, torch.device("cpu"))
     towers = zip(start.tower.parameters(), expected.tower.parameters(), strict=True)

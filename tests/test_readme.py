@@ -1,4 +1,5 @@
-"""The README's commands are understood by the programs that they name; its files exist."""
+"""The commands of the README and of docs/ are understood by the programs that they name; the files
+exist, and the code is the code."""
 
 import argparse
 import importlib
@@ -6,19 +7,20 @@ import os
 import re
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-with open(os.path.join(ROOT, "README.md")) as _file:
-    README = _file.read()
+README = Path(ROOT, "README.md").read_text()
+PAGES = [README, *(page.read_text() for page in sorted(Path(ROOT, "docs").glob("*.md")))]
 
 
 def commands():
     """Every call of one of our programs in a bash block: (module, its arguments)."""
     found = []
-    for block in re.findall(r"```bash\n(.*?)```", README, re.S):
-        block = block.replace("\\\n", " ").replace("$objective", "hlss").replace("$seed", "0")
+    for block in re.findall(r"```bash\n(.*?)```", "".join(PAGES), re.S):
+        block = block.replace("\\\n", " ")
         for command in re.split(r"\n|;|&&", block):
             words = shlex.split(command, comments=True)
             for place, word in enumerate(words):
@@ -57,15 +59,31 @@ def test_there_are_commands_of_every_stage_and_room():
 
 
 def test_the_files_that_it_names_exist():
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
-    names = re.findall(r"`((?:attributes|demo|docs|tests|tools)/[\w./]+)`", README)
-    for path in links + names:
-        assert os.path.exists(os.path.join(ROOT, path)), path
+    for page, folder in zip(PAGES, ["", "docs", "docs"]):
+        links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page)
+        names = re.findall(r"`((?:attributes|demo|docs|tests|tools)/[\w./]+)`", page)
+        for path in [os.path.join(folder, link) for link in links] + names:
+            assert os.path.exists(os.path.join(ROOT, path)), path
+
+
+def test_a_link_to_a_heading_finds_it():
+    headings = re.findall(r"^#+ (.*)$", "\n".join(PAGES), re.M)
+    anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+    for anchor in re.findall(r"\]\([^)#:]*#([^)]+)\)", "".join(PAGES)):
+        assert anchor in anchors
+
+
+def test_the_training_step_is_that_of_the_loop():
+    """Line by line and in the same order, without comments."""
+    (block,) = re.findall(r"```python\n(z, projections.*?)```", README, re.S)
+    source = [line.partition("#")[0].strip() for line in Path(ROOT, "train.py").open()]
+    place = 0
+    for line in block.splitlines():
+        place = source.index(line.partition("#")[0].strip(), place) + 1
 
 
 def test_the_two_commands_are_what_ci_runs():
-    with open(os.path.join(ROOT, ".ci/run")) as file:
-        ci = file.read()
+    ci = Path(ROOT, ".ci/run").read_text()
     parts = ("python3 -m venv .venv", "pip install -q -r requirements-dev.txt")
     for part in (*parts, ".venv/bin/python -m pytest -q"):
         assert part in README

@@ -19,6 +19,7 @@ import train
 from describe import Tokenizer, encode_bank, open_bank, read_bank, read_merges, save_bank
 from losses import LEVELS
 from model import load_run, text_tower
+from tools.bank import is_plain
 from tools.weights import load_clip
 
 BANKS = ["demo/attributes.json", "attributes/opensrh.json", "attributes/tcga.json"]
@@ -61,7 +62,7 @@ def test_any_ascii_has_the_tokens_of_open_clip(tokenizer):
         pieces = [rng.choice([rng.choice(PIECES), rng.choice(printable)]) for _ in range(20)]
         texts.append("".join(pieces))
     texts += ["", " ", "word " * 200, "!" * 500, "a" * 300, "<end_of_text>" * 90]
-    assert_same_tokens(tokenizer, texts)
+    assert_same_tokens(tokenizer, [text for text in texts if is_plain(text)])
 
 
 @pytest.mark.parametrize(
@@ -71,9 +72,7 @@ def test_any_ascii_has_the_tokens_of_open_clip(tokenizer):
     + ["a\x07b", "\x1b[31mred", "a\x1cb", "\x7f"],
 )
 def test_what_cleaning_would_change_is_refused(tokenizer, text):
-    with pytest.raises(
-        ValueError, match="only ASCII can be tokenized, and no HTML entity: not the "
-    ):
+    with pytest.raises(ValueError, match="only ASCII can be tokenized, and no HTML entity: not "):
         tokenizer.encode(text)
 
 

@@ -214,7 +214,7 @@ def test_a_tower_may_start_anew_and_evaluation_knows_how(flags, align, monkeypat
         assert torch.equal(a, b)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", config.out])
     evaluate.main()
-    said = "attribute names carry no meaning" in capsys.readouterr().out
+    said = "attribute names mean nothing" in capsys.readouterr().out
     assert said == (align == "off")
 
 

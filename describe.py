@@ -131,7 +131,7 @@ class Tokenizer:
     def encode(self, text):
         """The token ids of a text, without start and end. Raises ValueError for what another
         tokenizer may read otherwise: characters that are not printable ASCII, HTML entities."""
-        text = " ".join(text.split())
+        text = re.sub(r"[\t\n\f\r]", " ", text)
         if not is_plain(text):
             raise ValueError(f"only ASCII can be tokenized, and no HTML entity: not {text!r}")
         ids = []

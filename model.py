@@ -236,69 +236,47 @@ class TextTower(nn.Module):
 # ------------------------------------------------------------------ batch norm over all processes
 
 
-class _BatchNorm(torch.autograd.Function):
-    """Batch norm (Ioffe and Szegedy 2015) whose batch is that of all processes.
+class _Mean(torch.autograd.Function):
+    """The mean of a tensor over all processes; and so, on the way back, of its gradient.
 
-        x^ = (x - mean) / sqrt(var + eps),  y = w x^ + b
-        dL/dx = w / sqrt(var + eps) (g - mean(g) - x^ mean(g x^)),  g = dL/dy
-
-    Every mean is over the rows and places of all processes, which hold equal shares.
+    DistributedDataParallel averages what each process finds for its own loss. What came from all
+    is thus a W-th of the sum of their gradients.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, eps):
-        rows = float32(x.movedim(1, -1).reshape(-1, x.shape[1]))  # [M, C]
-        count = len(rows) * dist.get_world_size()
-        sums = torch.stack([rows.sum(dim=0), rows.square().sum(dim=0)])
-        sums = exchange([sums] * dist.get_world_size()).sum(dim=0)
-        mean, square = sums.double() / count
-        var = square - mean**2
-        scale = (var + eps).rsqrt()
-        ctx.count = count
-        ctx.save_for_backward(x, weight, mean, scale)
-        ctx.mark_non_differentiable(mean, var)
-        factor = weight * scale
-        shift = bias - mean * factor
-        return x * per_channel(factor, x) + per_channel(shift, x), mean, var
+    def forward(ctx, x):
+        return exchange([x] * dist.get_world_size()).mean(dim=0)
 
     @staticmethod
-    def backward(ctx, g, *_):
-        x, weight, mean, scale = ctx.saved_tensors
-        rows = float32(x.movedim(1, -1).reshape(-1, x.shape[1]))
-        g_rows = float32(g.movedim(1, -1).reshape(-1, x.shape[1]))
-        g_sum = g_rows.sum(dim=0)
-        gx_sum = ((g_rows * rows).sum(dim=0) - mean * g_sum) * scale  # of g x^
-        sums = torch.stack([g_sum, gx_sum.to(g_sum)])
-        sums = exchange([sums] * dist.get_world_size()).sum(dim=0)
-        g_mean, gx_mean = sums.double() / ctx.count
-        # dL/dx = factor g + slope x + shift, gathered from the equation above
-        factor = weight * scale
-        slope = -factor * scale * gx_mean
-        shift = -factor * g_mean - slope * mean
-        dx = g * per_channel(factor, x) + x * per_channel(slope, x) + per_channel(shift, x)
-        # weight and bias: of this process alone, for DistributedDataParallel averages them
-        return dx, gx_sum.to(weight), g_sum.to(weight), None
-
-
-def per_channel(values, x):
-    """values [C] in the type of x and the shape [C, 1, 1], which broadcasts over [N, C, H, W]."""
-    return values.to(x)[:, None, None]
+    def backward(ctx, gradient):
+        return exchange([gradient] * dist.get_world_size()).mean(dim=0)
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm as of one process with all rows; PyTorch's SyncBatchNorm refuses the CPU."""
+    """Batch norm as of one process with all rows; PyTorch's SyncBatchNorm refuses the CPU.
+
+        y = w (x - mean) / sqrt(var + eps) + b
+
+    Mean and variance are over the rows and places of all processes, which hold equal shares.
+    """
 
     def forward(self, x):
         """x: [N, C, H, W], the rows of this process -> the same."""
         if not self.training:
             return super().forward(x)
-        y, mean, var = _BatchNorm.apply(x, self.weight, self.bias, self.eps)
+        values = float32(x)
+        moments = torch.stack([values.mean(dim=(0, 2, 3)), values.square().mean(dim=(0, 2, 3))])
+        mean, square = _Mean.apply(moments.double())  # [C]; double, for their difference is small
+        var = square - mean**2
+        factor = self.weight * (var + self.eps).rsqrt()
+        shift = self.bias - mean * factor
+
         count = x.numel() // len(mean) * dist.get_world_size()
         self.num_batches_tracked += 1
-        momentum = self.momentum or 1 / self.num_batches_tracked.item()
-        self.running_mean.lerp_(mean.to(self.running_mean), momentum)
-        self.running_var.lerp_((var * count / (count - 1)).to(self.running_var), momentum)
-        return y
+        self.running_mean.lerp_(mean.detach().to(self.running_mean), self.momentum)
+        unbiased = var.detach() * count / (count - 1)
+        self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
+        return x * factor.to(x)[:, None, None] + shift.to(x)[:, None, None]
 
 
 def share_batch_norm(model):

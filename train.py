@@ -221,10 +221,8 @@ MAY_CHANGE = (  # on resuming: it makes no other run
 
 def parse_config(argv=None):
     """Flags -> Config: the defaults, over them the preset, over it what was typed."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=layout, allow_abbrev=False
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
     preset_help = "defaults, which flags override; tcga and opensrh are for 60,000 steps on GPUs"
     parser.add_argument("--preset", choices=PRESETS, default="demo", help=preset_help)
     for f in dataclasses.fields(Config):

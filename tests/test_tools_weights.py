@@ -632,3 +632,10 @@ def test_training_starts_in_the_memory_of_the_image_tower(form, tmp_path):
     print(form, done.stdout)
     assert float(done.stdout) < 1.5
     path.unlink()
+
+
+def test_a_flat_checkpoint_keeps_its_words(clip_file, tmp_path):
+    """Tensors, activation and merges on one level, and not under "state_dict"."""
+    checkpoint = torch.load(clip_file, weights_only=True)
+    torch.save(checkpoint.pop("state_dict") | checkpoint, tmp_path / "flat.pt")
+    assert load_clip(str(tmp_path / "flat.pt"))["merges"] == checkpoint["merges"]

@@ -193,6 +193,8 @@ def _read(path):
     known = checkpoint.get("config", checkpoint).get("activation", "")
     tensors = checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
     state = {}
+    if "merges" in checkpoint:  # of the tokenizer, which the demo's CLIP brings along
+        state["merges"] = checkpoint["merges"]
     for name in list(tensors):
         value = tensors.pop(name)  # one by one, so that memory never holds all of them twice
         if isinstance(value, torch.Tensor) and not name.endswith("position_ids"):  # 0, 1, 2, ...
@@ -200,8 +202,6 @@ def _read(path):
             state[name] = value.float() if value.is_floating_point() else value
     if "visual_projection.weight" in state:
         state = _from_hugging_face(state)
-    if "merges" in checkpoint:  # of the tokenizer, which the demo's CLIP brings along
-        state["merges"] = checkpoint["merges"]
     return state, known
 
 

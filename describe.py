@@ -484,15 +484,15 @@ def main():
     flag("--vocab", help="count tokens by: bpe_simple_vocab_16e6.txt.gz of CLIP, or 'bytes' (demo)")
 
     flag = commands.add_parser("generate", help="have a language model write it").add_argument
-    flag("--out", dest="bank", default="bank.json", help="the bank file, made or gone on with")
+    flag("--out", dest="bank", default="bank.json", help="the bank file, new or to be finished")
     flag("--tissue", help='what the images show, for instance "H&E of colorectal cancer"')
     flag("--endpoint", default="", help="an OpenAI-compatible API; OPENAI_API_KEY holds its key")
     flag("--model", help="the model's name there")
-    flag("--levels", nargs="+", default=LEVELS, help="write these alone")
+    flag("--levels", nargs="+", default=LEVELS, help="only these levels")
     flag("--attributes", type=int, default=128, help="how many each level gets (the paper: 128)")
     flag("--sentences", type=int, default=4, help="how many each attribute gets (the paper: 4)")
     flag("--batch", type=int, default=8, help="attributes a request; fewer if replies are cut off")
-    flag("--vocab", help="as for check")
+    flag("--vocab", help="count tokens as check does")
 
     flag = commands.add_parser("encode", help="a bank file and a CLIP -> bank.pt").add_argument
     flag("bank", help="a bank file (JSON)")

@@ -712,10 +712,11 @@ def main():
     flag("run", help="a run folder (its newest checkpoint is taken) or a checkpoint file")
     flag("--data", default="", help="another cohort than the run's: a folder or a manifest .csv")
     flag("--out", default="", help="folder to write to (default: RUN, RUN/DATA, RUN/PROTOCOL)")
-    protocol = "probe that split from train, or leave one patient out at a time (default: val)"
+    protocol = "who is tested. val, test: that split, after train; lopo: each patient, after all "
+    protocol += "others (default: val)"
     flag("--protocol", choices=("val", "test", "lopo"), default="val", help=protocol)
-    flag("--against", default="", help="a run, or start (of training): adds the gain over it")
-    flag("--show", nargs="+", default=[], help="patients, slides, paths: print their attributes")
+    flag("--against", default="", help="a run, or start, the first tower: adds the gain over it")
+    flag("--show", nargs="+", default=[], help="patients, slides, paths: print their top words")
     flag("--embed", nargs=2, metavar=("FOLDER", "FILE.npz"), help="write z of all images below it")
     flag("--export", default="", metavar="FILE", help="write the tower for open_clip, torchvision")
     flag("--prompts", default="", help="JSON, {class: [sentences]}: adds a zero-shot probe")

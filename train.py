@@ -117,8 +117,8 @@ class Config:
     )
     levels: str = flag(
         ",".join(LEVELS),
-        "the hierarchy, fine to coarse. The first is the image; each other is a column of the "
-        "manifest and, as the first, a level of the bank. The last is what is called patient here",
+        "the hierarchy, fine to coarse. The first is the image, each other a column of the "
+        "manifest, and each a level of the bank. What is said of patients here holds for the last",
     )
     draw: str = flag(
         "",
@@ -142,7 +142,7 @@ class Config:
     val_fraction: float = flag(0.2, "share of the patients held out without a split column")
     lr: float = flag(1e-3, "peak learning rate. If the loss jumps or is not finite: divide by 3")
     warmup: float = flag(0.1, "share of the steps in which lr climbs. If unstable at first: more")
-    weight_decay: float = flag(0.01, "AdamW's")
+    weight_decay: float = flag(0.01, "of AdamW, on all weights")
     temperature: float = flag(0.07, "of the contrast. If every hvc_* stays at chance: try 0.2")
     level_weights: str = flag(
         "",
@@ -159,7 +159,7 @@ class Config:
         1.0,
         "lambda of --align regression. If ar_* rises: more; if hvc_* stays at chance: less",
     )
-    amp: bool = flag(torch.cuda.is_available(), "bf16 tower and projections; on with CUDA")
+    amp: bool = flag(torch.cuda.is_available(), "tower and projections in bf16; on with CUDA")
     compile: bool = flag(False, "torch.compile the tower, for CUDA: a slow first step, then faster")
     sync_bn: bool = flag(True, "batch norm over all processes, as if they were one")
     workers: int = flag(2, "decoding threads of a process. If the device waits for data: more")

@@ -59,8 +59,8 @@ def test_the_sizes():
     """Lines as `ruff format` lays them out, which CI checks. Ceilings, not aims."""
     print("\n".join(f"{lines(path):5} {module(path)}" for path in [*STAGES, *ROOMS]))
     assert max(lines(path) for path in STAGES) <= 750
-    assert sum(lines(path) for path in STAGES) <= 3700
-    assert sum(lines(path) for path in ROOMS) <= 2000
+    assert sum(lines(path) for path in STAGES) <= 3600
+    assert sum(lines(path) for path in ROOMS) <= 1950
 
 
 @pytest.mark.parametrize("path", [*STAGES, *ROOMS], ids=module)

@@ -150,15 +150,6 @@ def losses(sizes=(256, 1024, 2048), rounds=3):
         yield row(f"HVC + HA, N = {N}: memory", memory[0], "MiB", memory[1], than)
 
 
-def batch(sizes=(256, 1024, 4096), rounds=3):
-    """What the losses cost as the batch grows."""
-    for N in sizes:
-        arguments = inputs(N)
-        seconds = take_turns(rounds, ours=lambda x=arguments: ours(*x))["ours"]
-        yield row(f"HVC + HA, N = {N}, D = 1,024", seconds, "s")
-        yield row(f"HVC + HA, N = {N}: memory", in_a_process(peak, ours, N), "MiB")
-
-
 # -------------------------------------------------------------------------------- a training step
 
 
@@ -194,6 +185,19 @@ def steps(tower, N):
         bare.step()
 
     return step, bare_tower
+
+
+def batch(sizes=(256, 1024, 4096), rounds=2):
+    """What the losses, and a step of the demo's tower, cost as the batch grows."""
+    for N in sizes:
+        arguments = inputs(N)
+        seconds = take_turns(rounds, ours=lambda x=arguments: ours(*x))["ours"]
+        yield row(f"HVC + HA, N = {N}, D = 1,024", seconds, "s")
+        yield row(f"HVC + HA, N = {N}: memory", in_a_process(peak, ours, N), "MiB")
+        whole, bare = steps(ModifiedResNet((1, 1, 1, 1), 16, 64, 64), N)
+        seconds = take_turns(rounds, whole=whole, bare=bare)
+        what = f"step, the demo's tower, N = {N}"
+        yield row(what, seconds["whole"], "s", seconds["bare"], "its tower alone")
 
 
 TOWERS = {  # (layers, width, dim, pixels), images, rounds, aim

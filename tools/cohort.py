@@ -77,12 +77,12 @@ def path_pattern(pattern, levels=data.LEVELS):
     try:
         compiled = re.compile(expression)
     except re.error as error:
-        raise ValueError(f"--pattern {pattern!r} is no regular expression: {error}") from error
+        raise ValueError(f"--pattern '{pattern}' is no regular expression: {error}") from error
     names = set(compiled.groupindex)
     may = [*levels[-2:0:-1], "label", "split"]
     if not {levels[-1]} <= names <= {levels[-1], *may}:
         raise ValueError(
-            f"--pattern {pattern!r} must name {levels[-1]}, and may name {', '.join(may)}; "
+            f"--pattern '{pattern}' must name {levels[-1]}, and may name {', '.join(may)}; "
             f"it names {', '.join(compiled.groupindex) or 'nothing'}"
         )
     return compiled
@@ -143,7 +143,7 @@ def index(root, pattern, label_level="", nested=False, partial=False, levels=dat
         examples = "".join(f"\n    {path}" for path in others[:3])
         remedy = ", or leave those out with --partial" if entries else ""
         raise ValueError(
-            f"{root}: {pattern!r} matches {len(entries)} image files and not {len(others)} others"
+            f"{root}: '{pattern}' matches {len(entries)} image files and not {len(others)} others"
             f"{examples}\nMend the pattern{remedy}"
         )
     if others:

@@ -53,7 +53,8 @@ class Cohort:
         self.starts = []  # members starts[l][g] to starts[l][g + 1] of level l are of group g
         for parent, names in zip(self.parents, self.groups):
             self.starts.append(np.searchsorted(parent, np.arange(len(names) + 1)))
-        self.patient = self.ids(np.arange(len(self)))[:, -1]  # [n]: the patient of each patch
+        ids = self.ids(np.arange(len(self)))
+        self.patient = ids[:, -1].copy()  # [n]: the patient of each patch
         self.present = np.unique(self.patient)  # the patients with patches here
 
     def __len__(self):
@@ -213,12 +214,13 @@ def build_cohort(root, entries, levels=LEVELS, val_fraction=0.2):
     number = {name: i for i, name in enumerate(groups[0])}
     slide = np.array([number[name] for name in slide_of], np.int32)
     order = np.argsort(slide, kind="stable")
+    names = np.array(list(names))  # the dict, which is much larger, is free from here on
     classes, label_number = np.unique(list(label_numbers), return_inverse=True)
     label = np.append(label_number, -1).astype(np.int32)[label_of]  # -1 looks up the last
     return Cohort(
         root,
         levels=tuple(levels),
-        names=np.array(list(names))[order],
+        names=names[order],
         parents=[slide[order], *parents],
         groups=groups,
         label=label[order],

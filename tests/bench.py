@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -382,7 +383,7 @@ def processes(numbers=(1, 2, 4), length=60):
             logged = [json.loads(line) for line in lines]
             speed = [line["images_per_s"] for line in logged if "images_per_s" in line][-1]
             one = one or speed
-            name = f"{number} processes {more}".strip()
+            name = f"processes: {number} {more}".strip()
             yield row(name, speed, "images/s", one, "one process")
 
 
@@ -398,7 +399,8 @@ def demo():
         clip = time.perf_counter()
         yield row("demo: CLIP", clip - tissue, "s")
         config = train.parse_config(["--cache", cache, "--out", os.path.join(cache, "run")])
-        train.train(config)
+        with redirect_stdout(sys.stderr):
+            train.train(config)
         yield row(f"demo: {config.steps} steps and their probes", time.perf_counter() - clip, "s")
         model, checkpoint = load_run(config.out)
         cohort = data.read_cohort(config.data)

@@ -198,7 +198,7 @@ def test_1_2_and_4_processes_train_alike(demo, tmp_path, align):
         assert len(values) == STEPS
         worst = max(abs(a - b) for a, b in zip(values, losses["1"]))
         print(f"{name} processes: largest difference of the loss from one process {worst:.1e}")
-        assert worst < 1e-4
+        assert worst < 1e-3  # of a loss of about 10: roundings grow from step to step
 
 
 def _seeds(rank, world, flags):

@@ -54,7 +54,7 @@ def take_turns(rounds, **functions):
 
 def row(what, ours, unit, beside=None, than="", aim=""):
     """A line of the table: our number, the one beside it, and what that is."""
-    ratio = None if beside is None else ours / beside
+    ratio = ours / beside if beside else None
     return {"what": what, "ours": ours, "unit": unit, "beside": beside, "than": than} | {
         "ratio": ratio,
         "aim": aim,

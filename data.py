@@ -1,484 +1,146 @@
-"""The data: a manifest becomes a cohort, a cohort batches of patches, a patch views.
+"""The data: a manifest becomes a cohort, a cohort batches of patches, a patch augmented views.
 
-A cohort is a folder with a manifest.csv: the columns path, patient and slide, and optionally label
-(of the patch) and split (of the patient: train, val or test). Paths are relative to the manifest.
-Pretraining needs no labels. `python -m tools.cohort` writes, checks and shows manifests. With other
-levels than patch, slide and patient there is a column for each but the finest, which is the image;
-what is said of patients here holds for the coarsest level, whatever it is called.
-
-One batch takes the road of this file from top to bottom (`load_views`, at its end):
+    python data.py [FOLDER]    one batch: its rows, its ids, and its views as a picture
 
     manifest.csv -> Cohort -> hierarchical_batch: rows -> decode: patches -> make_views: views
+
+A cohort is a folder with a manifest.csv: columns path, patient and slide, and optionally label (of
+the patch), split (of the patient: train, val or test) and root (of the paths; default: the
+manifest's folder). Pretraining needs no labels. `python -m tools.cohort` writes, checks and shows
+manifests. Other levels than patch, slide and patient have a column each, except the finest, which
+is the image; what is said of patients here then holds for the coarsest.
 """
 
 import csv
+import functools
 import hashlib
+import math
 import os
+import re
+import sys
+import tempfile
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImageSequence
+from torchvision.transforms.v2.functional import autocontrast, solarize
+from torchvision.utils import save_image
 
 from losses import LEVELS
 
 SPLITS = ("train", "val", "test")
 
 
-# ---------------------------------------------------------------------------------------- cohort
+def load_views(
+    cohort,
+    steps,
+    patients,
+    counts,
+    augmentation,
+    sizes,
+    seed=0,
+    device="cpu",
+    share=(0, 1),
+    workers=2,
+):
+    """Yields one batch per step: (images [n, 3, S, S] in [0, 1], ids {level: [n]}).
 
-
-@dataclass
-class Cohort:
-    """n patches in a hierarchy of L levels, fine to coarse, as arrays that all threads share.
-
-    A million patches take about 100 MB. Members of a group follow one another: patches are in the
-    order of slides, slides in the order of patients. In a part of a cohort, groups and classes keep
-    their numbers, rows do not.
+    steps: a range; a run begins with step 1. patients: in a global batch. counts: views of a patch,
+    patches of a slide, slides of a patient. sizes: pixels at which patches are decoded, and S.
+    share: (rank, world), which part of the patients is wanted. Rows are ordered by patient, slide,
+    patch and view. All randomness is a function of (seed, step, place in the batch): resuming needs
+    no state, and any number of processes makes the same batches.
     """
+    rank, world = share
+    places = range(rank * patients // world, (rank + 1) * patients // world)
+    read_size, image_size = sizes
+    views, *members = counts
 
-    root: str
-    levels: tuple  # L names, as LEVELS
-    names: np.ndarray  # [n] bytes: the path of each patch, relative to the root
-    parents: list  # L - 1 arrays: parents[0] [n] is the slide of each patch, then slide -> patient
-    groups: list  # L - 1 lists: the names of the slides, of the patients
-    label: np.ndarray  # [n] int32: the class of each patch, -1 where it has none
-    patient_split: np.ndarray  # [P] int8: of the coarsest level, an index into SPLITS
-    classes: list  # C names, sorted; empty without labels
+    def batches():
+        for step in steps:
+            yield hierarchical_batch(cohort, step, seed, patients, members, places).reshape(-1)
 
-    def __post_init__(self):
-        self.starts = []  # members starts[l][g] to starts[l][g + 1] of level l are of group g
-        for parent, names in zip(self.parents, self.groups):
-            self.starts.append(np.searchsorted(parent, np.arange(len(names) + 1)))
-        ids = self.ids(np.arange(len(self)))
-        self.patient = ids[:, -1].copy()  # [n]: the patient of each patch
-        self.present = np.unique(self.patient)  # the patients with patches here
-
-    def __len__(self):
-        return len(self.names)
-
-    def __str__(self):
-        counts = [len(np.unique(column)) for column in self.ids(np.arange(len(self))).T]
-        parts = [f"{count} {plural(level)}" for count, level in zip(counts, self.levels)]
-        return ", ".join(reversed(parts))
-
-    def name(self, row):
-        """The path of a patch as it stands in the manifest."""
-        return self.names[row].decode()
-
-    def path(self, row):
-        """Where a patch is on disk."""
-        return os.path.join(self.root, self.name(row))
-
-    @property
-    def split(self):
-        """[n]: the split of each patch, an index into SPLITS."""
-        return self.patient_split[self.patient]
-
-    def ids(self, rows):
-        """rows [n] -> ids [n, L]: the patch, slide and patient of each, as the losses want them."""
-        columns = [rows]
-        for parent in self.parents:
-            columns.append(parent[columns[-1]])
-        return np.stack(columns, axis=1)
-
-    def group_names(self, row):
-        """The names of the groups that a row is in, coarse to fine."""
-        numbers = self.ids(np.array([row]))[0, 1:]
-        return [names[number] for names, number in zip(self.groups, numbers)][::-1]
-
-    def select(self, rows):
-        """The cohort of these rows alone: ascending numbers, or a mask."""
-        parents = [self.parents[0][rows], *self.parents[1:]]
-        return replace(self, names=self.names[rows], parents=parents, label=self.label[rows])
-
-    def digests(self):
-        """{what: SHA-256} of all that a run depends on, so not of where the folder is."""
-        parts = {
-            "paths of patches": self.names.tobytes(),
-            "slides and patients": repr([self.levels, self.groups]).encode()
-            + b"".join(parent.tobytes() for parent in self.parents),
-            "labels": repr(self.classes).encode() + self.label.tobytes(),
-            "splits": self.patient_split.tobytes(),
-        }
-        return {what: hashlib.sha256(content).hexdigest() for what, content in parts.items()}
-
-    def restrict(self, split):
-        """The patches of the patients in a split. Raises ValueError when there are none."""
-        rows = np.flatnonzero(self.split == SPLITS.index(split))
-        if len(rows) == 0:
-            remedy = "add patients, or a column split to the manifest"
-            raise ValueError(f"{self.root}: no patient is in the split {split!r}: {remedy}")
-        return self.select(rows)
+    for step, (rows, patches) in zip(steps, load_batches(cohort, batches(), read_size, workers)):
+        n = len(rows) * views // len(places)  # views at each place
+        numbers = view_parameters(AUGMENTATIONS[augmentation], seed, step, places, n)
+        patches = patches.to(device, non_blocking=True)
+        images = make_views(patches, numbers, image_size, seed_of("noise", seed, step))
+        ids = torch.from_numpy(cohort.ids(rows)).to(device)  # [patches, L]
+        ids = dict(zip(cohort.levels, ids.repeat_interleave(views, dim=0).T))
+        yield images.contiguous(memory_format=torch.channels_last), ids
 
 
-def hash_split(patients, val_fraction=0.2):
-    """[P] int8, indices into SPLITS, by the hash of P patients' names: the same on every machine.
+def seed_of(stream, *numbers):
+    """A seed in [0, 2^63) that is a function of a stream's name and some integers.
 
-    If chance leaves nobody in val (in train), the one with the lowest (highest) hash goes there.
+    The name keeps streams apart: batches, views, noise, weights and dropout never share a seed.
     """
-    digests = [hashlib.sha256(name.encode()).hexdigest() for name in patients]
-    value = np.array([int(digest[:12], 16) / 2**48 for digest in digests])  # in [0, 1)
-    split = (value < val_fraction).astype(np.int8)
-    if len(patients) > 1:
-        split[value.argmin()] = 1
-        split[value.argmax()] = 0
-    return split
-
-
-def find_manifest(root):
-    """The manifest of a cohort's folder, or the file that it is. Raises FileNotFoundError."""
-    manifest = str(root) if str(root).endswith(".csv") else os.path.join(root, "manifest.csv")
-    if not os.path.exists(manifest):
-        remedy = "a cohort needs one; python -m tools.cohort --help says how to make it"
-        raise FileNotFoundError(f"{manifest} does not exist: {remedy}")
-    return manifest
-
-
-def plural(level):
-    """A level's name for several: patches, slides."""
-    return level + ("es" if level.endswith("ch") else "s")
-
-
-def read_cohort(root, levels=LEVELS, val_fraction=0.2):
-    """A folder with a manifest.csv, or another manifest (.csv) -> Cohort.
-
-    levels: fine to coarse; each but the first is a column. val_fraction: share of the patients held
-    out where there is no split column. Raises ValueError, with file and line, for a missing column,
-    an empty field, other bytes than UTF-8, a path that leaves the folder, a path twice, a slide
-    under two patients, and a patient in two splits.
-    """
-    manifest = find_manifest(root)
-    folder = os.path.dirname(os.path.abspath(manifest))
-    return build_cohort(folder, read_manifest(manifest, levels), levels, val_fraction)
-
-
-def read_manifest(manifest, levels=LEVELS):
-    """Yields (file and line, path, patient, slide, label, split); a column not there gives ""."""
-    columns = ["path", *reversed(levels[1:]), "label", "split"]
-    with open(manifest, newline="", encoding="utf-8-sig", errors="replace") as file:
-        reader = csv.reader(file)
-        header = [column.strip() for column in next(reader, [])]
-        missing = [column for column in columns[:-2] if column not in header]
-        if missing:
-            remedy = "name them in small letters, with commas (no ; or tab) between, in UTF-8"
-            found = f"{manifest}, line 1 is {','.join(header)!r}"
-            raise ValueError(f"{found}: no column {', '.join(missing)}; {remedy}")
-        if levels[0] in header:
-            remedy = f"--levels is fine to coarse: put the image, as patch, before {levels[0]}"
-            raise ValueError(f"{manifest} has a column {levels[0]}: {remedy}")
-        places = [header.index(column) if column in header else -1 for column in columns]
-        for row in filter(None, reader):  # without empty lines
-            where = f"{manifest}, line {reader.line_num}"
-            if "\ufffd" in "".join(row):  # what stands for bytes that are not UTF-8
-                raise ValueError(f"{where}: {','.join(row)!r} is not UTF-8: save it as CSV UTF-8")
-            if len(row) != len(header):
-                raise ValueError(f"{where}: {len(row)} fields, but {len(header)} columns in line 1")
-            row.append("")  # what place -1 looks up
-            yield where, *(row[place].strip() for place in places)
-
-
-def build_cohort(root, entries, levels=LEVELS, val_fraction=0.2):
-    """Lines of a manifest -> Cohort. entries: as `read_manifest` yields them. Raises as it says."""
-    names = {}  # path: None; a dict, for its keys keep their order and are found at once
-    chains = {}  # slide: [patient, slide], the names of all that it is in
-    label_numbers = {}
-    patient_splits = {}
-    slide_of = []  # for each patch, its slide
-    label_of = []
-    for where, path, *chain, label, split in entries:
-        check_entry(root, where, path, chain, split)
-        name = path.encode()
-        slide = chain[-1]
-        if name in names:
-            raise ValueError(f"{where}: the path {path!r} stands here a second time")
-        if chains.setdefault(slide, chain) != chain:
-            both = f"in {chains[slide][:-1]} above and in {chain[:-1]} here"
-            remedy = "name two of them differently (tools.cohort index --nested does)"
-            raise ValueError(f"{where}: the {levels[1]} {slide!r} is {both}: {remedy}")
-        patient = chain[0]
-        if patient_splits.setdefault(patient, split) != split:
-            both = f"{patient_splits[patient]!r} above and in {split!r} here"
-            raise ValueError(f"{where}: {patient!r} is in {both}; all of it must be on one side")
-        names[name] = None
-        slide_of.append(chains[slide][-1])  # one string for all patches of the slide
-        label_of.append(label_numbers.setdefault(label, len(label_numbers)) if label else -1)
-    if not names:
-        raise ValueError(f"{root}: the cohort has no patches")
-
-    # From the order of appearance to the order of names.
-    parents, groups = sort_groups(root, chains.values(), levels)
-    number = {name: i for i, name in enumerate(groups[0])}
-    slide = np.array([number[name] for name in slide_of], np.int32)
-    order = np.argsort(slide, kind="stable")
-    names = np.array(list(names))  # the dict, which is much larger, is free from here on
-    classes, label_number = np.unique(list(label_numbers), return_inverse=True)
-    label = np.append(label_number, -1).astype(np.int32)[label_of]  # -1 looks up the last
-    return Cohort(
-        root,
-        levels=tuple(levels),
-        names=names[order],
-        parents=[slide[order], *parents],
-        groups=groups,
-        label=label[order],
-        patient_split=splits_of(root, groups[-1], patient_splits, val_fraction),
-        classes=classes.tolist(),
-    )
-
-
-def sort_groups(root, chains, levels):
-    """parents and groups as of Cohort, sorted by name, but without the parents of the patches.
-
-    chains: [patient, slide] of each slide. Raises ValueError for a name that stands in two groups.
-    """
-    parents = []
-    groups = []
-    chains = sorted(map(tuple, chains))
-    for level in levels[1:]:
-        groups.append([chain[-1] for chain in chains])
-        name, times = Counter(groups[-1]).most_common(1)[0]
-        if times > 1:
-            raise ValueError(f"{root}: {times} different {plural(level)} are called {name!r}")
-        above = [chain[:-1] for chain in chains]
-        chains = sorted(set(above))
-        number = {chain: i for i, chain in enumerate(chains)}
-        parents.append(np.array([number[chain] for chain in above], np.int32))
-    return parents[:-1], groups  # nothing is above the patients
-
-
-def check_entry(root, where, path, chain, split):
-    """Raises ValueError for a line of a manifest that is wrong by itself."""
-    if not (path and all(chain)):
-        raise ValueError(f"{where}: only label and split may be empty")
-    parts = path.replace("\\", "/").split("/")
-    if parts[0] == "" or parts[0].endswith(":") or ".." in parts:  # C: is Windows' root
-        raise ValueError(f"{where}: the path {path!r} leaves {root}; use paths relative to it")
-    if "" in parts or "." in parts or "\\" in path:  # one file could stand under two names
-        plain = "/".join(part for part in parts if part not in ("", "."))
-        raise ValueError(f"{where}: the path {path!r} must be written {plain!r}")
-    if split and split not in SPLITS:
-        raise ValueError(f"{where}: the split {split!r} is none of {', '.join(SPLITS)}")
-
-
-def splits_of(root, patients, patient_splits, val_fraction):
-    """[P] int8, indices into SPLITS: as the manifest says, or by hash where it says nothing."""
-    without = [name for name in patients if not patient_splits[name]]
-    if len(without) == len(patients):
-        return hash_split(patients, val_fraction)
-    if without:
-        raise ValueError(f"{root}: some patients have a split, but {without[0]!r} has none")
-    return np.array([SPLITS.index(patient_splits[name]) for name in patients], np.int8)
+    words = " ".join([stream, *(str(int(number)) for number in numbers)])
+    return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big") >> 1
 
 
 # --------------------------------------------------------------------------------------- batches
 
 
+def hierarchical_batch(cohort, step, seed, patients, counts=(2, 2), places=None):
+    """The patches of one batch: rows [patients, slides of a patient, patches of a slide].
+
+    counts: patches of a slide, slides of a patient. places: the part of the batch that is wanted
+    (default: all `patients` places). A patient with too few slides contributes one of them twice,
+    with different patches if it has enough; the losses recognise repeats by id.
+    """
+    batch = batch_patients(cohort, step, seed, patients)
+    top = len(cohort.levels) - 1
+    rows = []
+    for place in range(patients) if places is None else places:
+        rng = np.random.default_rng(seed_of("patches", seed, step, place))
+        rows.append(draw_below(cohort, rng, top, batch[place], 1, counts))
+    return np.concatenate(rows)
+
+
 def batch_patients(cohort, step, seed, patients):
-    """The patients of one global batch, [patients], all different. A pure function of (seed, step).
+    """The patients of one batch, [patients], all different; step 1 is the first.
 
-    An epoch is a shuffle of all patients, cut into whole batches; the rest waits for the next.
+    An epoch is one shuffle of all patients cut into whole batches; the rest is left over.
     """
-    epoch, place = divmod(step, len(cohort.present) // patients)
-    order = np.random.default_rng((seed, epoch)).permutation(cohort.present)
-    return order[place * patients : (place + 1) * patients]
+    epoch, place = divmod(step - 1, len(cohort.present) // patients)
+    order = shuffle(len(cohort.present), seed, epoch)
+    return cohort.present[order[place * patients : (place + 1) * patients]]
 
 
-def class_patients(cohort):
-    """The patients by class, a list of arrays. ValueError for one without one label."""
-    groups = {}
-    for patient in cohort.present:
-        first, last = np.searchsorted(cohort.patient, (patient, patient + 1))
-        labels = np.unique(cohort.label[first:last])
-        if len(labels) > 1 or labels[0] < 0:
-            found = " and ".join(cohort.classes[label] for label in labels if label >= 0)
-            name = cohort.groups[-1][patient]
-            remedy = "leave the flag out, or label by patient"
-            raise ValueError(f"--balance-classes: {name!r} has {found or 'none'}: {remedy}")
-        groups.setdefault(labels[0], []).append(patient)
-    return [np.array(group) for _, group in sorted(groups.items())]
-
-
-def balanced_patients(groups, step, seed, patients):
-    """As `batch_patients`, but the classes take turns, each through its own shuffles.
-
-    groups: of `class_patients`. A class of few patients comes round sooner, perhaps twice in a
-    batch; the losses know repeats by their id.
-    """
-    batch = []
-    for place in range(step * patients, (step + 1) * patients):
-        turn, label = divmod(place, len(groups))
-        group = groups[label]
-        epoch, number = divmod(turn, len(group))
-        order = np.random.default_rng((seed, epoch, label)).permutation(group)
-        batch.append(order[number])
-    return np.array(batch)
-
-
-def draw(rng, low, high, count):
-    """`count` of the integers low to high - 1: distinct if there are enough, else evenly often."""
-    if high - low >= count:
-        return low + rng.choice(high - low, count, replace=False)
-    return low + np.resize(rng.permutation(high - low), count)
+@functools.lru_cache(maxsize=2)
+def shuffle(n, seed, epoch):
+    """A permutation of n, made once an epoch."""
+    return np.random.default_rng(seed_of("epoch", seed, epoch)).permutation(n)
 
 
 def draw_below(cohort, rng, level, group, times, counts):
-    """Patches below a group of a level (1: slide), drawn several times: [times, *counts]."""
+    """Patches below one group of a level (1: slide), drawn `times` times: [times, ..., counts[0]].
+
+    Members are drawn without replacement if possible, otherwise cycling.
+    """
     low, high = cohort.starts[level - 1][group : group + 2]
-    drawn = draw(rng, low, high, times * counts[0]).reshape(times, counts[0])
+    count = times * counts[level - 1]
+    if high - low >= count:
+        drawn = low + rng.choice(high - low, count, replace=False)
+    else:
+        drawn = low + np.resize(rng.permutation(high - low), count)
+    drawn = drawn.reshape(times, counts[level - 1])
     if level == 1:
         return drawn
-    rows = np.empty((times, *counts), np.int64)
+    rows = np.empty((times, *counts[level - 1 :: -1]), np.int64)
     for member in np.unique(drawn):
-        places = drawn == member  # several, if it was drawn several times
-        rows[places] = draw_below(cohort, rng, level - 1, member, places.sum(), counts[1:])
+        places = drawn == member  # several where the member was drawn several times
+        rows[places] = draw_below(cohort, rng, level - 1, member, places.sum(), counts)
     return rows
 
 
-def hierarchical_batch(cohort, step, seed, patients, counts=(2, 2), groups=None):
-    """The patches of one global batch: rows [patients, *counts], counts of slides and of patches.
-
-    A pure function of (seed, step), so that resuming needs no state. A patient with too few slides
-    gives one twice (with different patches if it has enough), a slide with too few patches gives
-    one twice; the losses know repeats by their id. groups: of `class_patients`, to balance them.
-    """
-    rng = np.random.default_rng((seed, step, 1))
-    if groups:
-        batch = balanced_patients(groups, step, seed, patients)
-    else:
-        batch = batch_patients(cohort, step, seed, patients)
-    top = len(cohort.levels) - 1
-    return np.concatenate([draw_below(cohort, rng, top, p, 1, counts) for p in batch])
-
-
-# -------------------------------------------------------------------------------------- decoding
-
-
-BITS_PER_SAMPLE = 258  # TIFF's tag
-
-
-def decode(path, size=None):
-    """The pixels of an image file: uint8 [3, size, size].
-
-    A TIFF of two 16-bit frames, as OpenSRH has them, gives uint16 [2, size, size]. The short side
-    is brought to `size` and the middle is kept; without a size, [C, H, W] as stored. Raises
-    ValueError, with the path, for a damaged file and for what is neither.
-    """
-    try:
-        with Image.open(path) as image:
-            deep = image.mode[0] in "IF"
-            if image.format == "TIFF":  # Pillow reads three 16-bit samples as if they had 8
-                deep |= image.n_frames > 1 or max(image.tag_v2.get(BITS_PER_SAMPLE, (8,))) > 8
-            if deep:
-                return two_planes(image, size)
-            if size:
-                image.draft("RGB", (size, size))  # a JPEG is decoded smaller, never below `size`
-            return fit(image.convert("RGB"), size).transpose(2, 0, 1)
-    except Exception as error:  # a damaged file also makes Pillow raise KeyError and TypeError
-        remedy = "restore it or take it out of the manifest"
-        raise ValueError(f"{path} cannot be read ({error}): {remedy}") from error
-
-
-def two_planes(image, size):
-    """Two 16-bit frames -> uint16 [2, size, size]. Raises ValueError for any other layout."""
-    frames = getattr(image, "n_frames", 1)
-    layouts = set()
-    for frame in range(frames):
-        image.seek(frame)
-        layouts.add(f"{image.width} x {image.height}, {image.mode}")
-    layout = " and ".join(sorted(layouts))
-    if frames != 2 or len(layouts) != 1 or "I;16" not in layout:
-        known = "only 8-bit images and two 16-bit frames (I;16) of one size are understood"
-        raise ValueError(f"{frames} frames of {layout}; {known}")
-    planes = []
-    for frame in (0, 1):
-        image.seek(frame)
-        plane = np.asarray(image)
-        if size and image.size != (size, size):  # as float32, which Pillow can resize
-            plane = fit(Image.fromarray(plane.astype(np.float32)), size).clip(0, 65535).round()
-        planes.append(plane.astype(np.uint16))
-    return np.stack(planes)
-
-
-def fit(image, size):
-    """A Pillow image -> array: the middle square at size x size; without a size, as it is."""
-    if size and image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image)
-
-
-def short_side(cohort, number=100, quiet=False):
-    """The commonest short side, in pixels, of so many patches spread over the cohort.
-
-    Reads their headers alone, and raises as `decode`. Prints a line where sides differ.
-    """
-    sides = []
-    for row in np.unique(np.linspace(0, len(cohort) - 1, number).astype(int)):
-        try:
-            with Image.open(cohort.path(row)) as image:
-                sides.append(min(image.size))
-        except Exception:
-            decode(cohort.path(row))  # says what is wrong with it
-    side, times = Counter(sides).most_common(1)[0]
-    if times < len(sides) and not quiet:
-        others = f"{len(sides) - times} of {len(sides)} patches looked at have another short side"
-        print(f"{others} than {side} pixels: {min(sides)} to {max(sides)}")
-    return side
-
-
-def load_batches(cohort, batches, size, workers=2, ahead=3):
-    """Decodes patches in the background. Yields (rows, images [n, ...] as of `decode`) in order.
-
-    batches: arrays of rows. size: as of `decode`, which raises. ahead: batches in preparation.
-    Threads, not processes: Pillow decodes outside of the interpreter's lock, and threads share the
-    cohort, not copy it.
-    """
-
-    def collect(rows, futures):
-        images = [future.result() for future in futures]
-        for row, image in zip(rows, images):
-            if image.dtype != images[0].dtype:
-                paths = f"{cohort.path(rows[0])} and {cohort.path(row)}"
-                raise ValueError(f"{paths}: one has 8 bits, one 16: make a cohort of each")
-        return rows, torch.from_numpy(np.stack(images))
-
-    with ThreadPoolExecutor(workers) as pool:
-        queue = deque()
-        for rows in batches:
-            queue.append((rows, [pool.submit(decode, cohort.path(row), size) for row in rows]))
-            if len(queue) > ahead:
-                yield collect(*queue.popleft())
-        while queue:
-            yield collect(*queue.popleft())
-
-
-def intensities(images):
-    """Pixels of `decode` -> float32 [n, 3, H, W] in [0, 1].
-
-    Two 16-bit planes [n, 2, H, W] are stimulated Raman histology: CH2 (lipid) and CH3 (protein and
-    DNA). Their three channels are CH3 - CH2 + 5000 / 65536, CH2 and CH3.
-    """
-    if images.dtype == torch.uint8:
-        return images.float().div(255)
-    ch2, ch3 = images.float().div_(65536).unbind(dim=1)
-    return torch.stack([(ch3 - ch2 + 5000 / 65536).clamp(0, 1), ch2, ch3], dim=1)
-
-
-def channel_statistics(cohort, size, patches=256, workers=2):
-    """Mean and standard deviation of each channel in [0, 1], of so many patches: two lists."""
-    rows = np.sort(np.random.default_rng(0).permutation(len(cohort))[:patches])
-    moments = []  # the means of x and of x^2, [2, n, 3]
-    batches = np.array_split(rows, -(-len(rows) // 16))
-    for _, images in load_batches(cohort, batches, size, workers):
-        x = intensities(images).double()
-        moments.append(torch.stack([x.mean(dim=(2, 3)), x.square().mean(dim=(2, 3))]))
-    mean, mean_square = torch.cat(moments, dim=1).mean(dim=1)
-    return mean.tolist(), (mean_square - mean**2).clamp(min=1e-6).sqrt().tolist()
-
-
-# ---------------------------------------------------------------------------------- augmentation
+# ------------------------------------------------------------------------------------------ views
 
 # Optical density of haematoxylin, eosin and the rest in red, green, blue (Ruifrok, Johnston 2001).
 STAINS = torch.tensor([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]])
@@ -501,7 +163,7 @@ STRONG |= {  # with these the paper's list, each with probability 1/2 as in its 
     "crop": (0.5, 0.2, 1.0),
     "rotate": (0.5, -10, 10),
     "autocontrast": (0.5, 1, 1),  # each channel stretched to [0, 1]
-    "solarise": (0.5, 0.2, 0.2),  # threshold: what is above is inverted
+    "solarise": (0.5, 0.2, 0.2),  # threshold above which values are inverted
     "sharpen": (0.5, 1, 1),
     "blur": (0.5, 1, 1),
     "noise": (0.5, 0.01, 0.1),
@@ -509,70 +171,139 @@ STRONG |= {  # with these the paper's list, each with probability 1/2 as in its 
 }
 AUGMENTATIONS = {
     "demo": DEMO,
-    "strong-srh": STRONG,  # the channels of SRH are no colours: nothing mixes them
-    # H&E varies in its stains, not in hue as such. On white, a threshold of 0.2 would invert
-    # everything; 0.9 inverts the glass.
+    "strong-srh": STRONG,  # the channels of SRH are not colours, so nothing mixes them
+    # H&E varies in its stains, not in hue as such. On a white background a threshold of 0.2 would
+    # invert everything; 0.9 inverts the glass.
     "strong": STRONG
     | {"stain": (0.5, 0.7, 1.3), "background": (0.5, -0.05, 0.05), "solarise": (0.5, 0.9, 0.9)},
     "weak": {"flip": (0.5, 0, 0)},  # HiDisc's
 }
+NUMBERS = 64  # uniform random numbers a view; a new transform may take what is left of them
+READ_AT = 1.3  # pixels at which a patch is read, of those of a view: crops neither alias nor blur
+WINDOWS = 2**18  # places in the batch's field of noise where a view's window may begin
 
 
-def seed_of(*numbers):
-    """One seed that is a function of several numbers, as the run's seed and the step."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+def view_parameters(augmentation, seed, step, places, views):
+    """The random numbers behind the views of some places in a batch: {name: [n, ...]} on the CPU.
 
-
-def view_parameters(n, seed, step, augmentation=DEMO):
-    """The random numbers behind n views, {name: [n, ...]} on the CPU.
-
-    A pure function of (seed, step). Where a transform is not drawn, its value is the neutral one.
-    Draw for the global batch and let each process take its rows: then the views do not depend on
-    the number of processes.
+    views: how many at each place, so n = len(places) x views. A transform that is not drawn gets
+    its neutral value. Each place has its own generator, so a process draws for its patients alone.
     """
-    generator = torch.Generator().manual_seed(seed_of(seed, step))
+    numbers = []
+    for place in places:
+        generator = torch.Generator().manual_seed(seed_of("views", seed, step, place))
+        numbers.append(torch.rand(views, NUMBERS, generator=generator))
+    columns = iter(torch.cat(numbers).T)
 
-    def random(*shape):
-        return torch.rand(n, *shape, generator=generator)
+    def random(k=1):  # [n], or [n, k]
+        return next(columns) if k == 1 else torch.stack([next(columns) for _ in range(k)], dim=1)
 
-    def drawn(name, neutral, *shape):
+    def drawn(name, neutral, k=1):
         probability, low, high = augmentation.get(name, (0, neutral, neutral))
-        chosen = (random() < probability).view(n, *[1] * len(shape))
-        return torch.where(chosen, low + (high - low) * random(*shape), float(neutral))
+        chosen = random() < probability
+        values = low + (high - low) * random(k)
+        return torch.where(chosen if k == 1 else chosen[:, None], values, float(neutral))
 
+    # The crop's area is uniform; so is the log of its aspect, up to 4/3 and as far as it fits.
     area = drawn("crop", 1)
-    aspect = (4 / 3) ** ((2 * random() - 1) * (area < 1))
-    size = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], dim=1).clamp(max=1)
+    widest = (-area.log()).clamp(max=math.log(4 / 3))
+    aspect = ((2 * random() - 1) * widest).exp()
+    size = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], dim=1)
     flip_probability, _, _ = augmentation.get("flip", (0, 0, 0))
-    parameters = {"size": size}  # width and height of the crop, of the patch's side
+    parameters = {"size": size}  # width and height of the crop as shares of the patch
     parameters["centre"] = (2 * random(2) - 1) * (1 - size) + 2 * drawn("translate", 0, 2)
     parameters["flip"] = 1 - 2 * (random(2) < flip_probability).float()
-    parameters["angle"] = drawn("rotate", 0)
     parameters["stain"] = drawn("stain", 1, 3)
     parameters["background"] = drawn("background", 0, 3)
     parameters["hole"] = random(2)  # where `erase` acts
-    parameters["corner"] = (64 * random(2)).int()  # where the view's window of noise begins
-    parameters["brightness"] = drawn("brightness", 1)
-    parameters["contrast"] = drawn("contrast", 1)
-    for name in ("autocontrast", "solarise", "sharpen", "blur", "noise", "erase"):
+    parameters["window"] = (WINDOWS * random()).int()  # where the view's noise begins
+    for name in ("brightness", "contrast"):
+        parameters[name] = drawn(name, 1)
+    for name in ("rotate", "autocontrast", "solarise", "sharpen", "blur", "noise", "erase"):
         parameters[name] = drawn(name, 0)
     return parameters
 
 
-def resample(x, size, parameters):
-    """Crop, shift, flip and rotate, as one affine map and one bilinear look-up.
+def make_views(images, parameters, size, noise_seed=0):
+    """The views of a batch of patches, made on its device: float32 [n V, 3, size, size] in [0, 1].
 
-    x: [n, 3, H, W]. Returns [n, 3, size, size].
+    images: [n, ...], as returned by decode(). parameters: of n V views (`view_parameters`); the V
+    views of a patch follow one another.
     """
-    angle = torch.deg2rad(parameters["angle"])
+    V = len(parameters["rotate"]) // len(images)
+    out = torch.empty(len(images) * V, 3, size, size, device=images.device)
+    # One field of white noise serves the whole batch and each view takes a window of it: drawing
+    # noise for every pixel would be slow.
+    generator = torch.Generator().manual_seed(noise_seed)
+    noise = torch.randn(3 * size * size + WINDOWS, generator=generator)
+    noise = noise.to(images.device, non_blocking=True)
+    # A few patches at a time stay in a CPU's cache, which is several times as fast; a GPU takes
+    # the whole batch.
+    some = len(images) if out.is_cuda else max(1, 2**18 // (V * 3 * size * size))
+    for first in range(0, len(images), some):
+        part = slice(first * V, (first + some) * V)
+        mine = {name: value[part] for name, value in parameters.items()}
+        torch.clamp(augment(images[first : first + some], mine, size, noise), 0, 1, out=out[part])
+    return out
+
+
+def augment(images, parameters, size, noise):
+    """`make_views` for a few patches: one transform after the other."""
+    moved = {name: value.to(images.device, non_blocking=True) for name, value in parameters.items()}
+    V = len(parameters["rotate"]) // len(images)
+    x = intensities(images)[:, None].expand(-1, V, -1, -1, -1).flatten(0, 1)
+
+    def where_drawn(name, transform, *arguments):
+        """transform(x, parameters of these names), on the views for which `name` was drawn."""
+        rows = parameters[name].nonzero()[:, 0]  # on the CPU: no waiting for a GPU
+        if len(rows):
+            rows = rows.to(x.device, non_blocking=True)
+            values = [moved[argument][rows] for argument in arguments]
+            x.index_copy_(0, rows, transform(x.index_select(0, rows), *values))
+
+    # Geometry, then colour, then what a camera does.
+    x = resample(x, size, moved)
+    if (parameters["stain"] != 1).any() or parameters["background"].any():
+        x = stain_jitter(x, moved["stain"], moved["background"])
+    brightness = moved["brightness"][:, None, None, None]
+    contrast = moved["contrast"][:, None, None, None]
+    x *= brightness * contrast
+    x += x.mean(dim=(1, 2, 3), keepdim=True) * (1 / contrast - 1)
+    where_drawn("autocontrast", autocontrast)
+    where_drawn("solarise", lambda x, threshold: solarize(x, float(threshold[0])), "solarise")
+    where_drawn("sharpen", sharpen)
+    where_drawn("blur", blur, "blur")
+    for view in parameters["noise"].nonzero()[:, 0].tolist():
+        start = int(parameters["window"][view])
+        window = noise[start : start + x[view].numel()].view_as(x[view])
+        x[view].add_(window, alpha=parameters["noise"][view].item())
+    where_drawn("erase", erase, "erase", "hole")
+    return x
+
+
+def intensities(images):
+    """Pixels as returned by decode() -> float32 [n, 3, H, W] in [0, 1].
+
+    Two 16-bit planes [n, 2, H, W] are stimulated Raman histology: CH2 (lipid) and CH3 (protein and
+    DNA). They become the three channels CH3 - CH2 + 5000 / 65536, CH2 and CH3.
+    """
+    if images.dtype == torch.uint8:
+        return images.float().div(255)
+    ch2, ch3 = images.float().div_(65536).unbind(dim=1)
+    return torch.stack([(ch3 - ch2 + 5000 / 65536).clamp(0, 1), ch2, ch3], dim=1)
+
+
+def resample(x, size, parameters):
+    """Crop, shift, flip and rotate: one affine map, one bilinear look-up. Returns [n, 3, size, size]."""
+    angle = torch.deg2rad(parameters["rotate"])
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1)
     scale = parameters["size"] * parameters["flip"]  # [n, 2]
     affine = turn.view(-1, 2, 2) * scale[:, None]  # output -> input coordinates, both in [-1, 1]
-    place = (2 * torch.arange(size, device=x.device) + 1) / size - 1  # the middles of pixels
+    place = (2 * torch.arange(size, device=x.device) + 1) / size - 1  # the centres of pixels
     across = affine[:, :, 0, None] * place
     down = affine[:, :, 1, None] * place + parameters["centre"][:, :, None]
     grid = across[:, :, None, :] + down[:, :, :, None]  # [n, 2, size, size]
-    grid = grid.permute(0, 2, 3, 1)  # as of F.affine_grid, which takes 30 times as long
+    grid = grid.permute(0, 2, 3, 1)  # same layout as F.affine_grid, 30x faster
     return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
 
@@ -590,59 +321,37 @@ def stain_jitter(x, factor, shift):
     return density.neg().exp().view_as(x)
 
 
-# The next four are torchvision's autocontrast, solarize, adjust_sharpness(x, 2) and gaussian_blur,
-# 5 to 30 times as fast, with a threshold or sigma for each image.
-
-
-def autocontrast(x):
-    """Each channel stretched to [0, 1]; a constant one stays. x: [n, C, H, W]."""
-    low = x.amin(dim=(2, 3), keepdim=True)
-    high = x.amax(dim=(2, 3), keepdim=True)
-    constant = high <= low
-    return (x - low * ~constant).div_((high - low) + constant)
-
-
-def solarise(x, threshold):
-    """Inverts what is at the threshold [n] or above it. x: [n, C, H, W] in [0, 1]."""
-    above = x.clone().ge_(threshold[:, None, None, None])  # 0 or 1
-    return above.mul_(torch.rsub(x, 1, alpha=2)).add_(x)  # x + above (1 - 2 x)
-
-
 def sharpen(x):
-    """Adds what a 3 x 3 blur takes away; the outermost pixels stay. x: [n, C, H, W] in [0, 1].
+    """torchvision's adjust_sharpness(x, 2), 8 times as fast. x: [n, C, H, W] in [0, 1].
 
-    x + (x - blurred),  blurred = (sum of the 3 x 3 neighbours + 4 x) / 13
+    x + (x - blurred),  blurred = (sum of the 3 x 3 neighbours + 4 x) / 13; the border stays.
     """
-    rows = x[..., :-2, :] + x[..., 1:-1, :]
-    rows += x[..., 2:, :]
-    box = rows[..., :-2] + rows[..., 1:-1]
-    box += rows[..., 2:]  # the sum of the neighbours
     out = x.clone()
-    out[..., 1:-1, 1:-1].mul_(22 / 13).sub_(box, alpha=1 / 13)
+    out[..., 1:-1, 1:-1] = (22 * x[..., 1:-1, 1:-1] - 9 * F.avg_pool2d(x, 3, stride=1)) / 13
     return out.clamp_(0, 1)
 
 
 def blur(x, sigma):
-    """Gaussian blur, 5 x 5, reflected at the border. x: [n, C, H, W]. sigma: [n] pixels."""
+    """Gaussian blur, 5 x 5, reflected at the border; sigma [n] in pixels. x: [n, C, H, W]."""
     weight = torch.exp(-(torch.arange(3, device=x.device) ** 2) / (2 * sigma[:, None] ** 2))
     weight = weight / (2 * weight.sum(dim=1, keepdim=True) - 1)  # [n, 3]
-    middle, next_to_it, outer = weight.T[:, :, None, None, None]
+    middle, inner, outer = weight.T[:, :, None, None, None]
     x = F.pad(x, (2, 2, 2, 2), mode="reflect")
     for _ in range(2):  # along the rows, then along the columns
         y = middle * x[..., 2:-2]
-        y.addcmul_(next_to_it, x[..., 1:-3] + x[..., 3:-1])
+        y.addcmul_(inner, x[..., 1:-3] + x[..., 3:-1])
         y.addcmul_(outer, x[..., :-4] + x[..., 4:])
         x = y.mT
     return x
 
 
 def erase(x, area, hole):
-    """A square of this area inside the image gets the image's mean.
+    """Fills a square with the image's mean.
 
-    x: [n, C, H, W]. area: [n], a share of the image. hole: [n, 2] in [0, 1], where the square is.
+    x: [n, C, H, W]. area: [n], the square's share of the image. hole: [n, 2] in [0, 1], its place.
     """
     side = area.sqrt()[:, None]
-    middle = side / 2 + hole * (1 - side)  # [n, 2]: nothing of the square is outside
+    middle = side / 2 + hole * (1 - side)  # [n, 2]: the whole square lies inside
     place = (torch.arange(x.shape[-1], device=x.device) + 0.5) / x.shape[-1]
     distance = (place - middle[:, :, None]).abs()  # [n, 2, W]
     inside = (distance < side[:, :, None] / 2).to(x)
@@ -650,66 +359,10 @@ def erase(x, area, hole):
     return torch.lerp(x, x.mean(dim=(1, 2, 3), keepdim=True), inside)
 
 
-def make_views(images, parameters, size, noise_seed=0):
-    """The views of a batch of patches, made on its device: float32 [n V, 3, size, size] in [0, 1].
-
-    images: of `decode`, [n, ...]. parameters: of n V views (`view_parameters`); the V views of a
-    patch follow one another.
-    """
-    V = len(parameters["angle"]) // len(images)
-    out = torch.empty(len(images) * V, 3, size, size, device=images.device)
-    # One field of white noise serves the batch, and each view takes a window of it: to draw noise
-    # for every pixel is slow.
-    generator = torch.Generator().manual_seed(noise_seed)
-    noise = torch.randn(3, size + 64, size + 64, generator=generator)
-    noise = noise.to(images.device, non_blocking=True)
-    # A few patches at a time stay in a CPU's cache, which is several times as fast; a GPU takes
-    # the batch at once.
-    some = len(images) if out.is_cuda else max(1, 2**18 // (V * 3 * size * size))
-    for first in range(0, len(images), some):
-        part = slice(first * V, (first + some) * V)
-        mine = {name: value[part] for name, value in parameters.items()}
-        torch.clamp(augment(images[first : first + some], mine, size, noise), 0, 1, out=out[part])
-    return out
-
-
-def augment(images, parameters, size, noise):
-    """`make_views` for a few patches: one transform after the other."""
-    moved = {name: value.to(images.device, non_blocking=True) for name, value in parameters.items()}
-    V = len(parameters["angle"]) // len(images)
-    x = intensities(images)[:, None].expand(-1, V, -1, -1, -1).flatten(0, 1)
-
-    def where_drawn(name, transform, *arguments):
-        """transform(x, parameters of these names), on the views that have drawn `name`."""
-        rows = parameters[name].nonzero()[:, 0]  # on the CPU: no waiting for a GPU
-        if len(rows):
-            rows = rows.to(x.device, non_blocking=True)
-            values = [moved[argument][rows] for argument in arguments]
-            x.index_copy_(0, rows, transform(x.index_select(0, rows), *values))
-
-    x = resample(x, size, moved)
-    if (parameters["stain"] != 1).any() or parameters["background"].any():
-        x = stain_jitter(x, moved["stain"], moved["background"])
-    brightness = moved["brightness"][:, None, None, None]
-    contrast = moved["contrast"][:, None, None, None]
-    x *= brightness * contrast
-    x += x.mean(dim=(1, 2, 3), keepdim=True) * (1 / contrast - 1)
-    where_drawn("autocontrast", autocontrast)
-    where_drawn("solarise", solarise, "solarise")
-    where_drawn("sharpen", sharpen)
-    where_drawn("blur", blur, "blur")
-    for view in parameters["noise"].nonzero()[:, 0].tolist():
-        top, left = parameters["corner"][view].tolist()
-        window = noise[:, top : top + size, left : left + size]
-        x[view].add_(window, alpha=parameters["noise"][view].item())
-    where_drawn("erase", erase, "erase", "hole")
-    return x
-
-
 def plain_view(images, size):
-    """The view to evaluate: all that `decode` gave, resized.
+    """The view used for evaluation: the whole patch, resized.
 
-    images: [n, ...] of `decode`. Returns float32 [n, 3, size, size] in [0, 1].
+    images: [n, ...], as returned by decode(). Returns float32 [n, 3, size, size] in [0, 1].
     """
     x = intensities(images)
     if x.shape[-1] == size:
@@ -718,32 +371,355 @@ def plain_view(images, size):
     return x.clamp(0, 1)
 
 
-def load_views(cohort, config, first, read_size, image_size, device, rank=0, world=1):
-    """The batches of a run from step `first` on: yields (images [n, 3, S, S], ids [n, L]).
+# -------------------------------------------------------------------------------------- decoding
 
-    images: views in [0, 1]. This process gets its share, rank of world, of every global batch. Rows
-    stand in the order of patient, slide, patch and view. config: of train.py. read_size: pixels
-    that a patch is read at. image_size: S. All randomness is a function of (seed, step), where
-    step is 0 for the batch that the loop and the log call step 1.
+BITS_PER_SAMPLE = 258  # TIFF's tag
+
+
+def load_batches(cohort, batches, size, workers=2, ahead=3):
+    """Decodes patches in the background. Yields (rows, images [n, ...] as of decode()) in order.
+
+    batches: arrays of rows. size: as in decode(), which raises. ahead: batches in preparation.
+    Threads, not processes: Pillow decodes outside the interpreter's lock, and threads share the
+    cohort instead of copying it.
     """
-    share = slice(rank * config.patients // world, (rank + 1) * config.patients // world)
-    groups = class_patients(cohort) if config.balance_classes else None
-    *counts, views = config.counts
-    augmentation = AUGMENTATIONS[config.augmentation]
 
-    def batches():
-        for step in range(first, config.steps):
-            rows = hierarchical_batch(cohort, step, config.seed, config.patients, counts, groups)
-            yield rows[share].reshape(-1)
+    def collect(rows, futures):
+        images = [future.result() for future in futures]
+        for row, image in zip(rows, images):
+            if image.dtype != images[0].dtype:
+                raise ValueError(
+                    f"{cohort.path(rows[0])} and {cohort.path(row)}: one has 8 bits and one 16; "
+                    "make a cohort of each"
+                )
+        return rows, torch.from_numpy(np.stack(images))
 
-    loaded = load_batches(cohort, batches(), read_size, config.workers)
-    for step, (rows, patches) in enumerate(loaded, first):
-        # The numbers of the global batch, of which this process takes its rows.
-        n = len(rows) * world * views
-        parameters = view_parameters(n, config.seed, step, augmentation)
-        parameters = {name: value.chunk(world)[rank] for name, value in parameters.items()}
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        queue = deque()
+        for rows in batches:
+            queue.append((rows, [pool.submit(decode, cohort.path(row), size) for row in rows]))
+            if len(queue) > ahead:
+                yield collect(*queue.popleft())
+        while queue:
+            yield collect(*queue.popleft())
 
-        patches = patches.to(device, non_blocking=True)
-        images = make_views(patches, parameters, image_size, seed_of(config.seed, step))
-        ids = torch.from_numpy(cohort.ids(rows)).to(device).repeat_interleave(views, dim=0)
-        yield images.contiguous(memory_format=torch.channels_last), ids
+
+def decode(path, size=None):
+    """The pixels of an image file: uint8 [3, size, size], transparency on white.
+
+    A TIFF of two 16-bit frames, as in OpenSRH, gives uint16 [2, size, size]. The short side is
+    resized to `size` and the middle square kept; without a size, [C, H, W] as stored. Raises
+    ValueError with the path for a damaged file, and for any other layout of more than 8 bits.
+    """
+    try:
+        with Image.open(path) as image:
+            deep = image.mode[0] in "IF"
+            # Pillow reads colours of 16 bits as if they had 8: what it will unpack says so.
+            deep |= bool(re.search(r";16|65535", str(image.tile)))
+            if image.format == "TIFF":
+                deep |= image.n_frames > 1 or max(image.tag_v2.get(BITS_PER_SAMPLE, (8,))) > 8
+            if deep:
+                return two_planes(image, size)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            elif size:
+                image.draft("RGB", (size, size))  # a JPEG is decoded smaller, never below `size`
+            return fit(image.convert("RGB"), size).transpose(2, 0, 1)
+    except Exception as error:  # a damaged file also makes Pillow raise KeyError and TypeError
+        raise ValueError(
+            f"{path} cannot be read ({error}): restore it, or take its line out of the manifest; "
+            "a run goes on without it"
+        ) from error
+
+
+def two_planes(image, size):
+    """Two 16-bit frames -> uint16 [2, size, size]. Raises ValueError for any other layout."""
+    frames = [frame.copy() for frame in ImageSequence.Iterator(image)]
+    layouts = {f"{frame.width} x {frame.height}, {frame.mode}" for frame in frames}
+    if len(frames) != 2 or len(layouts) != 1 or "I;16" not in frames[0].mode:
+        raise ValueError(
+            f"{len(frames)} frames of {' and '.join(sorted(layouts))}; only 8-bit images and two "
+            "16-bit frames (I;16) of one size are understood"
+        )
+    planes = np.stack(frames)
+    if size and frames[0].size != (size, size):  # as float32, which Pillow can resize
+        planes = [fit(Image.fromarray(plane.astype(np.float32)), size) for plane in planes]
+        planes = np.stack(planes).clip(0, 65535).round()
+    return planes.astype(np.uint16)
+
+
+def fit(image, size):
+    """A Pillow image -> array: the middle square at size x size; without a size, as it is."""
+    if size and image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+def short_side(cohort, number=100):
+    """The commonest, smallest and largest short side in pixels, from `number` headers of files."""
+    sides = []
+    for row in np.unique(np.linspace(0, len(cohort) - 1, number).astype(int)):
+        try:
+            with Image.open(cohort.path(row)) as image:
+                sides.append(min(image.size))
+        except Exception:
+            decode(cohort.path(row))  # says what is wrong with it
+    return Counter(sides).most_common(1)[0][0], min(sides), max(sides)
+
+
+# ------------------------------------------------------------------------------------ the cohort
+
+
+@dataclass
+class Cohort:
+    """n patches in a hierarchy of L levels, fine to coarse, as arrays that all threads share.
+
+    A million patches take about 100 MB. The members of a group are adjacent: patches are sorted by
+    slide, slides by patient. After select() the ids of patches, slides, patients and classes are
+    unchanged; rows restart at 0.
+    """
+
+    root: str
+    levels: tuple  # L names, as LEVELS
+    names: np.ndarray  # [n] bytes: the path of each patch relative to the root
+    parents: list  # L - 1 arrays: the slide of each row, then the patient of each slide
+    group_names: list  # L - 1 lists: the names of the slides, of the patients
+    label: np.ndarray  # [n] int32: the class of each patch, -1 without one
+    patient_split: np.ndarray  # [P] int8: of the coarsest level, an index into SPLITS
+    classes: list  # C names, sorted; empty without labels
+    patch: np.ndarray  # [n] int32: the id of each patch, its row in the whole cohort
+
+    def __post_init__(self):
+        # Group g of a level owns the members starts[l][g]:starts[l][g + 1] of the level below.
+        self.starts = []
+        for parent, names in zip(self.parents, self.group_names):
+            self.starts.append(np.searchsorted(parent, np.arange(len(names) + 1)))
+        self.patient = self.ids(np.arange(len(self)))[:, -1].copy()  # [n]
+        self.split = self.patient_split[self.patient]  # [n], an index into SPLITS
+        self.present = np.unique(self.patient)  # the patients that have patches here
+
+    def __len__(self):
+        return len(self.names)
+
+    def __str__(self):
+        counts = [len(np.unique(column)) for column in self.ids(np.arange(len(self))).T]
+        parts = [f"{count} {plural(level)}" for count, level in zip(counts, self.levels)]
+        return ", ".join(reversed(parts))
+
+    def name(self, row):
+        """The path of a patch as the manifest spells it."""
+        return self.names[row].decode()
+
+    def path(self, row):
+        """Where a patch is on disk."""
+        return os.path.join(self.root, self.name(row))
+
+    def ids(self, rows):
+        """rows [n] -> [n, L]: the ids of each row's patch, slide and patient."""
+        columns = [self.patch[rows], self.parents[0][rows]]
+        for parent in self.parents[1:]:
+            columns.append(parent[columns[-1]])
+        return np.stack(columns, axis=1)
+
+    def groups_of(self, row):
+        """The names of a patch's groups, coarse to fine."""
+        numbers = self.ids(np.array([row]))[0, 1:]
+        return [names[number] for names, number in zip(self.group_names, numbers)][::-1]
+
+    def select(self, rows):
+        """The cohort of these rows alone: ascending numbers, or a mask."""
+        own = {name: getattr(self, name)[rows] for name in ("names", "label", "patch")}
+        return replace(self, parents=[self.parents[0][rows], *self.parents[1:]], **own)
+
+    def restrict(self, split):
+        """The patches of the patients in a split. Raises ValueError when there are none."""
+        rows = np.flatnonzero(self.split == SPLITS.index(split))
+        if len(rows) == 0:
+            raise ValueError(
+                f"{self.root}: no patient is in the split {split!r}: add patients, or a column "
+                "split to the manifest"
+            )
+        return self.select(rows)
+
+
+def plural(level):
+    """A level's name for several: patches, slides."""
+    return level + ("es" if level.endswith("ch") else "s")
+
+
+def read_cohort(root, levels=LEVELS, val_fraction=0.2):
+    """A folder with a manifest.csv, or another manifest (.csv) -> Cohort.
+
+    levels: fine to coarse; each but the first is a column. val_fraction: share of the patients held
+    out where there is no split column. Raises FileNotFoundError, and ValueError with file and line
+    for a missing column, an empty field, bytes that are not UTF-8, an open quote, a path that
+    leaves the folder, a path twice, a slide under two patients, and a patient in two splits.
+    """
+    root = os.fspath(root)
+    manifest = root if root.lower().endswith(".csv") else os.path.join(root, "manifest.csv")
+    if not os.path.exists(manifest):
+        raise FileNotFoundError(
+            f"{manifest} does not exist: name the cohort's folder with --data; "
+            "python -m tools.cohort index makes a manifest"
+        )
+    folder = os.path.dirname(os.path.abspath(manifest))
+    return build_cohort(folder, read_manifest(manifest, levels), levels, val_fraction)
+
+
+def read_manifest(manifest, levels=LEVELS):
+    """Yields (file and line, path, groups, label, split, root) of each patch.
+
+    groups: names, coarse to fine. What has no column is "". Raises ValueError as read_cohort().
+    """
+    needed = ["path", *levels[:0:-1]]
+    header = []
+    with open(manifest, encoding="utf-8-sig", errors="replace") as file:
+        for number, line in enumerate(file, 1):  # line by line: a quote cannot swallow the next
+            where = f"{manifest}, line {number}"
+            try:
+                fields = [field.strip() for field in next(csv.reader([line], strict=True), [])]
+            except csv.Error as error:
+                raise ValueError(f"{where}: mend its quotes ({error}): {line.strip()}") from error
+            if "\ufffd" in line:  # what stands for bytes that are not UTF-8
+                raise ValueError(f"{where}: {line.strip()!r} is not UTF-8: save it as CSV UTF-8")
+            if number == 1:
+                header = fields
+                missing = ", ".join(column for column in needed if column not in header)
+                if missing or levels[0] in header:
+                    raise ValueError(
+                        f"{where}: {line.strip()!r} has no column {missing or 'to spare'}: name "
+                        f"{', '.join(needed)} in small letters, separated by commas, in UTF-8; the "
+                        f"finest level, {levels[0]}, is the image and has no column"
+                    )
+            elif fields and len(fields) != len(header):
+                raise ValueError(f"{where}: {len(fields)} fields, but {len(header)} columns")
+            elif fields:
+                field = dict(zip(header, fields))
+                more = [field.get(column, "") for column in ("label", "split", "root")]
+                yield where, field["path"], [field[level] for level in needed[1:]], *more
+
+
+def build_cohort(root, entries, levels=LEVELS, val_fraction=0.2):
+    """What `read_manifest` yields -> Cohort. root: the folder, unless the entries name another."""
+    names = {}  # path: None; a dict, whose keys keep their order and are found at once
+    parent_of = [{} for _ in levels[1:]]  # fine to coarse: {slide: its patient}, {patient: ""}
+    split_of = {}  # {patient: split}
+    slides, labels, roots = [], [], set()
+    for where, path, groups, label, split, other in entries:
+        check_entry(where, path, groups, split)
+        if path.encode() in names:
+            raise ValueError(f"{where}: the path {path!r} appears a second time")
+        for level, parents, name, parent in zip(
+            levels[:0:-1], reversed(parent_of), groups, ["", *groups]
+        ):
+            if parents.setdefault(name, parent) != parent:
+                raise ValueError(
+                    f"{where}: {level} {name!r} belongs to {parent!r} here and to "
+                    f"{parents[name]!r} above; rename one (tools.cohort index --nested does)"
+                )
+        if split_of.setdefault(groups[0], split) != split:
+            raise ValueError(
+                f"{where}: {levels[-1]} {groups[0]!r} is in the splits {split_of[groups[0]]!r} "
+                f"and {split!r}; put all of its patches in one split"
+            )
+        names[path.encode()] = None
+        slides.append(sys.intern(groups[-1]))  # one string for all patches of a slide
+        labels.append(sys.intern(label))
+        roots.add(other)
+    if not names:
+        raise ValueError(f"{root}: the cohort has no patches: list one in each line")
+    if len(roots) > 1:
+        raise ValueError(f"{root}: the column root must be the same in every line")
+
+    # From the order of appearance to the order of names: patients first, then their slides.
+    parents, group_names, number = [], [], {"": 0}
+    for above in reversed(parent_of):
+        ordered = sorted(above, key=lambda name: (number[above[name]], name))
+        parents.insert(0, np.array([number[above[name]] for name in ordered], np.int32))
+        group_names.insert(0, ordered)
+        number = {name: i for i, name in enumerate(ordered)}
+    slide = np.array([number[name] for name in slides], np.int32)
+    order = np.argsort(slide, kind="stable")
+    classes = sorted(set(labels) - {""})
+    class_of = {"": -1} | {name: c for c, name in enumerate(classes)}
+    return Cohort(
+        root=roots.pop() or root,
+        levels=tuple(levels),
+        names=np.array(list(names))[order],
+        parents=[slide[order], *parents[:-1]],  # nothing is above the patients
+        group_names=group_names,
+        label=np.array([class_of[label] for label in labels], np.int32)[order],
+        patient_split=splits_of(root, group_names[-1], split_of, val_fraction),
+        classes=classes,
+        patch=np.arange(len(names), dtype=np.int32),
+    )
+
+
+def check_entry(where, path, groups, split):
+    """Raises ValueError for a line of a manifest that is wrong by itself."""
+    for name in (path, *groups):
+        if not name:
+            raise ValueError(f"{where}: only label, split and root may be empty")
+        if name != name.strip() or len(name.splitlines()) > 1:
+            raise ValueError(f"{where}: rename {name!r}: no blank at its ends, no line break")
+        if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise ValueError(f"{where}: rename {name!r}: its bytes are not UTF-8")
+    if (
+        path != os.path.normpath(path)
+        or path[:2] == ".."
+        or re.match(r"/|\w:", path)
+        or "\\" in path
+    ):
+        raise ValueError(
+            f"{where}: {path!r} must be a plain path inside the cohort's folder, such as a/b.png: "
+            "no .., no ., no backslash, no drive"
+        )
+    if split and split not in SPLITS:
+        raise ValueError(f"{where}: the split {split!r} is none of {', '.join(SPLITS)}")
+
+
+def splits_of(root, patients, split_of, val_fraction):
+    """[P] int8, indices into SPLITS: as the manifest says, or by a hash of the patients' names.
+
+    The hash is the same on every machine. If chance leaves nobody in val (train), the patient of
+    the lowest (highest) hash goes there.
+    """
+    without = [name for name in patients if not split_of[name]]
+    if not without:
+        return np.array([SPLITS.index(split_of[name]) for name in patients], np.int8)
+    if len(without) < len(patients):
+        raise ValueError(f"{root}: some patients have a split, but {without[0]!r} has none")
+    digests = [hashlib.sha256(name.encode()).hexdigest() for name in patients]
+    value = np.array([int(digest[:12], 16) / 2**48 for digest in digests])  # in [0, 1)
+    split = (value < val_fraction).astype(np.int8)
+    if len(patients) > 1 and val_fraction > 0:
+        split[value.argmin()] = 1
+        split[value.argmax()] = 0
+    return split
+
+
+def main():
+    with tempfile.TemporaryDirectory() as folder:
+        root = folder if len(sys.argv) == 1 else sys.argv[1]
+        if root == folder:  # 2 patients x 2 slides x 3 patches of coloured noise
+            lines = ["path,patient,slide"]
+            for p, s, b in np.ndindex(2, 2, 3):
+                lines.append(f"{p}-{s}-{b}.png,patient-{p},slide-{p}-{s}")
+                noise = np.random.default_rng(b).integers(60, size=(64, 64, 3), dtype=np.uint8)
+                image = Image.fromarray(noise + np.uint8([100 + 90 * p, 100 + 90 * s, 150]))
+                image.save(os.path.join(folder, f"{p}-{s}-{b}.png"))
+            Path(folder, "manifest.csv").write_text("\n".join(lines))
+        cohort = read_cohort(root, val_fraction=0)
+        patients = min(2, len(cohort.present))
+        images, _ = next(load_views(cohort, range(1, 2), patients, (4, 2, 2), "strong", (128, 96)))
+    print(f"{cohort}; one batch:")
+    for row in hierarchical_batch(cohort, 1, 0, patients).reshape(-1):
+        ids = dict(zip(cohort.levels, cohort.ids(np.array([row]))[0].tolist()))
+        print(f"row {row}: {ids}, {cohort.name(row)}")
+    save_image(images, "views.png", nrow=4)
+    print(f"views.png: images {list(images.shape)}, the four views of a patch in each row")
+
+
+if __name__ == "__main__":
+    main()

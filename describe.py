@@ -28,9 +28,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from losses import LEVELS
-from model import ACTIVATIONS, read_whole, text_tower, write_whole
+from model import ACTIVATIONS, text_tower
 from tools.bank import check_bank, is_plain
 from tools.processes import user_errors
+from tools.runs import read_whole, write_whole
 from tools.weights import CLIPS, load_clip, published
 
 # -------------------------------------------------------------------------------- the bank file

@@ -3,11 +3,11 @@
     python evaluate.py runs/demo                        a run's newest checkpoint, on its own cohort
     python evaluate.py runs/demo --against start        what training changed, with intervals
     python evaluate.py runs/demo --embed FOLDER z.npz   embeddings of any images, without a manifest
-    torchrun --nproc_per_node=4 evaluate.py runs/demo   embed in four processes
+    torchrun --nproc_per_node=4 evaluate.py runs/demo   four processes share the work
 
-The functions stand in the order of the work: embeddings -> probes -> intervals -> words. What it
-writes: metrics.json (every number), embeddings.npz (z, attribute scores, paths, slides, patients,
-labels and splits of all patches, for a classifier of your own) and last report.html, for a browser.
+The functions follow the work: embeddings -> probes -> intervals -> words. It writes metrics.json
+(every number), embeddings.npz (z, attribute scores, paths, slides, patients, labels and splits of
+all patches, for a classifier of your own) and report.html, a page for a browser.
 """
 
 import argparse
@@ -22,73 +22,110 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import SPLITS, load_batches, plain_view, plural, read_cohort
+from data import SPLITS, decode, load_batches, plain_view, plural, read_cohort, short_side
 from describe import check_sentences, encode_bank, read_json, tokenizer_of
-from losses import LEVELS, attributes_used, standardise
-from model import HLSS, load_run, make_tower, text_tower, write_whole
-from tools import report
+from losses import attributes_used, standardise
+from model import load_run, text_tower
+from tools import report, runs
 from tools.cohort import index
-from tools.processes import processes, user_errors
-from tools.weights import load_clip
+from tools.processes import add_up, processes, user_errors
+from tools.weights import export, load_clip
 
 NEIGHBOURS = {"knn200": 200, "knn20": 20}  # the k of each kNN probe
-# "linear" is a regression on z, "attributes" the same one on nothing but the attribute scores.
+# "linear" is a regression on z, "attributes" the same on nothing but the attribute scores.
 PROBES = (*NEIGHBOURS, "linear", "attributes")
 RESAMPLES = 1000  # of the bootstrap
-FEW = 20  # of fewer patients than this, intervals come out too narrow: see docs/RESULTS.md
+FEW = 20  # with fewer patients intervals come out too narrow: see docs/RESULTS.md
+
+
+# ----------------------------------------------------------------------------------- embeddings
 
 
 @torch.no_grad()
 def embed(model, cohort, read_size, image_size, batch=128, workers=2, stop=()):
     """z of every patch, [n, D] float32 on the CPU, in the order of the cohort.
 
-    Under torch.distributed the processes share the batches, and each gets the whole of z. The
-    batches, and so the last digits of z, do not depend on how many processes there are. The model
-    is in eval mode meanwhile. stop: a list; once something is in it, on any process, None is
+    Under torch.distributed the processes share the batches, which are the same on any number of
+    them, and each gets all of z. stop: a list; once it is not empty, on any process, None is
     returned. Raises ValueError, naming it, for a patch that cannot be read.
     """
     device = next(model.parameters()).device
     was_training = model.training
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    batches = np.array_split(np.arange(len(cohort)), -(-len(cohort) // batch))
-    mine = batches[rank::world]
-    parts = []
+    rank, world = place()
+    batches = np.array_split(np.arange(len(cohort)), -(-len(cohort) // batch))[rank::world]
+    z = torch.zeros(len(cohort), model.tower.dim)
     model.eval()
-    loader = load_batches(cohort, mine, read_size, workers)
-    for _, images in tqdm(loader, "embed", len(mine), leave=False, disable=rank > 0):
-        z = model.encode(plain_view(images.to(device), image_size))
-        parts.append(z.cpu().numpy())
+    loader = load_batches(cohort, batches, read_size, workers)
+    for rows, images in tqdm(loader, "embed", len(batches), leave=False, disable=rank > 0):
+        z[rows] = model.encode(plain_view(images.to(device), image_size)).cpu()
         if stop:
             break
     model.train(was_training)
-    everyone = [None if stop else parts]
-    if world > 1:
-        everyone *= world
-        dist.all_gather_object(everyone, everyone[0])
-    if None in everyone:
+    if add_up(torch.tensor(len(stop))) > 0:
         return None
-    # Batch number i is part i // world of process i % world.
-    parts = [everyone[i % world][i // world] for i in range(len(batches))]
-    return torch.from_numpy(np.concatenate(parts))
+    return add_up(z)  # the rows of the others are 0 here
 
 
-def knn(train_z, train_labels, z, classes, k=200, temperature=0.07, chunk=256):
-    """Class probabilities [n, classes] by weighted cosine kNN (Wu et al. 2018).
+def place():
+    """(rank, world size) of this process."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def attribute_scores(z, bank):
+    """{level: [n, K_l]}: how alike each patch and each attribute are, as a cosine."""
+    return {level: z @ t.cpu().T for level, t in bank.items()}
+
+
+def attribute_targets(z, bank, cohort):
+    """What `losses.ar` holds the attribute scores to: {level: [G_l, K_l]}, one row for each id.
+
+        a_l = standardise(mean over each patch, slide or patient of standardise(z t_l^T))
+
+    z: [n, D], the teacher's embeddings of plain views of the cohort. Prints the teacher's own loss
+    over the cohort, below which a student need not fall.
+    """
+    ids = dict(zip(cohort.levels, cohort.ids(np.arange(len(cohort))).T))
+    targets = {}
+    for level, scores in attribute_scores(z, bank).items():
+        mean, first = group_mean(standardise(scores).numpy(), ids[level])
+        targets[level] = torch.zeros(ids[level].max() + 1, scores.shape[1])
+        targets[level][ids[level][first]] = standardise(torch.from_numpy(mean)).float()
+    if place()[0] == 0:
+        bank = {level: t.cpu() for level, t in bank.items()}
+        errors = [
+            (level, (standardise(z @ t.T) - targets[level][ids[level]]).square().mean())
+            for level, t in bank.items()
+        ]
+        own = ", ".join(f"{level} {error:.2f}" for level, error in errors)
+        print(f"an ar term is about 2 for unrelated scores; the teacher itself has {own}")
+    return targets
+
+
+# --------------------------------------------------------------------------------------- probes
+
+
+def knn(train_z, train_labels, z, classes, ks=tuple(NEIGHBOURS.values()), temperature=0.07):
+    """Class probabilities [len(ks), n, classes] by weighted cosine kNN (Wu et al. 2018).
 
         p(c) ~ sum over the k nearest training rows i with label c of exp(cos(z, z_i) / temperature)
 
-    train_z: [m, D] and z: [n, D], L2-normalised. train_labels: [m], from 0 to classes - 1. k is at
-    most m. Memory is bounded by chunk x m similarities.
+    train_z: [m, D] and z: [n, D], L2-normalised. train_labels: [m], from 0 to classes - 1. A k
+    above m is m. One pass over the similarities serves every k. Under torch.distributed the
+    processes share the queries, 256 at a time, and rank 0 alone gets all probabilities.
     """
-    probabilities = []
-    for part in z.split(chunk):
-        similarity, nearest = (part @ train_z.T).topk(min(k, len(train_z)), dim=1)
+    rank, world = place()
+    probabilities = torch.zeros(len(ks), len(z), classes, dtype=z.dtype)
+    chunks = torch.arange(len(z)).split(256)[rank::world]
+    long = len(train_z) * len(z) > 10**8
+    for rows in tqdm(chunks, "kNN", leave=False, disable=rank > 0 or not long):
+        similarity, nearest = (z[rows] @ train_z.T).topk(min(max(ks), len(train_z)), dim=1)
         weight = ((similarity - similarity[:, :1]) / temperature).exp()  # at most 1: no overflow
-        votes = torch.zeros(len(part), classes, device=train_z.device)
-        votes.scatter_add_(1, train_labels[nearest], weight)
-        probabilities.append(votes / votes.sum(dim=1, keepdim=True))
-    return torch.cat(probabilities)
+        labels = train_labels[nearest]
+        for i, k in enumerate(ks):
+            votes = torch.zeros(len(rows), classes, dtype=z.dtype, device=z.device)
+            votes.scatter_add_(1, labels[:, :k], weight[:, :k])
+            probabilities[i, rows] = (votes / votes.sum(dim=1, keepdim=True)).cpu()
+    return add_up(probabilities, only_first=True)
 
 
 def preconditioner(x, classes, cost):
@@ -100,8 +137,8 @@ def preconditioner(x, classes, cost):
 
         spread / classes + 1 / cost
 
-    where spread is the eigenvalue and 1 / cost is of the penalty. Each eigenvector, divided by the
-    root of its curvature, is an axis here, so that all curvatures are 1. x: [m, D], float64.
+    where spread is the eigenvalue and 1 / cost comes from the penalty. Each eigenvector divided by
+    the root of its curvature is an axis here, so all curvatures are 1. x: [m, D], float64.
     """
     centre = x.mean(dim=0)
     spread, directions = torch.linalg.eigh((x - centre).T.cov(correction=0))
@@ -119,37 +156,38 @@ def logistic(train_x, train_labels, x, classes):
     classes - 1; a class without a training row gets 0. Warns if L-BFGS has not converged.
     """
     present, target = train_labels.unique(return_inverse=True)
-    cost = len(train_x) * train_x.shape[1] * classes / 100  # C m: the sum, divided by it, is a mean
+    cost = len(train_x) * train_x.shape[1] * classes / 100  # C m: divided by it, the sum is a mean
     centre, axes = preconditioner(train_x.double(), classes, cost)
     turned = (train_x.double() - centre) @ axes
 
-    # What is sought: w = axes v[:-1], and b = v[-1], which takes up the centre too.
-    v = torch.zeros(train_x.shape[1] + 1, len(present), dtype=torch.float64, requires_grad=True)
+    # The unknowns: w = axes v, and b, which takes up the centre too. [classes, D] is the layout in
+    # which both products of a step are fast.
+    v = turned.new_zeros(len(present), train_x.shape[1] + 1, requires_grad=True)
     tolerance = {"tolerance_grad": 1e-7, "tolerance_change": 1e-14}
     lbfgs = torch.optim.LBFGS([v], max_iter=1000, line_search_fn="strong_wolfe", **tolerance)
 
     def closure():
         lbfgs.zero_grad()
-        error = F.cross_entropy(turned @ v[:-1] + v[-1], target)
-        penalty = (axes @ v[:-1]).square().sum() / (2 * cost)
-        loss = error + penalty
+        w, b = v[:, :-1], v[:, -1]
+        penalty = (w @ axes.T).square().sum() / (2 * cost)
+        loss = F.cross_entropy(F.linear(turned, w, b), target) + penalty
         loss.backward()
         return loss
 
     lbfgs.step(closure)
     if lbfgs.state[v]["n_iter"] == 1000:
         warnings.warn("the linear probe has not converged in 1,000 steps of L-BFGS", stacklevel=2)
-    logits = (x.double() - centre) @ axes @ v[:-1] + v[-1]
+    logits = F.linear((x.double() - centre) @ axes, v[:, :-1], v[:, -1])
     probabilities = torch.zeros(len(x), classes)
-    probabilities[:, present] = logits.softmax(dim=1).detach().float()
+    probabilities[:, present.cpu()] = logits.softmax(dim=1).detach().float().cpu()
     return probabilities
 
 
 def zero_shot(path, z, classes, clip, activation="", vocab=""):
     """Class probabilities [n, C] without any training label: softmax(s z t^T).
 
-    path: JSON, {class: [sentences]}; t: [C, D], a vector for each class, encoded as a bank is. s:
-    the scale of the clip, a source of `load_clip`. Raises ValueError for prompts of other classes.
+    path: JSON, {class: [sentences]}; t: [C, D], one vector per class, encoded as a bank is. s: the
+    scale of the encoder's own clip, a source of `load_clip`. Raises ValueError for other classes.
     """
     prompts = read_json(path)
     if not isinstance(prompts, dict):
@@ -157,12 +195,13 @@ def zero_shot(path, z, classes, clip, activation="", vocab=""):
     for name, sentences in prompts.items():
         check_sentences(path, name, sentences)
     if sorted(prompts) != classes:
-        given = f"{path} has prompts for {sorted(prompts)}"
-        raise ValueError(f"{given}, but the classes are {classes}: name them alike")
+        raise ValueError(
+            f"{path} has prompts for {sorted(prompts)}, but the classes are {classes}: name them "
+            "alike"
+        )
     state = load_clip(clip, activation)
-    tower = text_tower(state)
-    bank = {"levels": {"class": {name: prompts[name] for name in classes}}}
-    t = encode_bank(bank, tower, tokenizer_of(state, vocab))["class"]
+    content = {"levels": {"class": {name: prompts[name] for name in classes}}}
+    t = encode_bank(content, text_tower(state), tokenizer_of(state, vocab))["class"]
     scale = state.get("logit_scale", torch.tensor(100.0).log()).exp()
     return (scale * z @ t.T).softmax(dim=1).numpy()
 
@@ -170,8 +209,8 @@ def zero_shot(path, z, classes, clip, activation="", vocab=""):
 def probe_splits(cohort, protocol="val"):
     """The pairs (train rows, held-out rows) to probe, of patches with a label; may be empty.
 
-    val, test: one pair, the patients in train and those in that split. lopo: a pair for each
-    patient, that one held out from all others. Raises ValueError if there is no test split.
+    val, test: one pair, the patients in train and those in that split. lopo: one pair per patient,
+    held out from all others. Raises ValueError if there is no test split.
     """
     labelled = cohort.label >= 0
     patient = cohort.patient
@@ -193,18 +232,29 @@ def probe_splits(cohort, protocol="val"):
     return splits
 
 
-def predict(kind, features, cohort, splits):
-    """Class probabilities [n, C] of all held-out rows, by one of PROBES. features: [rows, D]."""
-    bar = tqdm(splits, desc=kind, unit="patient", disable=len(splits) == 1, leave=False)
-    parts = []
-    for train, held_out in bar:
-        labels = torch.from_numpy(cohort.label[train]).long()
+def predict(kinds, features, cohort, splits, device="cpu"):
+    """{kind: class probabilities [n, C] of all held-out rows}, for some of PROBES.
+
+    features: [rows, D]. All processes must call it; only on rank 0 are the results whole.
+    """
+    rank, _ = place()
+    features = features.to(device)
+    found = {kind: [] for kind in kinds}
+    for train, held_out in tqdm(splits, "probes", disable=len(splits) == 1, leave=False):
+        labels = torch.from_numpy(cohort.label[train]).long().to(device)
         inputs = features[train], labels, features[held_out], len(cohort.classes)
-        if kind in NEIGHBOURS:
-            parts.append(knn(*inputs, k=NEIGHBOURS[kind]))
-        else:
-            parts.append(logistic(*inputs))
-    return torch.cat(parts).numpy()
+        neighbours = [kind for kind in kinds if kind in NEIGHBOURS]
+        if neighbours:
+            votes = knn(*inputs, ks=[NEIGHBOURS[kind] for kind in neighbours])
+            for kind, probabilities in zip(neighbours, votes):
+                found[kind].append(probabilities)
+        for kind in set(kinds) - set(neighbours):
+            empty = torch.zeros(len(held_out), len(cohort.classes))
+            found[kind].append(logistic(*inputs) if rank == 0 else empty)
+    return {kind: torch.cat(parts).numpy() for kind, parts in found.items()}
+
+
+# ------------------------------------------------------------------------------------ intervals
 
 
 def group_mean(values, groups):
@@ -216,26 +266,6 @@ def group_mean(values, groups):
     _, first, index, size = np.unique(groups, **options)
     total = np.stack([np.bincount(index, weights=column) for column in values.T], axis=1)
     return total / size[:, None], first
-
-
-def attribute_targets(teacher, cohort, read_size, workers=2):
-    """What `losses.ar` holds the attribute scores to: {level: [G_l, K_l]}, a row for each id.
-
-        a_l = standardise(mean of each patch, slide or patient of standardise(z_T t_l^T))
-
-    z_T: the embedding of a plain view of every patch, by the teacher, an HLSS with the bank. The
-    mean and variance are over the patches of this cohort, then over its groups; the row of an id
-    that is not among its `ids` is 0.
-    """
-    z = embed(teacher, cohort, read_size, teacher.tower.image_size, workers=workers)
-    ids = cohort.ids(np.arange(len(cohort)))
-    targets = {}
-    for (level, t), groups in zip(teacher.bank.items(), ids.T):
-        scores = standardise(z @ t.cpu().T)  # [n, K_l]
-        mean, first = group_mean(scores.numpy(), groups)
-        targets[level] = torch.zeros(groups.max() + 1, len(t))
-        targets[level][groups[first]] = standardise(torch.from_numpy(mean)).float()
-    return targets
 
 
 def pool(probabilities, labels, groups):
@@ -277,7 +307,7 @@ def auc(score, positive):
 
         AUC = (sum of the positives' ranks - p (p + 1) / 2) / (p (n - p))
 
-    score: [n], equal ones share their mean rank. positive: [n] bool, p of them true.
+    score: [n]; equal ones share their mean rank. positive: [n] bool, p of them true.
     """
     n = len(score)
     p = int(positive.sum())
@@ -291,8 +321,8 @@ def auc(score, positive):
 def bootstrap_counts(P, resamples, seed=0):
     """How often each of P patients counts, [1 + resamples, P].
 
-    Row 0 is the cohort as it is, each patient once. In the others P patients are drawn with
-    replacement (the bootstrap): patients are what is independent, patches are not.
+    Row 0 is the cohort itself, each patient once. In the others P patients are drawn with
+    replacement: patients are independent, patches are not.
     """
     drawn = np.random.default_rng(seed).multinomial(P, np.full(P, 1 / P), resamples)
     return np.concatenate([np.ones((1, P)), drawn])
@@ -301,8 +331,8 @@ def bootstrap_counts(P, resamples, seed=0):
 def estimate(name, values):
     """{name: value, name_interval: [low, high]}: row 0, and the central 95% of the resamples.
 
-    values: [1 + R], as `bootstrap_counts`. Where row 0 is nan the value is None; resamples that are
-    nan do not count, and without any there is no interval.
+    values: [1 + R], as `bootstrap_counts`. A nan in row 0 becomes None; resamples that are nan do
+    not count, and without any there is no interval.
     """
     value = None if np.isnan(values[0]) else float(values[0])
     resampled = values[1:][~np.isnan(values[1:])]
@@ -314,8 +344,8 @@ def estimate(name, values):
 def assess_level(predictions, labels, groups, patient, counts, classes):
     """The metrics of one probe at one level, as `assess` describes them.
 
-    predictions: probabilities [n, C], and where there is one those of the other encoder. groups:
-    [n], the slide or patient of each patch, or its own number. patient: [n], a column of counts.
+    predictions: probabilities [n, C], and those of the other encoder if there is one. groups: [n],
+    the slide or patient of each patch, or its own number. patient: [n], a column of counts.
     """
     probabilities, label, first, left_out = pool(predictions[0], labels, groups)
     metrics = {"n": len(label), "left_out": left_out}
@@ -341,24 +371,13 @@ def assess_level(predictions, labels, groups, patient, counts, classes):
     return metrics
 
 
-def patient_results(probabilities, cohort, rows):
-    """What a probe says of each patient: dicts with patient, class, predicted, its probability."""
-    mean, label, first, _ = pool(probabilities, cohort.label[rows], cohort.patient[rows])
-    found = []
-    for p, c, patient in zip(mean, label, cohort.patient[rows[first]]):
-        row = {"patient": cohort.groups[-1][patient], "class": cohort.classes[c]}
-        row |= {"predicted": cohort.classes[p.argmax()], "probability": float(p.max())}
-        found.append(row)
-    return found
-
-
 def assess(predictions, cohort, splits, resamples=RESAMPLES, other=None):
-    """The metrics of each probe at each level: {kind: {level: metrics}}, with "k" used by kNN.
+    """{probe: {"levels": {level: metrics}, "k": of kNN, "patients": [what it says of each]}}.
 
-    predictions: {kind: probabilities [n, C] of the held-out rows}, as `predict`. other: the same of
+    predictions: {kind: probabilities [n, C] of the held-out rows}, from predict(). other: those of
     another encoder, to gain over. metrics: n and left_out (slides or patients with several labels);
     if n > 0 accuracy and mca; with resamples also intervals, macro one-vs-rest auc, recall by class
-    and confusion (rows: true, columns: predicted), and for each kind what it says of "patients".
+    and confusion (rows: true, columns: predicted).
     """
     rows = np.concatenate([held_out for _, held_out in splits])
     patients, patient = np.unique(cohort.patient[rows], return_inverse=True)
@@ -366,26 +385,64 @@ def assess(predictions, cohort, splits, resamples=RESAMPLES, other=None):
     counts = bootstrap_counts(len(patients), resamples)
     results = {}
     for kind, probabilities in predictions.items():
-        results[kind] = {}
+        both = [probabilities, other[kind]] if other else [probabilities]
+        levels = {}
+        for level, groups in zip(cohort.levels, cohort.ids(rows).T):
+            levels[level] = assess_level(both, labels, groups, patient, counts, cohort.classes)
+        results[kind] = {"levels": levels}
         if kind in NEIGHBOURS:
             results[kind]["k"] = min(NEIGHBOURS[kind], *(len(train) for train, _ in splits))
         if resamples:
-            results[kind]["patients"] = patient_results(probabilities, cohort, rows)
-        both = [probabilities, other[kind]] if other else [probabilities]
-        for level, groups in zip(cohort.levels, cohort.ids(rows).T):
-            metrics = assess_level(both, labels, groups, patient, counts, cohort.classes)
-            results[kind][level] = metrics
+            results[kind]["patients"] = []
+            mean, label, first, _ = pool(probabilities, labels, cohort.patient[rows])
+            for p, c, group in zip(mean, label, cohort.patient[rows[first]]):
+                row = {"patient": cohort.group_names[-1][group], "class": cohort.classes[c]}
+                row |= {"predicted": cohort.classes[p.argmax()], "probability": float(p.max())}
+                results[kind]["patients"].append(row)
     return results
 
 
-def probe(z, cohort):
-    """The probe during training: kNN of z [n, D] from train to val, as `assess` but without
-    intervals; {} if either side has no label."""
+def probe(z, cohort, device="cpu"):
+    """The probe during training: kNN of z [n, D] from train to val, as assess() but without
+    intervals; {} if either side has no label. All processes must call it; rank 0 gets it all."""
     splits = probe_splits(cohort)
     if not splits:
         return {}
-    predictions = {kind: predict(kind, z, cohort, splits) for kind in NEIGHBOURS}
-    return assess(predictions, cohort, splits, resamples=0)
+    return assess(predict(NEIGHBOURS, z, cohort, splits, device), cohort, splits, resamples=0)
+
+
+def table(results):
+    """The lines of a table, in percent. results: {encoder: what assess() or probe() returned}."""
+    if not any(results.values()):
+        return ["no held-out patient or no training patient has a label: there is nothing to probe"]
+    levels = list(next(iter(next(iter(results.values())).values()))["levels"])
+    width = 2 + max(len(f"{name} {kind}") for name in results for kind in results[name])
+    lines = [" " * width + "".join(f"{level:>16}" for level in levels)]
+    lines.append(" " * width + f"{'acc':>9}{'MCA':>7}" * len(levels))
+    notes = {}  # a dict, to have each once
+    for name, probes in results.items():
+        for kind, result in probes.items():
+            heads = {"": f"{name} {kind}", "_interval": "  95%"}
+            heads |= {"_gain": "  gain", "_gain_interval": "  gain, 95%"}
+            metrics = list(result["levels"].values())
+            for end, head in heads.items():
+                pairs = [(m.get(f"accuracy{end}"), m.get(f"mca{end}")) for m in metrics]
+                if end == "" or any(accuracy is not None for accuracy, _ in pairs):
+                    cells = [report.percent(a) + report.percent(m).rjust(7) for a, m in pairs]
+                    lines.append((head.ljust(width) + "".join(f"{c:>16}" for c in cells)).rstrip())
+            k = result.get("k")
+            if k != NEIGHBOURS.get(kind):
+                notes[f"{kind}: all {k} labelled training patches vote, for there are no more"] = 1
+            scored = [f"{m['n']} {plural(level)}" for level, m in result["levels"].items()]
+            notes[f"scored: {', '.join(scored)}"] = 1
+            for level, m in result["levels"].items():
+                if m["left_out"]:
+                    of_all = f"{level}: {m['left_out']} of {m['n'] + m['left_out']}"
+                    notes[f"{of_all} left out, having patches of several labels"] = 1
+    return lines + [f"  {note}" for note in notes]
+
+
+# ---------------------------------------------------------------------------------------- words
 
 
 def class_differences(scores, labels, counts):
@@ -403,7 +460,7 @@ def class_differences(scores, labels, counts):
 
 
 def class_attributes(scores, names, cohort, rows, number=5):
-    """What sets each class apart: the attributes that its patients score highest in, as dicts with
+    """The attributes whose score in a class most exceeds that in the other classes, as dicts with
     class, level, attribute, difference and its interval.
 
     scores: {level: [all rows, K_l]}. names: {level: [K_l]}. rows: those to look at, with labels.
@@ -427,277 +484,231 @@ def class_attributes(scores, names, cohort, rows, number=5):
     return found
 
 
-def table(results):
-    """The lines of a table, in percent. results: {encoder: what `assess` or `probe` gave}."""
-    if not any(results.values()):
-        return ["no held-out patient or no training patient has a label: there is nothing to probe"]
-    first = next(iter(next(iter(results.values())).values()))
-    levels = [key for key in first if isinstance(first[key], dict)]
-    width = 2 + max(len(f"{name} {kind}") for name in results for kind in results[name])
-    lines = [" " * width + "".join(f"{level:>16}" for level in levels)]
-    lines.append(" " * width + f"{'acc':>9}{'MCA':>7}" * len(levels))
-    notes = []
-    for name, probes in results.items():
-        for kind, metrics in probes.items():
-            heads = {"": f"{name} {kind}", "_interval": "  95%"}
-            heads |= {"_gain": "  gain", "_gain_interval": "  gain, 95%"}
-            for end, head in heads.items():
-                line = head.ljust(width)
-                for level in levels:
-                    accuracy = report.percent(metrics[level].get(f"accuracy{end}"))
-                    mca = report.percent(metrics[level].get(f"mca{end}"))
-                    line += f"{accuracy + mca.rjust(7):>16}"
-                if end == "" or any(f"accuracy{end}" in metrics[level] for level in levels):
-                    lines.append(line.rstrip())
-            notes += table_notes(kind, metrics, levels)
-    return lines + [f"  {note}" for note in dict.fromkeys(notes)]
-
-
-def table_notes(kind, metrics, levels):
-    """What a table says of a probe below its numbers: how many were scored, and how many not."""
-    notes = []
-    k = metrics.get("k")
-    if k != NEIGHBOURS.get(kind):
-        few = f"{kind}: there are only {k} training patches with a label, so k = {k}"
-        notes.append(f"{few}: every one of them votes, which favours the commonest class")
-    numbers = [f"{metrics[level]['n']} {plural(level)}" for level in levels]
-    notes.append(f"scored: {', '.join(numbers)}")
-    for level in levels:
-        n, left_out = metrics[level]["n"], metrics[level]["left_out"]
-        if left_out:
-            of_all = f"{level}: {left_out} of {n + left_out} left out"
-            notes.append(f"{of_all}, having patches of several labels")
-    return notes
-
-
-def starting_model(model, checkpoint, clip=""):
-    """The model that training started from, and the checkpoint, as `load_run` gives them.
-
-    clip: where the run's CLIP is now. A tower that started at random is made anew.
-    """
-    config = checkpoint["config"]
-    state = model.state_dict() | {"activation": config["activation"]}  # of a tower that was new
-    if not config.get("backbone") and config.get("start") != "random":
-        state = load_clip(clip or config["clip"], config["activation"])
-    torch.manual_seed(config["seed"])  # as train.py does
-    tower = make_tower(config, model.bank, state, checkpoint["image_size"])
-    start = HLSS(tower, model.bank, "simclr").eval()
-    start.mean = model.mean
-    start.std = model.std
-    return start, checkpoint
-
-
-def open_encoders(args, run):
-    """{name: (model, checkpoint)}: the run's encoder first, then the one that --against names."""
-    encoders = {f"step {run[1]['step']}": run}
-    if args.against == "start":
-        encoders["start"] = starting_model(*run, args.clip)
-    elif args.against:
-        encoders[args.against] = load_run(args.against)
-    return encoders
-
-
-def embed_run(model, checkpoint, cohort, args, device):
-    """z [n, D] of a cohort, at the sizes in pixels that the run was trained at, and the attribute
-    scores {level: [n, K_l]}: how alike a patch and an attribute are, as a cosine."""
-    sizes = checkpoint["read_size"], checkpoint["image_size"]
-    z = embed(model.to(device), cohort, *sizes, workers=args.workers)
-    return z, {level: z @ t.cpu().T for level, t in model.bank.items()}
-
-
-def show(args, run, cohort, device):
-    """Print the top attributes of the patients, slides and patches that --show names."""
-    attributes = run[1]["attributes"]
-    ids = cohort.ids(np.arange(len(cohort)))
-    for name in args.show:
-        named = cohort.names == name.encode()
-        for names, column in zip(cohort.groups, ids.T[1:]):
-            named |= np.array(names)[column] == name
-        if not named.any():
-            first = ", ".join([cohort.name(0), *reversed(cohort.group_names(0))])
-            missing = f"{cohort.root} has no such path, {' or '.join(cohort.levels[1:])}"
-            raise ValueError(f"--show {name}: {missing}; the first is called {first}")
-        _, scores = embed_run(*run, cohort.select(named), args, device)
-        print(name)
-        for level, values in scores.items():
-            print(f"{level:>9}: {report.top(values.mean(dim=0).numpy(), attributes[level])}")
-    for note in cohort_notes(run[1]["config"], cohort):
-        print(f"note: {note}")
+# ------------------------------------------------------------------------------------ the command
 
 
 def cohort_notes(config, cohort):
-    """What to know of a run's words on a cohort, before any number: sentences, perhaps none."""
+    """Warnings about using this bank on this cohort: sentences, perhaps none."""
     elsewhere = not os.path.exists(os.path.join(cohort.root, "factors.csv"))  # as demo tissue has
     demo_bank = config["bank"].endswith(os.path.join("demo", "attributes.json"))
-    demo_clip = config["clip"] == os.path.join(config.get("cache", ""), "clip.pt")
-    at_random = config.get("backbone") or config.get("start") == "random"
-    wordless = at_random and config.get("align") != "regression"
-    alone = len(np.unique(cohort.patient[cohort.split == SPLITS.index("train")])) == 1
+    demo_clip = config["clip"].endswith(os.path.join("cache", "clip.pt"))
+    wordless = (config["backbone"] or config["start"] == "random") and config[
+        "align"
+    ] != "regression"
+    train = cohort.split == SPLITS.index("train")
     rules = [
         (wordless, "the encoder started from random weights: its attribute names mean nothing"),
         (elsewhere and demo_bank, "the bank describes demo tissue: --bank names another"),
         (elsewhere and demo_clip, "the CLIP is the demo's and knows demo tissue alone"),
-        (alone, "one training patient: nothing shows how patients differ"),
+        (
+            len(np.unique(cohort.patient[train])) == 1,
+            "one training patient: nothing shows how patients differ",
+        ),
     ]
+    for c, name in enumerate(cohort.classes):
+        alone = train.any() and not (train & (cohort.label == c)).any()
+        rules.append((alone, f"no training patient has the class {name}: its recall is 0"))
     return [note for holds, note in rules if holds]
 
 
-def export(path, model, config):
-    """Write the tower for others to load, and print how it wants its images.
-
-    A state dict: a CLIP's image tower under the names of CLIP and open_clip (visual.*), a backbone
-    under torchvision's; with the "mean" and "std" [3] of images in [0, 1] beside the weights.
-    """
-    prefix = "" if config.get("backbone") else "visual."
-    state = {prefix + name: value for name, value in model.tower.state_dict().items()}
-    state |= {"mean": model.mean.flatten(), "std": model.std.flatten()}
-    write_whole(path, lambda file: torch.save(state, file))
-    kind = config.get("backbone") or config["activation"]
-    print(f"{path}: {model.tower.image_size} pixels, {kind}; of images in [0, 1]")
-    print(f"the mean is {state['mean'].tolist()} and the std {state['std'].tolist()}")
-
-
-def run_probes(args, config, z, scores, cohort, splits):
-    """All probes of the run's encoder (the first of z and scores) and its gain over the other."""
-    held_out = np.concatenate([rows for _, rows in splits])
-    clip = args.clip or config["clip"], config["activation"], config["vocab"]
-    joined = {name: torch.cat(list(scores[name].values()), dim=1) for name in z}
-    with_words = all(features.shape[1] for features in joined.values())
-    predictions = []
-    for name in z:
-        features = dict.fromkeys(PROBES, z[name]) | {"attributes": joined[name]}
-        if not with_words:
-            del features["attributes"]
-        found = {kind: predict(kind, x, cohort, splits) for kind, x in features.items()}
-        if args.prompts:
-            found["zero-shot"] = zero_shot(args.prompts, z[name][held_out], cohort.classes, *clip)
-        predictions.append(found)
-    other = predictions[1] if args.against else None
-    return assess(predictions[0], cohort, splits, other=other)
-
-
-def reader_notes(args, config, cohort, rows, probes, words):
+def reader_notes(args, checkpoint, cohort, rows, probes, words):
     """What a reader of the numbers must know, as sentences. rows: those that were probed."""
-    lopo = probes and args.protocol == "lopo"
-    seen = len(np.unique(cohort.patient[rows][cohort.split[rows] == SPLITS.index("train")]))
-    wordless = probes and config["clip"] and not words
+    patients = np.unique(cohort.patient[rows])
+    seen = runs.trained_on(cohort, patients, checkpoint["cohort"]) if probes else 0
+    side = short_side(cohort)[0]
+    zoom = side != checkpoint["short_side"]
     rules = [
-        (lopo and seen, f"pretraining may have seen {seen} of the patients, without labels"),
+        (
+            seen,
+            f"{seen} of the {len(patients)} held-out patients were pretrained on, without labels",
+        ),
+        (
+            zoom,
+            f"patches are {side} pixels wide, those of the run {checkpoint['short_side']}: another magnification?",
+        ),
         (probes and len(cohort.classes) == 1, "one class alone: to be right about it says nothing"),
-        (wordless, "no class is set apart: that takes patients of two classes"),
+        (
+            probes and checkpoint["config"]["clip"] and not words,
+            "no class is set apart: that takes patients of two classes",
+        ),
     ]
-    for c, name in enumerate(cohort.classes if lopo else ()):
+    for c, name in enumerate(cohort.classes if args.protocol == "lopo" else ()):
         alone = len(np.unique(cohort.patient[cohort.label == c])) == 1
         rules.append((alone, f"{name} has one patient: nothing shows it with that one out"))
     for level in cohort.levels if probes else ():
-        metrics = probes["knn20"][level]
+        metrics = probes["knn20"]["levels"][level]
         few = "accuracy" in metrics and "accuracy_interval" not in metrics
         rules.append((few, f"{level}: fewer than {FEW} patients are too few for an interval"))
-    return cohort_notes(config, cohort) + [note for holds, note in rules if holds]
+    return cohort_notes(checkpoint["config"], cohort) + [note for holds, note in rules if holds]
+
+
+def run_probes(args, encoders, z, cohort, splits, device):
+    """All probes of the run's encoder, the first, and its gain over the other one."""
+    held_out = np.concatenate([rows for _, rows in splits])
+    predictions = []
+    for name, (model, checkpoint) in encoders.items():
+        on_z = [kind for kind in PROBES if kind != "attributes"]
+        found = predict(on_z, z[name], cohort, splits, device)
+        scores = torch.cat(list(attribute_scores(z[name], model.bank).values()), dim=1)
+        if all(any(c["attributes"].values()) for _, c in encoders.values()):
+            found |= predict(["attributes"], scores, cohort, splits, device)
+        if args.prompts and place()[0] == 0:  # by the encoder's own CLIP
+            clip = args.clip or checkpoint["config"]["clip"]
+            activation = checkpoint["clip"].get("activation", "")
+            found["zero-shot"] = zero_shot(
+                args.prompts, z[name][held_out], cohort.classes, clip, activation
+            )
+        predictions.append(found)
+    if place()[0] > 0:
+        return {}
+    return assess(predictions[0], cohort, splits, other=predictions[1] if args.against else None)
 
 
 def write_arrays(path, cohort, z, scores, names, **arrays):
-    """Write an .npz: path [n] str, z [n, D], and of each level scores [n, K_l] and attributes."""
+    """Writes an .npz: path [n] str, z [n, D], and of each level scores [n, K_l] and attributes."""
     arrays |= {"path": np.array([name.decode() for name in cohort.names]), "z": z.numpy()}
     for level in scores:
         arrays[f"scores_{level}"] = scores[level].numpy()
         arrays[f"attributes_{level}"] = np.array(names[level], str)
-    write_whole(path, lambda file: np.savez(file, **arrays))
+    runs.write_whole(path, lambda file: np.savez(file, **arrays))
 
 
-def embed_folder(args, run, device):
-    """Write z and the attribute scores of all images below a folder, as --embed says."""
+def embed_folder(args, model, checkpoint):
+    """Writes z and the attribute scores of all images below a folder, as --embed says.
+
+    Unreadable files are listed and left out; the exit code is then 1.
+    """
     folder, path = args.embed
+    try_to_write(os.path.dirname(os.path.abspath(path)))
     cohort = index(folder, "(?P<patient>.+)")  # each image a patient of its own: nothing is pooled
-    z, scores = embed_run(*run, cohort, args, device)
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        write_arrays(path, cohort, z, scores, run[1]["attributes"])
+    broken = []
+    for row in tqdm(range(len(cohort)), "read", leave=False, disable=place()[0] > 0):
+        try:
+            decode(cohort.path(row), checkpoint["read_size"])
+        except ValueError as error:
+            broken.append(row)
+            print(f"left out: {error}")
+    cohort = cohort.select(np.setdiff1d(np.arange(len(cohort)), broken))
+    sizes = checkpoint["read_size"], checkpoint["image_size"]
+    z = embed(model, cohort, *sizes, workers=args.workers)
+    if place()[0] == 0:
+        scores = attribute_scores(z, model.bank)
+        write_arrays(path, cohort, z, scores, checkpoint["attributes"])
         print(f"{len(z)} images are in {path}: path, z, and scores and attributes of each level")
+        side = short_side(cohort)[0]
+        if side != checkpoint["short_side"]:
+            print(f"note: images are {side} pixels wide, the run's {checkpoint['short_side']}")
+    if broken:
+        raise SystemExit(1)
 
 
-def write(out, metrics, cohort, z, scores, names, against_scores):
-    """Write embeddings.npz, of all patches, and metrics.json; each replaces the old one whole."""
-    arrays = {"label": cohort.label, "split": cohort.split, "splits": np.array(SPLITS)}
-    arrays["classes"] = np.array(cohort.classes, str)
-    ids = cohort.ids(np.arange(len(cohort)))
-    for level, names_of_groups, column in zip(cohort.levels[1:], cohort.groups, ids.T[1:]):
-        arrays[level] = column.astype(np.int32)
-        arrays[plural(level)] = np.array(names_of_groups)
-    for level, values in against_scores.items():
-        arrays[f"against_scores_{level}"] = values.numpy()
-    os.makedirs(out, exist_ok=True)
-    text = json.dumps(metrics, indent=1)
-    write_arrays(os.path.join(out, "embeddings.npz"), cohort, z, scores, names, **arrays)
-    write_whole(os.path.join(out, "metrics.json"), lambda file: file.write(text.encode()))
+def try_to_write(folder):
+    """Makes a folder. Raises OSError if nothing can be written there: before the work, not after."""
+    os.makedirs(folder, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise OSError(f"{folder} is not writable: name another place")
+
+
+def folder_of(args, root):
+    """Where results go: --out, or the run's folder, or for another cohort or protocol one below it.
+
+    Raises ValueError if it holds results of other data or of another protocol.
+    """
+    out = args.out
+    if not out:
+        run = args.run if os.path.isdir(args.run) else os.path.dirname(os.path.abspath(args.run))
+        other = os.path.basename(os.path.abspath(args.data)) if args.data else ""
+        protocol = "" if args.protocol == "val" else args.protocol
+        out = os.path.normpath(os.path.join(run, os.path.splitext(other)[0], protocol))
+    try_to_write(out)
+    path = os.path.join(out, "metrics.json")
+    if os.path.exists(path) and not args.overwrite:
+        with open(path, encoding="utf-8") as file:
+            before = json.load(file)
+        for name, now in (("data", root), ("protocol", args.protocol)):
+            if before.get(name) != now:
+                raise ValueError(
+                    f"{out} holds results with {name} {before.get(name)}, not {now}: give another "
+                    "--out, or --overwrite"
+                )
+    return out
 
 
 def evaluate(args, device):
-    """Evaluate a run as the flags of `main` say: all processes embed, the first does the rest."""
+    """Evaluates a run as the flags of main() say; all processes share the work, rank 0 writes."""
     # The run, and the cohort: its own, or the one that --data names.
-    run = load_run(args.run)
-    model, checkpoint = run
+    model, checkpoint = load_run(args.run)
     config, names = checkpoint["config"], checkpoint["attributes"]
+    model.to(device)
     if args.export:
-        return export(args.export, model, config)
+        return export(args.export, model, checkpoint)
     if args.embed:
-        return embed_folder(args, run, device)
-    levels = config.get("levels", ",".join(LEVELS)).split(",")
-    cohort = read_cohort(args.data or config["data"], levels, config["val_fraction"])
-    if args.show:
-        return show(args, run, cohort, device)
-
-    # Embeddings, and attribute scores.
+        return embed_folder(args, model, checkpoint)
+    data = args.data or config["data"]
+    cohort = read_cohort(data, config["levels"].split(","), config["val_fraction"])
+    out = folder_of(args, os.path.abspath(data))
     splits = probe_splits(cohort, args.protocol)
-    encoders = open_encoders(args, run)
-    z = {}
-    scores = {}
-    for name, encoder in encoders.items():
-        z[name], scores[name] = embed_run(*encoder, cohort, args, device)
-    if dist.is_initialized() and dist.get_rank() > 0:
-        return
 
-    # Probes, with intervals.
+    # Embeddings of the run, and of what --against names.
     step = f"step {checkpoint['step']}"
+    encoders = {step: (model, checkpoint)}
+    if args.against == "start":
+        folder = args.run if os.path.isdir(args.run) else os.path.dirname(args.run)
+        encoders["start"] = load_run(runs.checkpoint_path(folder, 0))
+    elif args.against:
+        encoders[args.against] = load_run(args.against)
+    z = {}
+    for name, (encoder, kept) in encoders.items():
+        sizes = kept["read_size"], kept["image_size"]
+        z[name] = embed(encoder.to(device), cohort, *sizes, workers=args.workers)
+
+    # Probes with intervals, and words.
     rows = np.arange(len(cohort))  # without labels there is nothing to probe, but much to see
-    probes = {}
+    probes, words, used = {}, [], {}
     if splits:
         rows = np.concatenate([held_out for _, held_out in splits])
-        probes = run_probes(args, config, z, scores, cohort, splits)
-
-    # Words.
-    words = []
-    used = {}
+        probes = run_probes(args, encoders, z, cohort, splits, device)
+    if place()[0] > 0:
+        return None
+    scores = {name: attribute_scores(z[name], encoders[name][0].bank) for name in z}
     if any(names.values()):
         words = class_attributes(scores[step], names, cohort, rows)
         used = {level: attributes_used(z[step], t.cpu()) for level, t in model.bank.items()}
 
     # Results.
-    folder = args.run if os.path.isdir(args.run) else os.path.dirname(os.path.abspath(args.run))
-    other = os.path.basename(os.path.abspath(args.data)).removesuffix(".csv") if args.data else ""
-    protocol = "" if args.protocol == "val" else args.protocol
-    out = args.out or os.path.normpath(os.path.join(folder, other, protocol))
     metrics = {
         "command": " ".join(["python", *sys.argv]),
-        "run": folder,
+        "run": args.run if os.path.isdir(args.run) else os.path.dirname(os.path.abspath(args.run)),
         "step": checkpoint["step"],
-        "data": os.path.abspath(args.data or config["data"]),
+        "data": os.path.abspath(data),
         "root": cohort.root,
         "cohort": str(cohort),
         "classes": cohort.classes,
         "protocol": args.protocol,
         "rows": rows.tolist(),
-        "notes": reader_notes(args, config, cohort, rows, probes, words),
+        "notes": reader_notes(args, checkpoint, cohort, rows, probes, words),
         "against": args.against,
         "probes": probes,
-        "levels": levels,
+        "levels": cohort.levels,
         "attributes_used": used,
         "class_attributes": words,
     }
-    alike = args.against and encoders[args.against][1]["attributes"] == names
-    write(out, metrics, cohort, z[step], scores[step], names, scores[args.against] if alike else {})
+    arrays = {"label": cohort.label, "split": cohort.split, "splits": np.array(SPLITS)}
+    arrays["classes"] = np.array(cohort.classes, str)
+    ids = cohort.ids(np.arange(len(cohort)))
+    for level, group_names, column in zip(cohort.levels[1:], cohort.group_names, ids.T[1:]):
+        arrays[level] = column.astype(np.int32)
+        arrays[plural(level)] = np.array(group_names)
+    if args.against and encoders[args.against][1]["attributes"] == names:
+        for level, values in scores[args.against].items():
+            arrays[f"against_scores_{level}"] = values.numpy()
+    write_arrays(
+        os.path.join(out, "embeddings.npz"), cohort, z[step], scores[step], names, **arrays
+    )
+    runs.write_json(os.path.join(out, "metrics.json"), metrics)
     print("\n".join([*table({step: probes}), *metrics["notes"]]))
 
-    # The page last: it is drawn from these files, so that one that cannot be drawn loses nothing.
+    # The page comes last and from these files, so that one that cannot be drawn loses nothing.
     try:
         print(f"all is in {report.draw(out)}")
     except Exception as error:
@@ -712,16 +723,20 @@ def main():
     flag("run", help="a run folder (its newest checkpoint is taken) or a checkpoint file")
     flag("--data", default="", help="another cohort than the run's: a folder or a manifest .csv")
     flag("--out", default="", help="folder to write to (default: RUN, RUN/DATA, RUN/PROTOCOL)")
+    flag("--overwrite", action="store_true", help="replace results of other data or protocol there")
     protocol = "who is tested. val, test: that split, after train; lopo: each patient, after all "
     protocol += "others (default: val)"
     flag("--protocol", choices=("val", "test", "lopo"), default="val", help=protocol)
-    flag("--against", default="", help="a run, or start, the first tower: adds the gain over it")
-    flag("--show", nargs="+", default=[], help="patients, slides, paths: print their top words")
+    flag(
+        "--against",
+        default="",
+        help="another run, or start, the encoder before training: adds the gain over it",
+    )
     flag("--embed", nargs=2, metavar=("FOLDER", "FILE.npz"), help="write z of all images below it")
     flag("--export", default="", metavar="FILE", help="write the tower for open_clip, torchvision")
     flag("--prompts", default="", help="JSON, {class: [sentences]}: adds a zero-shot probe")
-    flag("--clip", default="", help="where the run's CLIP is now, for --against start, --prompts")
-    flag("--workers", type=int, default=2, help="decoding threads; raise it if the device waits")
+    flag("--clip", default="", help="where the run's CLIP is now, for --prompts")
+    flag("--workers", type=int, default=2, help="decoding threads; more if the device waits")
     args = parser.parse_args()
     with user_errors(), processes(timeout=1800) as (_, _, device):
         evaluate(args, device)

@@ -1,37 +1,191 @@
-"""The networks: CLIP's towers, HLSS with its projections; and what a run keeps on the disk.
+"""HLSS: an image tower, a frozen bank of text vectors, and one projection per level.
 
-The towers carry the parameter names of OpenAI's CLIP (Radford et al. 2021, arXiv 2103.00020), and
-their sizes are read off a state dict: the demo's small CLIP and the real RN50 are the same lines.
-
-    >>> tower = image_tower(tools.weights.load_clip("RN50"))
-    >>> tower(torch.rand(2, 3, 224, 224)).shape
-    torch.Size([2, 1024])
+    python model.py    the shapes, from images to z to the projections
 
 Shapes: N images or texts of L tokens, S pixels a side, D dimensions of the embedding, K_l
 attributes of level l.
 """
 
-import fcntl
-import glob
-import json
+import copy
 import os
-import socket
-import zipfile
 from collections import OrderedDict
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from losses import exchange, float32
+from losses import LEVELS, float32, gather
+from tools.runs import newest_checkpoint, read_whole
+from tools.weights import read_tensors
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, RGB in [0, 1]
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-# hlss contrasts every level, each on its own projection; hidisc every level, and simclr the finest
-# alone, on one projection that they share.
+# hlss contrasts every level on its own projection; hidisc every level on one shared projection;
+# simclr the finest level alone.
 OBJECTIVES = ("hlss", "hidisc", "simclr")
+
+
+class HLSS(nn.Module):
+    """Image tower, frozen bank and projections (Watawana et al. 2024, arXiv 2403.14616).
+
+    tower: [N, 3, S, S] normalised images -> [N, D], with an attribute `dim` that is D. bank:
+    {level: t_l [K_l, D]}, fine to coarse, one unit vector per attribute; hidisc and simclr also
+    train with empty ones, [0, D]. Raises ValueError if bank and tower differ in D.
+    """
+
+    def __init__(self, tower, bank, objective="hlss"):
+        super().__init__()
+        self.tower = tower
+        self.objective = objective
+        self.levels = tuple(bank)
+        dim = bank[self.levels[0]].shape[1]
+        if dim != tower.dim:
+            raise ValueError(
+                f"the bank's vectors have {dim} dimensions and the image tower's {tower.dim}: "
+                "encode the bank with the text tower of the same CLIP"
+            )
+        self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(CLIP_STD).view(3, 1, 1))
+        self.projections = nn.ModuleDict()
+        for level in self.levels:
+            self.register_buffer(f"bank_{level}", bank[level].detach().clone())
+            if objective == "hlss":
+                # W_l starts as the bank and b_l as 0: p_l starts as the similarity to each
+                # attribute. Both are then trained; the bank is not.
+                projection = nn.Linear(dim, len(bank[level]))
+                projection.weight.data.copy_(bank[level])
+                projection.bias.data.zero_()
+                self.projections[level] = projection
+        if objective != "hlss":
+            self.projections["shared"] = nn.Linear(dim, 128)
+
+    @property
+    def bank(self):
+        """{level: [K_l, D]}, the frozen attribute vectors."""
+        return {level: getattr(self, f"bank_{level}") for level in self.levels}
+
+    def forward(self, images):
+        """The embedding z [N, D] of images [N, 3, S, S] in [0, 1], and {level: p_l [N, K_l]}.
+
+            p_l = norm(W_l z + b_l)
+
+        hidisc and simclr have one p [N, 128] for all their levels.
+        """
+        z = self.encode(images)
+        projections = {}
+        for name, projection in self.projections.items():
+            projections[name] = F.normalize(projection(z).float(), dim=1)
+        if self.objective != "hlss":
+            levels = self.levels[:1] if self.objective == "simclr" else self.levels
+            projections = dict.fromkeys(levels, projections["shared"])
+        return z, projections
+
+    def encode(self, images):
+        """The embedding z [N, D], L2-normalised, of images [N, 3, S, S] in [0, 1]."""
+        z = self.tower((images - self.mean) / self.std)
+        return F.normalize(z.float(), dim=1)
+
+    def normalise(self, mean, std):
+        """Sets the mean and standard deviation of the channels where they are not CLIP's."""
+        self.mean.copy_(torch.tensor(mean).view(3, 1, 1))
+        self.std.copy_(torch.tensor(std).view(3, 1, 1))
+
+
+def load_run(path):
+    """HLSS on the CPU in eval mode, and the checkpoint (a dict) that it was rebuilt from.
+
+    path: a run folder, for its newest whole checkpoint, or a checkpoint file; nothing else is
+    needed. Raises FileNotFoundError, or ValueError if it holds no checkpoint of train.py.
+    """
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path} is neither a run folder nor a checkpoint file")
+    checkpoint = newest_checkpoint(path) if os.path.isdir(path) else read_whole(path)
+    if "config" not in checkpoint:
+        raise ValueError(f"{path} holds no checkpoint of train.py (step-*.pt): train first")
+    config, state = checkpoint["config"], checkpoint["model"]
+    bank = {level: state[f"bank_{level}"] for level in checkpoint["attributes"]}
+    config = config | {"backbone_weights": ""}  # the checkpoint has the weights
+    tower = make_tower(config, bank, state | checkpoint["clip"], checkpoint["image_size"])
+    model = HLSS(tower, bank, config["objective"])
+    model.load_state_dict(state)
+    return model.eval(), checkpoint
+
+
+def make_tower(config, bank, clip, image_size=0):
+    """The image tower that a run starts from: the one place to change for a tower of your own.
+
+    A tower maps normalised images [N, 3, S, S] to [N, D] and has `dim`, its D, and `image_size`,
+    its S. load_run() comes here too, and then replaces the weights. config: {flag: value}. bank:
+    {level: [K_l, D]}. clip: the state dict of a CLIP or an HLSS. image_size: 0: the weights' own.
+    """
+    if config["backbone"]:
+        tower = backbone_tower(config["backbone"], bank, config["backbone_weights"])
+        tower.image_size = image_size or 224
+    else:
+        tower = image_tower(clip, image_size, weights=config["start"] != "random")
+    check_tower(tower, config["backbone"] or "CLIP's tower")
+    return tower
+
+
+def check_tower(tower, name):
+    """Raises ValueError unless a tower turns images of its size into z. Nothing is computed."""
+    size = tower.image_size
+    try:
+        trial = copy.deepcopy(tower).to("meta").train()  # as in training, on shapes alone
+        z = trial(torch.empty(2, 3, size, size, device="meta"))
+    except Exception as error:
+        raise ValueError(
+            f"{name} does not take images of {size} pixels ({error}): try --image-size 224"
+        ) from None
+    if not torch.is_tensor(z) or z.shape != (2, tower.dim):
+        raise ValueError(f"{name} does not return [N, {tower.dim}] in training: take another one")
+
+
+def backbone_tower(name, bank, weights=""):
+    """A classifier of torchvision whose last linear layer is replaced by a new one that gives z.
+
+    D is that of the bank; without one there is no such layer, and D is the backbone's own. weights:
+    "" for random ones, "DEFAULT" for torchvision's (a download, with a tower.normalisation), or a
+    file of this classifier's weights, in any layout that tools.weights reads. Raises ValueError.
+    """
+    if name not in torchvision.models.list_models(module=torchvision.models):
+        raise ValueError(f"--backbone {name}: no classifier of torchvision, as resnet18 is one")
+    default = "DEFAULT" if weights == "DEFAULT" else None
+    tower = torchvision.models.get_model(name, weights=default)
+    linears = [path for path, module in tower.named_modules() if isinstance(module, nn.Linear)]
+    if not linears:
+        raise ValueError(f"--backbone {name}: it ends without a linear layer; take resnet18")
+    tower.dim = tower.get_submodule(linears[-1]).in_features
+    tower.set_submodule(linears[-1], nn.Identity())
+    if default:
+        preset = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+        tower.normalisation = preset.mean, preset.std
+    elif weights:
+        tensors, _ = read_tensors(weights)
+        tensors = {key: t for key, t in tensors.items() if not key.startswith(f"{linears[-1]}.")}
+        fill(tower, tensors, f"--backbone-weights {weights} for {name}")
+    dims = [t.shape[1] for t in bank.values() if len(t)]
+    if dims:
+        tower.set_submodule(linears[-1], nn.Linear(tower.dim, dims[0]))
+        tower.dim = dims[0]
+    return tower
+
+
+def fill(tower, tensors, what):
+    """Loads tensors into a tower. Raises ValueError, naming the first that does not fit."""
+    wanted = {name: list(value.shape) for name, value in tower.state_dict().items()}
+    given = {name: list(value.shape) for name, value in tensors.items()}
+    for name in sorted(wanted.keys() | given.keys()):
+        here, there = wanted.get(name, "absent"), given.get(name, "missing")
+        if here != there:
+            raise ValueError(f"{what}: {name} is {there} and should be {here}: another network's?")
+    tower.load_state_dict(tensors, assign=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# CLIP's towers as published, under OpenAI's names (Radford et al. 2021, arXiv 2103.00020). On a
+# first reading, skip to the next file.
 
 
 class Bottleneck(nn.Module):
@@ -60,7 +214,7 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Global average pooling, then one attention step: the mean asks, the feature map answers."""
+    """Attention pooling: the mean of the map is the query, the map gives keys and values."""
 
     def __init__(self, grid, channels, heads, dim):
         super().__init__()
@@ -90,8 +244,7 @@ class AttentionPool(nn.Module):
 class ModifiedResNet(nn.Module):
     """CLIP's ResNet: a stem of three convolutions, anti-aliased strides, attention pooling.
 
-    layers: blocks in each of the four stages. width: channels of the stem (64 in RN50). dim: D.
-    image_size: S, a multiple of 32.
+    layers: blocks of the four stages. width: channels of the stem. image_size: a multiple of 32.
     """
 
     def __init__(self, layers, width, dim, image_size):
@@ -144,12 +297,12 @@ ACTIVATIONS = {"quickgelu": QuickGELU, "gelu": nn.GELU}
 class Block(nn.Module):
     """Transformer block with the norms first. causal: no token sees a later one."""
 
-    def __init__(self, width, activation, causal):
+    def __init__(self, width, heads, activation, causal):
         super().__init__()
         self.causal = causal
         self.ln_1 = nn.LayerNorm(width)
         self.ln_2 = nn.LayerNorm(width)
-        self.attn = nn.MultiheadAttention(width, max(1, width // 64), batch_first=True)
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
         layers = OrderedDict(
             c_fc=nn.Linear(width, 4 * width),
             gelu=ACTIVATIONS[activation](),
@@ -167,19 +320,16 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-def transformer(width, layers, activation, causal=False):
+def transformer(width, layers, heads, activation, causal=False):
     """A stack of blocks, [N, L, width] -> the same, named as in CLIP: `resblocks.0`, ..."""
-    blocks = [Block(width, activation, causal) for _ in range(layers)]
+    blocks = [Block(width, heads, activation, causal) for _ in range(layers)]
     return nn.Sequential(OrderedDict(resblocks=nn.Sequential(*blocks)))
 
 
 class VisionTransformer(nn.Module):
-    """CLIP's ViT, read out at the class token.
+    """CLIP's ViT, read out at the class token. patch: pixels a side, a divisor of image_size."""
 
-    patch: pixels a side, a divisor of image_size. width: channels of a token. layers: blocks.
-    """
-
-    def __init__(self, patch, width, layers, dim, image_size, activation):
+    def __init__(self, patch, width, layers, heads, dim, image_size, activation):
         super().__init__()
         tokens = 1 + (image_size // patch) ** 2
         self.image_size = image_size
@@ -189,7 +339,7 @@ class VisionTransformer(nn.Module):
         self.positional_embedding = nn.Parameter(torch.randn(tokens, width) * width**-0.5)
         self.ln_pre = nn.LayerNorm(width)
         self.ln_post = nn.LayerNorm(width)
-        self.transformer = transformer(width, layers, activation)
+        self.transformer = transformer(width, layers, heads, activation)
         self.proj = nn.Parameter(torch.randn(width, dim) * width**-0.5)
 
     def forward(self, x):
@@ -205,19 +355,16 @@ class VisionTransformer(nn.Module):
 
 
 class TextTower(nn.Module):
-    """CLIP's text transformer: causal, read out at the end token.
+    """CLIP's text transformer: causal, read out at the end token. context: the longest text."""
 
-    vocabulary: how many tokens there are. context: the longest text, in tokens.
-    """
-
-    def __init__(self, vocabulary, context, width, layers, dim, activation):
+    def __init__(self, vocabulary, context, width, layers, heads, dim, activation):
         super().__init__()
         self.context = context
         self.dim = dim
         self.vocabulary = vocabulary
         self.token_embedding = nn.Embedding(vocabulary, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(context, width))
-        self.transformer = transformer(width, layers, activation, causal=True)
+        self.transformer = transformer(width, layers, heads, activation, causal=True)
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.randn(width, dim) * width**-0.5)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
@@ -233,434 +380,156 @@ class TextTower(nn.Module):
         return x @ self.text_projection
 
 
-# ------------------------------------------------------------------ batch norm over all processes
-
-
-class _Mean(torch.autograd.Function):
-    """The mean of a tensor over all processes; and so, on the way back, of its gradient.
-
-    DistributedDataParallel averages what each process finds for its own loss. What came from all
-    is thus a W-th of the sum of their gradients.
-    """
-
-    @staticmethod
-    def forward(ctx, x):
-        return exchange([x] * dist.get_world_size()).mean(dim=0)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return exchange([gradient] * dist.get_world_size()).mean(dim=0)
-
-
-class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm as of one process with all rows; PyTorch's SyncBatchNorm refuses the CPU.
-
-        y = w (x - mean) / sqrt(var + eps) + b
-
-    Mean and variance are over the rows and places of all processes, which hold equal shares.
-    """
-
-    def forward(self, x):
-        """x: [N, C, H, W], the rows of this process -> the same."""
-        if not self.training:
-            return super().forward(x)
-        values = float32(x)
-        moments = torch.stack([values.mean(dim=(0, 2, 3)), values.square().mean(dim=(0, 2, 3))])
-        mean, square = _Mean.apply(moments.double())  # [C]; double, for their difference is small
-        var = square - mean**2
-        factor = self.weight * (var + self.eps).rsqrt()
-        shift = self.bias - mean * factor
-
-        count = x.numel() // len(mean) * dist.get_world_size()
-        self.num_batches_tracked += 1
-        self.running_mean.lerp_(mean.detach().to(self.running_mean), self.momentum)
-        unbiased = var.detach() * count / (count - 1)
-        self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
-        return x * factor.to(x)[:, None, None] + shift.to(x)[:, None, None]
-
-
-def share_batch_norm(model):
-    """Turns every batch norm of a model, in place, into one over all processes."""
-    for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = GlobalBatchNorm2d
-
-
 # ------------------------------------------------------------------ from a state dict to a tower
 
 
-def _part(state, prefix):
+def part_of(state, prefix):
     """The tensors whose names begin with the prefix, without it."""
     return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
 
 
-def _count(state, prefix):
+def count_of(state, prefix):
     """How many numbered children `prefix0.`, `prefix1.`, ... a state dict has."""
-    return len({name.split(".")[0] for name in _part(state, prefix)})
+    return len({name.split(".")[0] for name in part_of(state, prefix)})
+
+
+def heads_of(state, tower, width):
+    """Attention heads of a transformer: as its file says, or of 64 channels each, as OpenAI's."""
+    heads = state.get("heads", {}).get(tower)
+    if not heads and width > 1024:
+        raise ValueError(
+            f"the {tower} tower is {width} wide and its file does not say how many heads it has: "
+            "put the publisher's config.json beside it"
+        )
+    return heads or max(1, width // 64)
+
+
+def image_tower(state, image_size=0, weights=True):
+    """The image tower of a state dict, with its weights: CLIP's ResNet or ViT.
+
+    state: of a CLIP (`visual.*`) or an HLSS (`tower.*`). image_size: pixels, if other than in its
+    training; interpolates the positions. weights: False takes the sizes alone. Raises ValueError.
+    """
+    tensors = part_of(state, "visual." if "visual.conv1.weight" in state else "tower.")
+    is_resnet = "attnpool.positional_embedding" in tensors
+    if not is_resnet and not {"class_embedding", "proj", "positional_embedding"} <= tensors.keys():
+        raise ValueError("the image tower is neither CLIP's ResNet nor its ViT")
+    place = "attnpool.positional_embedding" if is_resnet else "positional_embedding"
+    stride = 32 if is_resnet else tensors["conv1.weight"].shape[-1]  # pixels between positions
+    image_size = image_size or stride * round((len(tensors[place]) - 1) ** 0.5)
+    if image_size % stride:
+        raise ValueError(f"--image-size {image_size}: this tower needs a multiple of {stride}")
+    tensors[place] = resize_positions(tensors[place], image_size // stride)
+
+    with torch.device("meta" if weights else "cpu"):  # meta: shapes alone, the weights come next
+        if is_resnet:
+            layers = [count_of(tensors, f"layer{stage}.") for stage in (1, 2, 3, 4)]
+            width, dim = len(tensors["conv3.weight"]), len(tensors["attnpool.c_proj.weight"])
+            tower = ModifiedResNet(layers, width, dim, image_size)
+        else:
+            layers = count_of(tensors, "transformer.resblocks.")
+            width, dim = tensors["proj"].shape
+            heads = heads_of(state, "visual", width)
+            activation = state.get("activation", "quickgelu")
+            tower = VisionTransformer(stride, width, layers, heads, dim, image_size, activation)
+    if weights:  # copies, so that training leaves the state as it is
+        copies = {name: value.clone().contiguous() for name, value in tensors.items()}
+        fill(tower, copies, "the image tower is not CLIP's")
+    return tower
 
 
 def resize_positions(positions, grid):
-    """The positional embedding of one token and a square of g x g, for a square of grid x grid.
-
-    [1 + g^2, C] -> [1 + grid^2, C], bicubic; the first row, of the token, stays.
-    """
+    """Positions of one token and a square g x g, [1 + g^2, C], -> [1 + grid^2, C], bicubic."""
     g = round((len(positions) - 1) ** 0.5)
+    if g * g != len(positions) - 1:
+        raise ValueError(f"the image tower has {len(positions) - 1} positions, which is no square")
     square = positions[1:].T.reshape(1, -1, g, g)  # [1, C, g, g]
     if g != grid:
         square = F.interpolate(square, size=(grid, grid), mode="bicubic", antialias=True)
     return torch.cat([positions[:1], square[0].flatten(1).T])
 
 
-def image_tower(state, image_size=None, weights=True):
-    """The image tower of a state dict, with its weights: CLIP's ResNet or ViT, of the dict's sizes.
-
-    state: of a CLIP (`visual.*`) or of our own HLSS (`tower.*`). image_size: pixels, where not the
-    size that it was trained with; interpolates the positional embedding. weights: False takes the
-    sizes alone, and random weights. Raises ValueError if it does not fit, or if the tower is
-    another.
-    """
-    tensors = _part(state, "visual." if "visual.conv1.weight" in state else "tower.")
-    is_resnet = "attnpool.positional_embedding" in tensors
-    is_vit = "class_embedding" in tensors and len(tensors["class_embedding"]) <= 1024
-    if not is_resnet and not is_vit:
-        raise ValueError(
-            "the image tower is neither CLIP's ResNet nor its ViT (heads of 64 channels)"
-        )
-    positions = "attnpool.positional_embedding" if is_resnet else "positional_embedding"
-    stride = 32 if is_resnet else tensors["conv1.weight"].shape[-1]  # pixels from one to the next
-    if not image_size:
-        image_size = stride * round((len(tensors[positions]) - 1) ** 0.5)
-    if image_size % stride:
-        raise ValueError(f"--image-size {image_size}: this tower needs a multiple of {stride}")
-    tensors[positions] = resize_positions(tensors[positions], image_size // stride)
-
-    with torch.device("meta" if weights else "cpu"):  # meta: shapes alone, the weights come next
-        if is_resnet:
-            layers = [_count(tensors, f"layer{stage}.") for stage in (1, 2, 3, 4)]
-            width = len(tensors["conv3.weight"])
-            dim = len(tensors["attnpool.c_proj.weight"])
-            tower = ModifiedResNet(layers, width, dim, image_size)
-        else:
-            layers = _count(tensors, "transformer.resblocks.")
-            width, dim = tensors["proj"].shape
-            activation = state.get("activation", "quickgelu")
-            tower = VisionTransformer(stride, width, layers, dim, image_size, activation)
-
-    if not weights:
-        return tower
-
-    # Copies, so that training leaves the state as it is.
-    for name, value in tensors.items():
-        tensors[name] = value.clone(memory_format=torch.contiguous_format)
-    tower.load_state_dict(tensors, assign=True)
-    return tower
-
-
 def text_tower(state):
-    """The text tower of a CLIP's state dict, whose tensors it shares; frozen and in eval mode.
+    """The text tower of a CLIP's state dict, sharing its tensors; frozen and in eval mode.
 
-    Raises ValueError if the state has none, as that of our own HLSS.
+    Raises ValueError if the state has none, as that of an HLSS, or another.
     """
     if "token_embedding.weight" not in state:
         raise ValueError(
-            "no text tower here (our own checkpoints have none): encode the bank with the CLIP "
+            "no text tower here (checkpoints of train.py have none): encode the bank with the CLIP "
             "that they started from (describe.py encode) and give --bank bank.pt"
         )
+    if "text_projection" not in state:
+        raise ValueError("the text tower is not CLIP's: it has no text_projection")
     vocabulary, width = state["token_embedding.weight"].shape
     context = len(state["positional_embedding"])
-    layers = _count(state, "transformer.resblocks.")
-    dim = state["text_projection"].shape[1]
+    layers = count_of(state, "transformer.resblocks.")
+    heads = heads_of(state, "text", width)
     activation = state.get("activation", "quickgelu")
+    dim = state["text_projection"].shape[-1]
     with torch.device("meta"):  # shapes alone: the weights come next
-        tower = TextTower(vocabulary, context, width, layers, dim, activation)
-    # What belongs to its parts: not visual.*, not logit_scale.
-    tensors = {name: state[name] for name in state if hasattr(tower, name.split(".")[0])}
-    tower.load_state_dict(tensors, assign=True)
+        tower = TextTower(vocabulary, context, width, layers, heads, dim, activation)
+    parts = [name for name in state if hasattr(tower, name.split(".")[0]) and name != "heads"]
+    fill(tower, {name: state[name] for name in parts}, "the text tower is not CLIP's")
     return tower.eval().requires_grad_(False)
 
 
-def backbone_tower(name, bank, weights=""):
-    """A classifier of torchvision, whose last linear layer is new and gives z.
-
-    [N, 3, S, S] -> [N, D], D as of a bank's vectors; without any there is no such layer, and D is
-    the backbone's own. weights: "" for random ones, "DEFAULT" for torchvision's (a download; their
-    mean and standard deviation are then at tower.normalisation), or the file of a state dict of
-    this classifier. Raises ValueError if torchvision has no such classifier, or it does not fit.
-    """
-    if name not in torchvision.models.list_models(module=torchvision.models):
-        raise ValueError(f"--backbone {name}: no classifier of torchvision, as resnet18 is one")
-    default = weights == "DEFAULT"
-    tower = torchvision.models.get_model(name, weights="DEFAULT" if default else None)
-    linears = [path for path, module in tower.named_modules() if isinstance(module, nn.Linear)]
-    if not linears:
-        raise ValueError(f"--backbone {name}: it ends without a linear layer; take resnet18")
-    if default:
-        preset = torchvision.models.get_model_weights(name).DEFAULT.transforms()
-        tower.normalisation = preset.mean, preset.std
-    elif weights:
-        tensors = read_whole(weights, "name a state dict that torch.save wrote")
-        needed = [n for n in tower.state_dict() if not n.startswith(linears[-1])]
-        wrong = tower.load_state_dict({n: tensors[n] for n in needed if n in tensors}, strict=False)
-        missing = [n for n in wrong.missing_keys if n in needed]
-        if missing:
-            raise ValueError(f"--backbone-weights {weights} has no {missing[0]} for a {name}")
-    tower.image_size = 224
-    tower.dim = tower.get_submodule(linears[-1]).in_features
-    last = nn.Identity()
-    vectors = [t for t in bank.values() if len(t)]
-    if vectors:
-        dim = vectors[0].shape[1]
-        last = nn.Linear(tower.dim, dim)
-        tower.dim = dim
-    tower.set_submodule(linears[-1], last)
-    return tower
+# ------------------------------------------------------------------ batch norm over all processes
 
 
-def make_tower(config, bank, clip, image_size=None):
-    """The image tower that a run starts from: the one place to change for a tower of your own.
+class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over the rows of all processes; torch's SyncBatchNorm refuses the CPU.
 
-    A tower maps normalised images [N, 3, S, S] to [N, D] and has `dim`, which is D, and
-    `image_size`, the S of its views. train.py and evaluate.py both come here, also to load a
-    checkpoint, whose weights then replace these. config: {flag: value}, as of train.Config. bank:
-    {level: [K_l, D]}. clip: the state dict of a CLIP or of our own HLSS. image_size: in pixels,
-    where not the size that the CLIP was trained with.
-    """
-    if config.get("backbone"):
-        return backbone_tower(config["backbone"], bank, config.get("backbone_weights", ""))
-    return image_tower(clip, image_size, weights=config.get("start") != "random")
-
-
-# ------------------------------------------------------------------------------------------- HLSS
-
-
-class HLSS(nn.Module):
-    """Image tower, frozen bank and projections (Watawana et al. 2024, arXiv 2403.14616).
-
-    tower: [N, 3, S, S] normalised images -> [N, D]. bank: {level: [K_l, D]}, one unit vector for
-    each attribute; hidisc and simclr also train without any, [0, D]. objective: one of OBJECTIVES.
-    Raises ValueError if bank and tower differ in D.
+    y = w (x - mean) / sqrt(var + eps) + b
+    var = mean_r(var_r + (mean_r - mean)^2), over the processes r, which hold equal shares
     """
 
-    def __init__(self, tower, bank, objective="hlss"):
-        super().__init__()
-        self.tower = tower
-        self.objective = objective
-        self.levels = tuple(bank)  # fine to coarse
-        dim = bank[self.levels[0]].shape[1]
-        if dim != tower.dim:
-            raise ValueError(
-                f"the bank's vectors have {dim} dimensions and the image tower's {tower.dim}: "
-                "encode the bank with the text tower of the same CLIP"
-            )
-        self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(CLIP_STD).view(3, 1, 1))
-        self.projections = nn.ModuleDict()
-        for level in self.levels:
-            self.register_buffer(f"bank_{level}", bank[level].detach().clone())
-            if objective == "hlss":
-                # W_l starts as the bank, b_l as 0: p_l starts as the similarity to each attribute.
-                projection = nn.Linear(dim, len(bank[level]))
-                projection.weight.data.copy_(bank[level])
-                projection.bias.data.zero_()
-                self.projections[level] = projection
-        if objective != "hlss":
-            self.projections["shared"] = nn.Linear(dim, 128)
+    def _check_input_dim(self, x):
+        """Any number of dimensions: this class replaces those of 1, 2 and 3."""
 
-    @property
-    def bank(self):
-        """{level: [K_l, D]}, the frozen attribute vectors."""
-        return {level: getattr(self, f"bank_{level}") for level in self.levels}
+    def forward(self, x):
+        """x: [N, C, ...], the rows of this process -> the same shape and type."""
+        if not self.training:
+            return super().forward(x)
+        values = float32(x)
+        others = [d for d in range(x.dim()) if d != 1]
+        moments = torch.stack(torch.var_mean(values, others, correction=0))  # [2, C]
+        variances, means = gather(moments[None]).unbind(dim=1)  # [W, C] each
+        mean = means.mean(dim=0)
+        var = (variances + (means - mean).square()).mean(dim=0)
 
-    def normalise(self, mean, std):
-        """Sets the mean and standard deviation of the three channels, of values in [0, 1], where
-        they are not CLIP's. As buffers they stay with the weights that were trained with them."""
-        self.mean.copy_(torch.tensor(mean).view(3, 1, 1))
-        self.std.copy_(torch.tensor(std).view(3, 1, 1))
-
-    def encode(self, images):
-        """The embedding z [N, D], L2-normalised, of images [N, 3, S, S] in [0, 1]."""
-        z = self.tower((images - self.mean) / self.std)
-        return F.normalize(z.float(), dim=1)
-
-    def forward(self, images):
-        """The embedding z [N, D] of images [N, 3, S, S] in [0, 1], and {level: p_l [N, K_l]}.
-
-            p_l = norm(W_l z + b_l)
-
-        as in the paper's hierarchical vision contrast. hidisc and simclr: one p [N, 128].
-        """
-        z = self.encode(images)
-        projections = {}
-        for name, projection in self.projections.items():
-            projections[name] = F.normalize(projection(z).float(), dim=1)
-        if self.objective != "hlss":
-            levels = self.levels[:1] if self.objective == "simclr" else self.levels
-            projections = dict.fromkeys(levels, projections["shared"])
-        return z, projections
+        count = x.numel() // len(mean) * len(means)
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean.detach(), self.momentum)
+        self.running_var.lerp_(var.detach() * count / (count - 1), self.momentum)
+        shape = [-1 if d == 1 else 1 for d in range(x.dim())]
+        factor = (self.weight * (var + self.eps).rsqrt()).view(shape)
+        return ((values - mean.view(shape)) * factor + self.bias.view(shape)).to(x.dtype)
 
 
-# ----------------------------------------------------------------------------- a run's checkpoints
+def share_batch_norm(model):
+    """Turns every batch norm of a model, in place, into one over all processes."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if module.momentum is None or not module.affine or not module.track_running_stats:
+                raise ValueError(
+                    f"{name}: across processes a batch norm needs a momentum, affine=True and "
+                    "track_running_stats=True"
+                )
+            module.__class__ = GlobalBatchNorm
 
 
-def hlss_from_state(state, config):
-    """HLSS rebuilt from its own state dict: no CLIP file, no text tower, no bank file is needed.
-
-    config: of the run, {flag: value}.
-    """
-    names = [name for name in state if name.startswith("bank_")]
-    bank = {name.removeprefix("bank_"): state[name] for name in names}
-    clip = state | {"activation": config.get("activation", "quickgelu")}
-    tower = make_tower(config | {"backbone_weights": ""}, bank, clip)
-    model = HLSS(tower, bank, config["objective"])
-    model.load_state_dict(state)
-    return model
+def main():
+    torch.manual_seed(0)
+    bank = {level: F.normalize(torch.randn(k, 64), dim=1) for level, k in zip(LEVELS, (12, 10, 8))}
+    model = HLSS(ModifiedResNet((1, 1, 1, 1), width=16, dim=64, image_size=64), bank)
+    images = torch.rand(16, 3, 64, 64)
+    z, projections = model(images)
+    print(f"images {list(images.shape)} -> z {list(z.shape)}, each of length {z[0].norm():.3f}")
+    for level, p in projections.items():
+        start = torch.allclose(p, F.normalize(z @ bank[level].T, dim=1), atol=1e-6)
+        print(f"{level:8} bank {list(bank[level].shape)}, p {list(p.shape)}; norm(z t^T): {start}")
 
 
-def write_whole(path, write):
-    """Writes a file by write(file), whole or not at all.
-
-    A crash at any moment, or a full disk, leaves what stood there before. Raises OSError.
-    """
-    part = f"{path}.{os.getpid()}.part"  # of this process alone
-    try:
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:
-        error = error.__context__ or error  # torch.save turns the one into the other
-        if os.path.exists(part):
-            os.remove(part)
-        remedy = "make room and start again" if "space" in str(error) else "look at the folder"
-        raise OSError(f"{path} cannot be written ({error}): {remedy}") from error
-    os.replace(part, path)
-
-
-def lock_folder(folder):
-    """A file whose lock the kernel releases when this process ends, however it ends.
-
-    Raises ValueError, with the other process, if there is one that holds it.
-    """
-    lock = open(os.path.join(folder, "lock"), "a+")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.seek(0)
-        raise ValueError(
-            f"process {lock.read()} is training in {folder}: wait for it, or give another --out"
-        ) from None
-    lock.truncate(0)
-    lock.write(f"{os.getpid()} on {socket.gethostname()}")
-    lock.flush()
-    for path in glob.glob(os.path.join(glob.escape(folder), "*.part")):
-        os.remove(path)  # of a process that was killed
-    return lock
-
-
-def checkpoints(run):
-    """The checkpoint files of a run folder, oldest first."""
-    return sorted(glob.glob(os.path.join(glob.escape(run), "step-*.pt")))
-
-
-def save_checkpoint(folder, checkpoint):
-    """Writes step-N.pt, N = checkpoint["step"], and keeps the newest two."""
-    path = os.path.join(folder, f"step-{checkpoint['step']:07d}.pt")
-    write_whole(path, lambda file: torch.save(checkpoint, file))
-    for old in checkpoints(folder)[:-2]:
-        os.remove(old)
-
-
-def read_whole(path, remedy="take the one before"):
-    """What torch.save wrote to a file, on the CPU. Raises ValueError, with its name, if damaged."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            member = archive.testzip()  # torch.load does not look at the checksums
-        if member:
-            raise ValueError(f"wrong checksum of {member}")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever zip, pickle and torch make of a damaged file
-        reason = f"{path} is damaged, or another file ({error})"
-        raise ValueError(f"{reason}: {remedy}") from error
-
-
-def newest_checkpoint(folder):
-    """The newest checkpoint that is whole, reporting those that are not; {"step": 0} in a new run.
-
-    Raises ValueError if there are some and none is whole: to start anew would cost the log.
-    """
-    paths = checkpoints(folder)
-    for path in reversed(paths):
-        try:
-            return read_whole(path)
-        except ValueError as error:
-            print(error)
-    if paths:
-        raise ValueError(f"no checkpoint in {folder} is whole: restore one, or give another --out")
-    return {"step": 0}
-
-
-def load_run(path):
-    """HLSS on the CPU in eval mode, and the dict of the checkpoint that it comes from.
-
-    path: a run folder (its newest whole checkpoint) or a checkpoint file; nothing else is needed.
-    Raises FileNotFoundError, or ValueError if there is no whole checkpoint of train.py.
-    """
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path} is neither a run folder nor a checkpoint file")
-    checkpoint = newest_checkpoint(path) if os.path.isdir(path) else read_whole(path)
-    if "config" not in checkpoint:
-        raise ValueError(f"{path} holds no checkpoint of train.py (step-*.pt): train first")
-    return hlss_from_state(checkpoint["model"], checkpoint["config"]).eval(), checkpoint
-
-
-class Log:
-    """log.jsonl, one JSON line at a time. All ranks know it, only rank 0 writes and speaks.
-
-    On opening, what a killed run wrote after its last checkpoint (of step `until`) is dropped, and
-    a damaged line is named.
-    """
-
-    def __init__(self, folder, until, rank):
-        self.path = os.path.join(folder, "log.jsonl")
-        self.lines = []
-        self.silent = rank > 0
-        if until:
-            self.read(until)
-        if not self.silent:
-            content = "".join(json.dumps(line) + "\n" for line in self.lines)
-            write_whole(self.path, lambda file: file.write(content.encode()))
-
-    def read(self, until):
-        """Lines up to a step."""
-        lines = []
-        if os.path.exists(self.path):
-            with open(self.path, "rb") as file:
-                lines = file.read().split(b"\n")
-        elif not self.silent:
-            print(f"{self.path} is gone: a new one begins after step {until}")
-        *lines, unfinished = lines or [b""]  # the last is empty, or what a kill left
-        for number, line in enumerate(lines, 1):
-            try:
-                line = json.loads(line)
-                if line["step"] <= until:
-                    self.lines.append(line)
-            except (ValueError, TypeError, KeyError):
-                if not self.silent:
-                    print(f"{self.path}, line {number}, is damaged and left out")
-
-    def write(self, **line):
-        """Append a line, on the disk before a checkpoint that it describes."""
-        self.lines.append(line)
-        if not self.silent:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-
-    def has_probe(self, step):
-        return any("probe" in line for line in self.lines if line["step"] == step)
-
-    def probes(self):
-        """{"step N": result} of the first and the last kNN probe."""
-        probes = [line for line in self.lines if line.get("probe")]
-        return {f"step {line['step']}": line["probe"] for line in [*probes[:1], *probes[-1:]]}
+if __name__ == "__main__":
+    main()

@@ -4,169 +4,147 @@
     torchrun --nproc_per_node=4 train.py             the same on four processes
     python train.py --data FOLDER --out runs/mine    your own cohort (a folder with manifest.csv)
 
-A run that was stopped, by whatever, goes on from its newest checkpoint when it is started again
-with the same flags.
+An interrupted run resumes from its newest checkpoint when you give the same command again.
 """
 
 import argparse
-import dataclasses
-import hashlib
-import json
 import math
 import os
-import shlex
-import signal
-import subprocess
-import sys
 import time
 import warnings
 from collections import deque
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-import data
+from data import (
+    AUGMENTATIONS,
+    READ_AT,
+    SPLITS,
+    load_views,
+    plural,
+    read_cohort,
+    seed_of,
+    short_side,
+)
 from demo.prepare import demo_clip, demo_tissue
 from describe import open_bank
 from evaluate import attribute_targets, cohort_notes, embed, probe, table
-from losses import LEVELS, ar, attributes_used, gather, ha, hvc
-from model import (
-    ACTIVATIONS,
-    HLSS,
-    OBJECTIVES,
-    Log,
-    checkpoints,
-    image_tower,
-    lock_folder,
-    make_tower,
-    newest_checkpoint,
-    read_whole,
-    save_checkpoint,
-    share_batch_norm,
-    write_whole,
-)
-from tools.processes import processes, user_errors
+from losses import LEVELS, ar, attributes_used, floors, gather, ha, hvc
+from model import ACTIVATIONS, HLSS, OBJECTIVES, image_tower, make_tower, share_batch_norm
+from tools import runs
+from tools.processes import average, from_first, processes, stop_signals, user_errors
 from tools.weights import CLIPS, find_clip, load_clip
 
 CPU = torch.device("cpu")
-STOPPED = 75  # exit code after SIGTERM or SIGINT: saved, start again to go on
+STOPPED = 75  # exit code after SIGTERM, SIGINT or SIGUSR1: saved; start again to go on
+WARMUP = 0.1  # share of the steps in which the learning rate climbs, as in the paper
 
 
-# ----------------------------------------------------------------------------------------- settings
+# ------------------------------------------------------------------------------------- settings
 
 
-def flag(default, text):
-    """A field of Config that is also a flag, with its help."""
-    return field(default=default, metadata={"help": text})
+def flag(default, text, **options):
+    """A field of Config that is also a flag. options: of argparse, or a lowest value."""
+    return field(default=default, metadata={"help": text} | options)
 
 
 @dataclass
 class Config:
     """Everything that a run depends on. Each field is a flag; the checkpoint carries them all."""
 
-    data: str = flag("", "folder with manifest.csv; empty: demo tissue, written on first use")
-    out: str = flag(
-        "", "folder of the run, for checkpoints and log.jsonl; empty: runs/NAME, NAME as of --data"
-    )
-    cache: str = flag("runs/cache", "where the demo's tissue and CLIP are kept")
+    data: str = flag("", "folder with manifest.csv; empty: demo tissue, made on first use")
+    out: str = flag("", "folder for checkpoints and log.jsonl; empty: runs/NAME, after --data")
     clip: str = flag(
         "",
-        f"CLIP to start from: a file, or one of {', '.join(CLIPS)}, or demo, which knows demo "
-        "tissue alone and is trained on first use. Real images need one, or a --backbone",
+        f"CLIP to start from: a file, or one of {', '.join(CLIPS)}, or demo, which knows only demo "
+        "tissue and is trained on first use. Real images need one, or a --backbone",
     )
-    activation: str = flag("", "of the CLIP's transformers, where its file does not say it")
-    vocab: str = flag(
-        "",
-        "CLIP's vocabulary, bpe_simple_vocab_16e6.txt.gz; empty: that of an installed open_clip, "
-        "or a download",
+    activation: str = flag(
+        "", "of the CLIP's transformers, if its file does not say", choices=["", *ACTIVATIONS]
     )
     bank: str = flag(
         "demo/attributes.json",
-        "the attribute-text bank: a bank file, or the bank.pt that describe.py encode made of it",
+        "the attribute-text bank: a bank file, or a bank.pt made by describe.py encode",
     )
-    start: str = flag(
-        "clip", "what the image tower starts from. clip: the CLIP's weights; random: random ones"
-    )
+    start: str = flag("clip", "weights the image tower starts from", choices=["clip", "random"])
     backbone: str = flag(
         "",
-        "a network of torchvision, such as resnet18, in place of the CLIP's image tower; hidisc "
-        "and simclr then need neither --clip nor --bank",
+        "a torchvision network, such as resnet18, in place of the CLIP's image tower; hidisc and "
+        "simclr then need neither --clip nor --bank",
     )
     backbone_weights: str = flag(
-        "", "of the backbone. DEFAULT: torchvision's; a file: its state dict; empty: random ones"
+        "", "DEFAULT: torchvision's; a file: its state dict; empty: random ones"
     )
     objective: str = flag(
         "hlss",
-        "hlss: three text-tied projections; hidisc: one projection, three levels; simclr: one "
-        "projection, patch level only",
+        "hlss: one text-initialised projection per level; hidisc: one projection for all levels; "
+        "simclr: patch level only",
+        choices=OBJECTIVES,
     )
     align: str = flag(
         "",
-        "what ties z to the words. paper: it is drawn to its nearest attributes, the paper's "
-        "method; regression (ours): it keeps the attribute scores that the CLIP gave at the "
-        "start, so that attributes and zero-shot can be used afterwards; off: nothing. Empty: "
-        "paper for hlss, off for the others",
+        "what ties z to the text. paper: z is drawn to its nearest attributes; regression (ours): "
+        "z keeps the attribute scores that the CLIP gave before training, so attributes and "
+        "zero-shot still work afterwards; off: nothing. Empty: paper for hlss, otherwise off",
+        choices=["", "paper", "regression", "off"],
     )
-    steps: int = flag(400, "optimizer steps in all; a run may be resumed with more of them")
-    seed: int = flag(0, "of batches, views and new weights")
+    steps: int = flag(400, "optimizer steps in all; a run may be resumed with more", low=1)
+    seed: int = flag(0, "of batches, views and new weights", low=0)
     patients: int = flag(
-        8, "patients in a batch of all processes. If the loss falls and the probe stays: more"
+        8,
+        "patients in a global batch. Increase if the loss falls but the probe does not improve",
+        low=1,
     )
     levels: str = flag(
         ",".join(LEVELS),
-        "the hierarchy, fine to coarse. The first is the image, each other a column of the "
-        "manifest, and each a level of the bank. What is said of patients here holds for the last",
+        "the hierarchy, fine to coarse: the image, then columns of the manifest; all are levels of "
+        "the bank",
     )
     draw: str = flag(
         "",
-        "how many are drawn: slides of a patient, patches of a slide, views of a patch (at least "
-        "2), as 2,2,2; with other levels one number for each, from coarse to fine. Empty: 2 each",
+        "views of a patch, patches of a slide, slides of a patient: one number per level, fine to "
+        "coarse. Empty: 2 each",
     )
-    balance_classes: bool = flag(False, "draw patients evenly by class; this uses labels")
     augmentation: str = flag(
         "demo",
-        "of the views. demo: geometry, light and stain, mostly mild; strong: the paper's list, for "
-        "H&E; strong-srh: for stimulated Raman; weak: flips alone. python -m tools.cohort show "
-        "FOLDER draws them",
+        "demo: geometry, light and stain, mostly mild; strong: the paper's list, for H&E; "
+        "strong-srh: for stimulated Raman; weak: flips. See them: python -m tools.cohort show",
+        choices=list(AUGMENTATIONS),
     )
-    normalise: str = flag(
-        "",
-        "mean and standard deviation of the channels. clip: CLIP's; data: estimated from training "
-        "patches; empty: those of the tower's weights where they are known, or else data",
+    image_size: int = flag(0, "pixels of a view; 0: what the tower was made for", low=0)
+    val_fraction: float = flag(
+        0.2, "share of patients held out if there is no split column", low=0, high=1
     )
-    image_size: int = flag(0, "pixels of a view; 0: what the tower was made for")
-    read_size: int = flag(0, "pixels a patch is read at; 0: its own, at most twice a view")
-    val_fraction: float = flag(0.2, "share of the patients held out without a split column")
-    lr: float = flag(1e-3, "peak learning rate. If the loss jumps or is not finite: divide by 3")
-    warmup: float = flag(0.1, "share of the steps in which lr climbs. If unstable at first: more")
-    weight_decay: float = flag(0.01, "of AdamW, on all weights")
-    temperature: float = flag(0.07, "of the contrast. If every hvc_* stays at chance: try 0.2")
+    lr: float = flag(1e-3, "peak learning rate. If the loss jumps or diverges: divide by 3", low=0)
+    temperature: float = flag(
+        0.07, "of the contrast. If every hvc_* stays at chance: try 0.2", low=1e-3
+    )
     level_weights: str = flag(
         "",
-        "lambda of the contrast at each level, fine to coarse; empty: 1 each. If z tells patients "
-        "by their stain: less at patient level, as 1,1,0.3",
+        "lambda of the contrast at each level, fine to coarse; empty: 1 each. If z encodes stain "
+        "rather than tissue: lower the last, as in 1,1,0.3",
     )
-    ha_weight: float = flag(1.0, "lambda of --align paper")
+    align_weight: float = flag(
+        1.0,
+        "lambda of --align. regression: increase if ar_* rises, decrease if hvc_* stays at chance",
+        low=0,
+    )
     ha_temperature: float = flag(
         1.0,
         "softmax temperature of --align paper. At the paper's 1 the loss is almost 0: try 0.1; if "
-        "attributes_used falls to 1, all images take one attribute: higher again",
+        "attributes_used falls towards 1, raise it again",
+        low=1e-3,
     )
-    ar_weight: float = flag(
-        1.0,
-        "lambda of --align regression. If ar_* rises: more; if hvc_* stays at chance: less",
+    amp: bool = flag(torch.cuda.is_available(), "bf16 in tower and projections; on with CUDA")
+    compile: bool = flag(False, "torch.compile the tower, for CUDA: one slow step, then faster")
+    workers: int = flag(2, "decoding threads per process. More if the device waits", low=1)
+    probe_every: int = flag(200, "steps between kNN probes; 0: only at start and end", low=0)
+    save_every: int = flag(100, "steps between checkpoints; two are kept, and the start", low=1)
+    timeout: int = flag(
+        600, "seconds after which a process that does not answer is given up", low=1
     )
-    amp: bool = flag(torch.cuda.is_available(), "tower and projections in bf16; on with CUDA")
-    compile: bool = flag(False, "torch.compile the tower, for CUDA: a slow first step, then faster")
-    sync_bn: bool = flag(True, "batch norm over all processes, as if they were one")
-    workers: int = flag(2, "decoding threads of a process. If the device waits for data: more")
-    log_every: int = flag(10, "steps between the lines of log.jsonl")
-    probe_every: int = flag(200, "steps between kNN probes; 0: at the start and at the end alone")
-    save_every: int = flag(100, "steps between checkpoints; the newest two are kept")
-    timeout: int = flag(600, "seconds to wait for other processes. If a probe takes longer: more")
 
     def __post_init__(self):
         name = os.path.basename(os.path.abspath(self.data or "demo")).removesuffix(".csv")
@@ -180,155 +158,169 @@ class Config:
 
     @property
     def counts(self):
-        """[slides a patient, patches a slide, views a patch], as in --draw."""
+        """[views of a patch, patches of a slide, slides of a patient], as in --draw."""
         return [int(n) for n in self.draw.split(",")] if self.draw else [2] * len(self.level_names)
 
     @property
     def lambdas(self):
-        """{term: weight} of the loss: L = sum_l lambda_l SupCon_l + lambda_HA sum_l HA_l."""
+        """{term: weight} of the loss: L = sum_l lambda_l SupCon_l + lambda_align sum_l HA_l."""
         levels = self.level_names
         weights = self.level_weights.split(",") if self.level_weights else [1] * len(levels)
         lambdas = {f"hvc_{level}": float(x) for level, x in zip(levels, weights, strict=True)}
-        lambdas |= {f"ha_{level}": self.ha_weight for level in levels}
-        return lambdas | {f"ar_{level}": self.ar_weight for level in levels}
+        return lambdas | {
+            f"{a}_{level}": self.align_weight for a in ("ha", "ar") for level in levels
+        }
 
 
-LONG = dict(image_size=224, patients=64, steps=60000, workers=8)
-LONG |= dict(log_every=50, probe_every=5000, save_every=1000)
-PRESETS = {  # over the defaults above, which are the demo's
+LONG = dict(image_size=224, patients=64, steps=60000, workers=8, probe_every=5000, save_every=1000)
+PRESETS = {  # replace the defaults above, which are the demo's
     "demo": {},
     "opensrh": LONG | dict(bank="attributes/opensrh.json", augmentation="strong-srh"),
     "tcga": LONG | dict(bank="attributes/tcga.json", augmentation="strong"),
 }
-CHOICES = {
-    "objective": OBJECTIVES,
-    "start": ["clip", "random"],
-    "align": ["paper", "regression", "off"],
-    "activation": list(ACTIVATIONS),
-    "augmentation": list(data.AUGMENTATIONS),
-    "normalise": ["clip", "data"],
-}
-LOWEST = {
-    "steps patients workers log_every save_every timeout": 1,
-    "seed image_size read_size probe_every lr weight_decay val_fraction warmup": 0,
-    "ha_weight ar_weight": 0,
-    "temperature ha_temperature": 1e-3,
-}
-MAY_CHANGE = (  # on resuming: it makes no other run
-    "data out cache clip vocab bank workers log_every probe_every save_every compile timeout"
-).split()
+MAY_CHANGE = (  # when a run is resumed, without making it another one
+    "data out clip bank steps workers probe_every save_every compile timeout".split()
+)
 
 
 def parse_config(argv=None):
-    """Flags -> Config: the defaults, over them the preset, over it what was typed."""
+    """Flags -> Config: the defaults, then the preset, then what was typed."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
-    preset_help = "defaults, which flags override; tcga and opensrh are for 60,000 steps on GPUs"
-    parser.add_argument("--preset", choices=PRESETS, default="demo", help=preset_help)
-    for f in dataclasses.fields(Config):
+    preset = "other defaults; tcga and opensrh are for 60,000 steps on GPUs"
+    parser.add_argument("--preset", choices=PRESETS, default="demo", help=preset)
+    for f in fields(Config):
         options = {"type": f.type}
         if f.type is bool:
             options = {"action": argparse.BooleanOptionalAction}
-        if f.name in CHOICES:
-            options["choices"] = CHOICES[f.name]
-        parser.add_argument(
-            "--" + f.name.replace("_", "-"),
-            default=argparse.SUPPRESS,
-            help=f"{f.metadata['help']} (default: {f.default!r})",
-            **options,
-        )
+        if "choices" in f.metadata:
+            options["choices"] = f.metadata["choices"]
+        name = "--" + f.name.replace("_", "-")
+        text = f"{f.metadata['help']} (default: {f.default!r})"
+        parser.add_argument(name, default=argparse.SUPPRESS, help=text, **options)
     typed = vars(parser.parse_args(argv))
-    preset = PRESETS[typed.pop("preset")]
-    config = Config(**preset | typed)
-    for names, low in LOWEST.items():
-        for name in names.split():
-            value = getattr(config, name)
-            high = 1 if name in ("val_fraction", "warmup") else math.inf
-            if not low <= value <= high:
-                parser.error(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
     try:
-        check_flags(config)
+        config = Config(**PRESETS[typed.pop("preset")] | typed)
+        check_config(config)
     except ValueError as error:
-        parser.error(error)
+        parser.error(str(error))
     return config
 
 
-def check_flags(config):
-    """Raises ValueError unless --levels, --draw and --level-weights fit each other, and where words
-    are needed and no CLIP gives them."""
+def check_config(config):
+    """Raises ValueError for flags out of range, or that do not fit each other."""
+    for f in fields(config):
+        value, low = getattr(config, f.name), f.metadata.get("low", -math.inf)
+        high = f.metadata.get("high", math.inf)
+        if f.type in (int, float) and not low <= value <= high:
+            name = f.name.replace("_", "-")
+            raise ValueError(f"--{name} {value} is not between {low} and {high}")
     levels = config.level_names
     if len(set(levels)) < 2 or not all(level.isidentifier() for level in levels):
-        remedy = "name at least two; with one, nothing would tell patients apart"
-        raise ValueError(f"--levels {config.levels}: {remedy}")
-    if len(config.counts) != len(levels) or min(config.counts) < 1 or config.counts[-1] < 2:
-        names = ", ".join([*map(data.plural, levels[-2::-1]), "views"])
-        remedy = f"give {len(levels)} numbers of at least 1: {names} (at least 2, to attract)"
-        raise ValueError(f"--draw {config.draw}: {remedy}")
+        raise ValueError(
+            f"--levels {config.levels}: name at least two; with one, nothing tells patients apart"
+        )
+    if len(config.counts) != len(levels) or min(config.counts) < 1 or config.counts[0] < 2:
+        names = ", ".join(["views (at least 2)", *map(plural, levels[:-1])])
+        raise ValueError(f"--draw {config.draw}: give {len(levels)} numbers of at least 1: {names}")
     if min(config.lambdas.values()) < 0:
         raise ValueError(f"--level-weights {config.level_weights}: none may be below 0")
     wordless = config.backbone and config.objective != "hlss" and config.align == "off"
     if (config.data or config.backbone) and not config.clip and not wordless:
-        clips = f"a file, {', '.join(CLIPS)}, or demo, which knows demo tissue alone"
         raise ValueError(
-            f"name a CLIP with --clip ({clips}), or train without words: --objective hidisc "
-            "--backbone resnet18"
+            f"name a CLIP with --clip (a file, {', '.join(CLIPS)}, or demo, which knows only demo "
+            "tissue), or train without text: --objective hidisc --backbone resnet18"
         )
 
 
-def learning_rate(step, config):
-    """The rate of a step (0 is the first): linear warm-up, then a cosine to zero."""
-    warmup = max(1, round(config.warmup * config.steps))
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    falling = max(1, config.steps - warmup)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / falling))
+# ---------------------------------------------------------------------------------------- train
 
 
-# ---------------------------------------------------------------------------------------- processes
+def train(config, rank=0, world=1, device=CPU):
+    """Trains to the end, or to a SIGTERM, SIGINT or SIGUSR1. Returns whether it reached the end."""
+    # The cohort, the model, the optimizer, and the step to resume from.
+    lock = runs.lock_folder(config.out, rank)  # until this function returns
+    files = find_files(config, rank)  # {"data": path, "clip": path, "bank": path}
+    cohort = read_cohort(files["data"], config.level_names, config.val_fraction)
+    train_cohort = cohort.restrict("train")
+    model, facts = build_model(config, files, cohort, rank, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=True)
+    first = resume(config, files, model, optimizer, facts, cohort)
+    targets = teach(config, files, model, train_cohort, device)  # {level: [G_l, K_l]}, or {}
+    wrapped = wrap(model, config, world, device)
+    log = runs.Log(config.out, first, rank)
+    batches = make_batches(config, train_cohort, facts, first, rank, world, device)
+    introduce(config, files, first, rank, world, device, cohort)
 
+    durations = deque(maxlen=10)  # seconds of each step
+    bar = tqdm(total=config.steps, initial=first, desc="train", unit="step", disable=rank > 0)
+    with lock, bar, stop_signals() as signals:
+        run = (config, rank, cohort, model, optimizer, facts, log, signals)
+        if not keep(first, *run):
+            return False
+        began = time.perf_counter()
+        for step, (images, ids) in enumerate(batches, first + 1):  # [n, 3, S, S]; {level: [n]}
+            # Dropout, where a tower has it: the masks depend on the step, resumed or not.
+            torch.manual_seed(seed_of("dropout", config.seed, step, rank))
 
-def average(numbers, device):
-    """{name: number} -> the same as floats, each averaged over the processes."""
-    values = [torch.as_tensor(value, dtype=torch.float64) for value in numbers.values()]
-    values = torch.stack([value.detach().to(device) for value in values])
-    if dist.is_initialized():
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
-    return dict(zip(numbers, values.tolist()))
+            # Forward. The tower in bf16 if asked for; the losses are float32 inside.
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
+                z, projections = wrapped(images)  # [n, D]; {level: [n, K_l]}
+            terms = hvc(projections, ids, config.temperature)  # {"hvc_patch": scalar, ...}
+            if config.align == "paper":
+                terms |= ha(z, model.bank, config.ha_temperature)  # {"ha_patch": scalar, ...}
+            elif config.align == "regression":
+                wanted = {level: table[ids[level]] for level, table in targets.items()}
+                terms |= ar(z, model.bank, wanted)  # {"ar_patch": scalar, ...}
+            loss = sum(config.lambdas[name] * term for name, term in terms.items())
 
+            # Backward. DistributedDataParallel averages the gradients over the processes.
+            optimizer.zero_grad()
+            loss.backward()
 
-# ------------------------------------------------------------------------ what the loop begins with
+            # The numbers are averaged too, so that all processes stop, or go on, together.
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            numbers = {"loss": loss, **terms, "gradient_norm": norm, "signals": len(signals)}
+            numbers = average(numbers, device)
+            check_finite(numbers, step, ids, cohort)  # a bad step would spoil the weights
 
+            # Step. The rate is a pure function of the step: nothing is stored to resume it.
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, config)
+            optimizer.step()
 
-def prepare(config, rank):
-    """Fill in the paths that were not typed. Rank 0 makes and downloads, the others wait.
+            # What a person watches, and what a killed run comes back to.
+            durations.append(time.perf_counter() - began)
+            bar.update()
+            if step <= 10 or step % 10 == 0 or step == config.steps or numbers["signals"]:
+                log.write(step=step, **vitals(step, numbers, z, model.bank, config, durations))
+                bar.set_postfix(loss=f"{numbers['loss']:.3f}")
+            if not keep(step, *run, stop=numbers["signals"] > 0):
+                return False
+            began = time.perf_counter()
 
-    Returns a lock on the run folder: no other training may begin there while it is referenced.
-    """
-    with_words = config.clip or not config.backbone
-    config.bank = find_bank(config.bank) if with_words else ""
-    lock = None
     if rank == 0:
-        os.makedirs(config.out, exist_ok=True)
-        lock = lock_folder(config.out)
+        print(*table(log.probes()), f"next: python evaluate.py {config.out}", sep="\n")
+    return True
+
+
+# ------------------------------------------------------ what it calls, in the order of the calls
+
+
+def find_files(config, rank):
+    """{"data", "clip", "bank"}: paths. Rank 0 makes or downloads what is missing, others wait."""
+    with_text = bool(config.clip or not config.backbone)
+    files = None
+    if rank == 0:
         if config.data:
-            data.find_manifest(config.data)  # before anything that takes long
-        else:
-            print(
-                f"the demo makes tissue and a small CLIP, once, in {config.cache} (a minute and a "
-                f"half on two cores), then trains for {config.steps} steps (400 take 40 seconds)"
-            )
-        os.makedirs(config.cache, exist_ok=True)
-        config.data = config.data or demo_tissue(config.cache)
-        if config.clip in ("", "demo") and with_words:
-            config.clip = demo_clip(config.cache)
-        if with_words:
-            find_clip(config.clip)  # a download, once
-    paths = [config.data, config.clip]
-    if dist.is_initialized():
-        dist.broadcast_object_list(paths)
-    config.data, config.clip = paths
-    return lock
+            read_cohort(config.data, config.level_names)  # before anything that takes long
+        files = {"data": config.data or demo_tissue(), "clip": "", "bank": ""}
+        if with_text:
+            files["bank"] = find_bank(config.bank)
+            is_demo = config.clip in ("", "demo")
+            files["clip"] = demo_clip() if is_demo else find_clip(config.clip)
+    return from_first(files)
 
 
 def find_bank(path):
@@ -340,363 +332,216 @@ def find_bank(path):
     raise FileNotFoundError(f"--bank {path} is neither here nor beside train.py: name a bank file")
 
 
-def training_cohort(cohort, config, world):
-    """The split train; lowers --patients to what it has. ValueError for shares that are uneven."""
-    cohort = cohort.restrict("train")
-    if config.patients > len(cohort.present):
-        config.patients = len(cohort.present)
-        print(f"all {config.patients} training patients are in every batch: there are no more")
-    if config.patients % world:
-        raise ValueError(
-            f"--patients {config.patients} cannot be shared evenly by {world} processes: use a "
-            f"multiple of {world}, or a number of processes that divides {config.patients}"
-        )
-    return cohort
+def build_model(config, files, cohort, rank, device):
+    """The model, and what its checkpoints hold beside weights: {name: value}."""
+    attributes, bank, clip = {level: [] for level in config.level_names}, {}, {}
+    if files["clip"]:
+        clip = load_clip(files["clip"], config.activation)
+        opened = None
+        if rank == 0:  # the text is encoded once, for all processes
+            opened = open_bank(files["bank"], clip, levels=config.level_names)
+        attributes, bank = from_first(opened)  # all that is left of the text from here on
+    torch.manual_seed(seed_of("weights", config.seed))
+    tower = make_tower(asdict(config), bank, clip, config.image_size)
+    bank = bank or {level: torch.zeros(0, tower.dim) for level in attributes}
+    model = HLSS(tower, bank, config.objective)
+    if hasattr(tower, "normalisation"):
+        model.normalise(*tower.normalisation)
+
+    side, smallest, largest = short_side(cohort)
+    if rank == 0 and smallest < largest:
+        print(f"note: most patches are {side} pixels wide, others {smallest} to {largest}")
+    facts = {
+        "config": asdict(config) | files,
+        "attributes": attributes,
+        "clip": {name: clip[name] for name in ("activation", "heads") if name in clip},
+        "classes": cohort.classes,
+        "cohort": runs.cohort_hashes(cohort),
+        "image_size": tower.image_size,
+        "read_size": min(side, round(READ_AT * tower.image_size)),
+        "short_side": side,
+    }
+    return model.to(device, memory_format=torch.channels_last), facts
 
 
-def build_model(config, device):
-    """The model, and the names of its attributes, {level: [names]}. Fills in config.activation."""
-    bank = [({level: [] for level in config.level_names}, {})]  # without a CLIP: no words
-    state = None
-    if config.clip:
-        state = load_clip(config.clip, config.activation)
-        config.activation = state["activation"]
-        if not dist.is_initialized() or dist.get_rank() == 0:  # the text is encoded once, for all
-            bank = [open_bank(config.bank, state, config.vocab, config.level_names)]
-        if dist.is_initialized():
-            dist.broadcast_object_list(bank, device=device)
-    attributes, vectors = bank[0]  # all that is left of the language from here on
-
-    torch.manual_seed(config.seed)  # of all that starts at random
-    tower = make_tower(vars(config), vectors, state, config.image_size)
-    vectors = vectors or {level: torch.zeros(0, tower.dim) for level in attributes}
-    model = HLSS(tower, vectors, config.objective)
-    return model.to(device, memory_format=torch.channels_last), attributes
-
-
-def set_pixels(model, config, cohort):
-    """Sets the model's normalisation. Returns at how many pixels patches are read and viewed."""
-    image_size = config.image_size or model.tower.image_size
-    quiet = dist.is_initialized() and dist.get_rank() > 0
-    read_size = config.read_size or min(data.short_side(cohort, quiet=quiet), 2 * image_size)
-    known = getattr(model.tower, "normalisation", None)
-    if known and not config.normalise:
-        model.normalise(*known)
-    elif config.normalise == "data" or (config.backbone and not config.normalise):
-        train_cohort = cohort.restrict("train")
-        model.normalise(*data.channel_statistics(train_cohort, read_size, workers=config.workers))
-    return {"read_size": read_size, "image_size": image_size}
-
-
-def targets_of(config, model, cohort, rank, device):
-    """The `attribute_targets` of --align regression, {level: [G_l, K_l]}, on the device.
-
-    The teacher is the CLIP's image tower as it came, whatever the run itself starts from. They stay
-    in the run's folder, teacher.pt, until cohort, CLIP or bank is another.
-    """
-    if config.align != "regression":
-        return {}
-    bank = {level: t.cpu() for level, t in model.bank.items()}
-    teacher = HLSS(image_tower(load_clip(config.clip, config.activation)), bank, "simclr")
-    image_size = teacher.tower.image_size
-    read_size = config.read_size or min(data.short_side(cohort, quiet=True), 2 * image_size)
-    digest = hashlib.sha256(f"{config.activation} {read_size}".encode())
-    for value in [*teacher.tower.state_dict().values(), *bank.values()]:
-        digest.update(value.numpy().tobytes())
-    origin = cohort.digests() | {"teacher": digest.hexdigest()}
-
-    path = os.path.join(config.out, "teacher.pt")
-    kept = {}
-    if os.path.exists(path):
-        kept = read_whole(path, "delete it, and it is made again")
-    same = average({"same": kept.get("origin") == origin}, device)["same"]
-    if same < 1:  # not the one, or not on every process
-        teacher.to(device, memory_format=torch.channels_last)
-        targets = attribute_targets(teacher, cohort, read_size, config.workers)
-        kept = {"origin": origin, "targets": targets}
-        if rank == 0:
-            write_whole(path, lambda file: torch.save(kept, file))
-    return {level: table.to(device) for level, table in kept["targets"].items()}
-
-
-def wrap(model, config, world, device):
-    """Compile the tower and average the gradients over the processes.
-
-    All in place, so that names in the checkpoint stay what they are.
-    """
-    if config.compile:
-        model.tower.compile()
-    if world == 1:
-        return model
-    if config.sync_bn and device.type == "cuda":
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    elif config.sync_bn:
-        share_batch_norm(model)
-    warnings.filterwarnings("ignore", "`broadcast_buffers`")  # its new name is not in torch 2.6
-    return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=not config.sync_bn)
-
-
-def resume(config, model, optimizer, attributes, cohort):
-    """Load the newest checkpoint, if there is one. Returns the step to go on from.
+def resume(config, files, model, optimizer, facts, cohort):
+    """Loads the newest checkpoint, if there is one. Returns the step to go on from.
 
     Raises ValueError when that would be neither the old run nor a new one.
     """
-    checkpoint = newest_checkpoint(config.out)
+    checkpoint = runs.newest_checkpoint(config.out)
     step = checkpoint["step"]
     device = next(model.parameters()).device
     if average({"step": step}, device)["step"] != step:
         raise ValueError(f"{config.out} ends at step {step} here alone: put it on a shared disk")
     if step == 0:
         return 0
-
-    check_same_run(config, model, attributes, cohort, checkpoint)
+    steps = checkpoint["config"]["steps"]
+    if config.steps > steps:
+        old, new = learning_rate(step, replace(config, steps=steps)), learning_rate(step, config)
+        print(f"note: --steps {config.steps} (was {steps}) takes lr from {old:.2g} to {new:.2g}")
+    may_change = MAY_CHANGE if config.steps >= steps else set(MAY_CHANGE) - {"steps"}
+    runs.check_same_flags(config.out, vars(config), checkpoint["config"], may_change)
+    runs.check_same_cohort(config.out, cohort, facts["cohort"], checkpoint["cohort"])
+    same = facts["attributes"] == checkpoint["attributes"]
+    for level, t in model.bank.items():
+        before = checkpoint["model"][f"bank_{level}"]
+        same = same and t.shape == before.shape and torch.allclose(t.cpu(), before, atol=0.01)
+    if not same:
+        raise ValueError(
+            f"{files['bank']} is not the bank of {config.out}: restore it, or give another --out"
+        )
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     return step
 
 
-def check_same_run(config, model, attributes, cohort, checkpoint):
-    """Raises ValueError when flags, cohort or bank are not those of the checkpoint."""
-    # The same cohort, wherever its folder is now.
-    now = cohort.digests()
-    before = checkpoint.get("cohort", now)
-    changed = [what for what in now if now[what] != before[what]]
-    if changed:
-        what = f"other {', '.join(changed)} (added, removed, renamed or in another order)"
-        remedy = "restore its manifest, or give another --out to start anew"
-        raise ValueError(f"{config.data} is not the cohort of {config.out}: {what}: {remedy}")
+def teach(config, files, model, cohort, device):
+    """What --align regression holds the attribute scores to, {level: [G_l, K_l]}, on the device.
 
-    # The same flags, as far as they make the run. One that is newer than the checkpoint had its
-    # default there.
-    then = checkpoint["config"]
-    known = {name: value for name, value in then.items() if name in vars(config)}
-    before = vars(Config(**known))
-    changed = []
-    if config.steps > before["steps"]:
-        print(f"--steps {config.steps} (there: {before['steps']}): its rates from here on")
-        before["steps"] = config.steps
-    for name, value in vars(config).items():
-        if name not in MAY_CHANGE and before[name] != value:
-            changed.append(f"--{name.replace('_', '-')} {value} (there: {before[name]})")
-    for name in then.keys() - vars(config).keys():
-        if then[name]:
-            changed.append(f"no flag {name} any more (there: {then[name]})")
-    if changed:
-        remedy = "Give the same flags to go on with it, or another --out to start anew"
-        raise ValueError(f"{config.out} holds another run: {', '.join(changed)}. {remedy}")
-
-    # The same bank, up to rounding.
-    same = attributes == checkpoint["attributes"]
-    for level, t in model.bank.items():
-        before = checkpoint["model"][f"bank_{level}"]
-        same = same and t.shape == before.shape and torch.allclose(t.cpu(), before, atol=0.01)
-    if not same:
-        remedy = "restore it, or give another --out to start anew"
-        raise ValueError(f"{config.bank} is not the bank of {config.out}: {remedy}")
+    The teacher is the CLIP's image tower as published, whatever the run itself starts from.
+    """
+    if config.align != "regression":
+        return {}
+    tower = image_tower(load_clip(files["clip"], config.activation))
+    teacher = HLSS(tower, model.bank, "simclr").to(device, memory_format=torch.channels_last)
+    read_size = min(short_side(cohort)[0], round(READ_AT * tower.image_size))
+    z = embed(teacher, cohort, read_size, tower.image_size, workers=config.workers)
+    return {level: t.to(device) for level, t in attribute_targets(z, model.bank, cohort).items()}
 
 
-# --------------------------------------------------------------------------------- what a run keeps
+def wrap(model, config, world, device):
+    """Compiles the tower and averages gradients and batch norm over the processes, in place."""
+    if config.compile:
+        model.tower.compile()
+    if world == 1:
+        return model
+    if device.type == "cuda":
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    else:
+        share_batch_norm(model)
+    warnings.filterwarnings("ignore", "`broadcast_buffers`")  # its new name is not in torch 2.6
+    return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
 
-def command_of(world):
-    """What was typed to start this, as one line."""
-    launcher = f"torchrun --nproc_per_node={world}" if world > 1 else "python"
-    return f"{launcher} {shlex.join(sys.argv)}"
-
-
-def describe_run(config, world, device):
-    """Write config.json: the settings, and what else it takes to repeat the run."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    git = "git describe --always --dirty --abbrev=40"  # says nothing where there is no repository
-    commit = subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True).stdout
-    about = {
-        "command": command_of(world),
-        "commit": commit.strip(),
-        "processes": world,
-        "device": device.type,
-        "python": sys.version.split()[0],
-    }
-    about |= {name: version(name) for name in ("torch", "numpy", "pillow")}
-    content = json.dumps(vars(config) | about, indent=1).encode()
-    write_whole(os.path.join(config.out, "config.json"), lambda file: file.write(content))
-
-
-def check_finite(numbers, step, ids, cohort, config):
-    """Raises FloatingPointError, and lists the batch in a file, unless all numbers are finite."""
-    bad = [f"{name} is {value}" for name, value in numbers.items() if not math.isfinite(value)]
-    if not bad:
-        return
-    rows = gather(ids[:: config.counts[-1], 0]).tolist()  # a patch's id is its row in this cohort
-    remedy = "If the images are sound, start anew with a lower --lr"
-    if step == 1:
-        remedy = "No step was taken: look at the CLIP, the bank and the images, not at --lr"
-    kept = "the last checkpoint is kept" if checkpoints(config.out) else "there is no checkpoint"
-    path = os.path.join(config.out, f"fault-{step:07d}.json")
-    fault = {"step": step, "fault": bad, "paths": [cohort.path(row) for row in rows]}
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        content = json.dumps(fault, indent=1).encode()
-        write_whole(path, lambda file: file.write(content))
-    raise FloatingPointError(
-        f"step {step}: {', '.join(bad)}. The step was not taken, {kept} and {path} lists the "
-        f"batch. {remedy}"
+def make_batches(config, cohort, facts, first, rank, world, device):
+    """The batches from step first + 1 on. Raises ValueError if processes cannot share them."""
+    # Every batch holds P patients, of each 2 slides, of each 2 patches, of each 2 views. It is the
+    # same on any number of processes; this one makes its share of the patients.
+    patients = patients_of(config, cohort)
+    if patients % world:
+        raise ValueError(
+            f"--patients {patients} cannot be shared evenly by {world} processes: use a multiple "
+            f"of {world}, or a number of processes that divides {patients}"
+        )
+    return load_views(
+        cohort,
+        range(first + 1, config.steps + 1),
+        patients,
+        config.counts,
+        config.augmentation,
+        sizes=(facts["read_size"], facts["image_size"]),
+        seed=config.seed,
+        device=device,
+        share=(rank, world),
+        workers=config.workers,
     )
 
 
-def introduce(config, first, rank, world, device, cohort):
-    """Writes config.json, and tells a person what to know before the loop begins."""
+def patients_of(config, cohort):
+    """How many patients a global batch holds: at most those that there are to train on."""
+    return min(config.patients, len(cohort.present))
+
+
+def introduce(config, files, first, rank, world, device, cohort):
+    """Writes config.json, and prints what to know before the loop begins."""
     if rank > 0:
         return
-    describe_run(config, world, device)
-    n = config.patients * math.prod(config.counts)
+    runs.describe(config.out, vars(config) | files, world, device)
+    train_cohort = cohort.restrict("train")
+    patients = patients_of(config, train_cohort)
+    n = patients * math.prod(config.counts)
+    lows = [f"{at} {low:.2f}" for at, low in zip(config.level_names, floors(config.counts))]
     print(
-        f"{config.objective} from step {first} on {world} x {device}: {cohort.restrict('train')} "
-        f"to train on, of {cohort}\n"
-        f"batches of {n} images; each hvc term stays at log({n} - 1) = {math.log(n - 1):.2f} "
-        "where nothing is learnt\n"
-        f"{config.clip or 'no CLIP'}, {config.bank or 'no bank'}, --align {config.align}"
+        f"{config.objective} from step {first} on {world} x {device}: {train_cohort} to train on, "
+        f"of {cohort}\n"
+        f"batches of {n} images: an hvc term is log({n} - 1) = {math.log(n - 1):.2f} while nothing "
+        f"is learnt, and at best {', '.join(lows)}\n"
+        f"{files['clip'] or 'no CLIP'}, {files['bank'] or 'no bank'}, --align {config.align}"
     )
-    for note in cohort_notes(vars(config), cohort):
+    if patients < config.patients:
+        print(f"note: every batch holds all {patients} training patients: there are no more")
+    for note in cohort_notes(vars(config) | files, cohort):
         print(f"note: {note}")
 
 
-def catch_signals():
-    """A list that SIGTERM and SIGINT are added to, so that a step is finished before it ends."""
-    signals = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: signals.append(number))
-    return signals
-
-
-def probe_due(step, config):
-    """Whether the held-out patients are probed after a step."""
-    every = config.probe_every
-    return step in (0, config.steps) or (every > 0 and step % every == 0)
-
-
-def probe_now(step, model, cohort, sizes, config, log, signals):
-    """kNN on the held-out patients, written to the log. False if a signal came in between."""
-    if dist.is_initialized():
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)  # batch norm's averages; the checkpoint holds those of rank 0
-    needed = cohort.select((cohort.label >= 0) & (cohort.split != data.SPLITS.index("test")))
-    result = {}
-    if len(needed):
-        z = embed(model, needed, **sizes, workers=config.workers, stop=signals)
-        if z is None:
-            return False
-        if not log.silent:
-            result = probe(z, needed)
-    log.write(step=step, probe=result)
+def keep(step, config, rank, cohort, model, optimizer, facts, log, signals, stop=False):
+    """Saves and probes when they are due after a step. Returns whether to go on training."""
+    ending = step == config.steps
+    probing = step in (0, config.steps) or (config.probe_every and step % config.probe_every == 0)
+    if log.has_probe(step):  # a resumed run has been here
+        return True
+    if probing or stop or step % config.save_every == 0:
+        # Rank 0 saves; the others wait for it, however slow the disk is.
+        if rank == 0:
+            checkpoint = {"model": model.state_dict(), "step": step, **facts}
+            if step:  # the start is for evaluate.py --against start, not to be resumed
+                checkpoint["optimizer"] = optimizer.state_dict()
+            runs.save_checkpoint(config.out, checkpoint)
+        from_first(None)
+    if stop and not ending:
+        return False
+    if probing:
+        labelled = cohort.label >= 0
+        needed = cohort.select(labelled & (cohort.split != SPLITS.index("test")))
+        result = {}
+        if len(needed):
+            sizes = facts["read_size"], facts["image_size"]
+            z = embed(model, needed, *sizes, workers=config.workers, stop=signals)
+            if z is None:  # a signal came; the resumed run embeds again
+                return False
+            result = probe(z, needed, next(model.parameters()).device)
+        log.write(step=step, probe=result)
     return True
 
 
-def vitals(step, z, bank, config, durations):
-    """What the log says of a step beside its losses: {name: number}."""
+def learning_rate(step, config):
+    """The rate of a step (1 is the first): linear warm-up, then a cosine to zero."""
+    warmup = max(1, round(WARMUP * config.steps))
+    if step <= warmup:
+        return config.lr * step / warmup
+    falling = max(1, config.steps - warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - 1 - warmup) / falling))
+
+
+def check_finite(numbers, step, ids, cohort):
+    """Raises FloatingPointError, naming the step and some patches, unless all are finite."""
+    bad = [f"{name} is {value}" for name, value in numbers.items() if not math.isfinite(value)]
+    if bad:
+        paths = [cohort.path(row) for row in ids[cohort.levels[0]].unique()[:3].tolist()]
+        remedy = "If the images are sound, start anew with a lower --lr"
+        if step == 1:
+            remedy = "No step was taken: look at the CLIP, the bank and the images, not at --lr"
+        raise FloatingPointError(
+            f"step {step}: {', '.join(bad)}. The step was not taken and the last checkpoint is "
+            f"kept; the batch begins with {', '.join(paths)}. {remedy}"
+        )
+
+
+def vitals(step, numbers, z, bank, config, durations):
+    """A line of the log: the averaged numbers of a step, and what else a person watches."""
     z = gather(z.detach())
-    pace = sum(durations) / len(durations)  # seconds for each step
-    numbers = {"lr": learning_rate(step - 1, config)}
+    pace = sum(durations) / len(durations)  # seconds a step
+    line = {name: value for name, value in numbers.items() if name != "signals"}
+    line["lr"] = learning_rate(step, config)
     for level, t in bank.items():
         if len(t):
-            numbers[f"attributes_used_{level}"] = attributes_used(z, t)
-    numbers["images_per_s"] = round(len(z) / pace, 1)
+            line[f"attributes_used_{level}"] = attributes_used(z, t)
+    line["images_per_s"] = round(len(z) / pace, 1)
     if z.is_cuda:
-        numbers["memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
-    numbers["seconds_left"] = round(pace * (config.steps - step))
-    return numbers
-
-
-# -------------------------------------------------------------------------------------------- train
-
-
-def train(config, rank=0, world=1, device=CPU):
-    """Train to the end, or to a SIGTERM or SIGINT. Returns whether it reached the end."""
-    # The cohort, the model, the optimizer, and the step to go on from.
-    _lock = prepare(config, rank)  # until this function ends
-    cohort = data.read_cohort(config.data, config.level_names, config.val_fraction)
-    train_cohort = training_cohort(cohort, config, world)
-    model, attributes = build_model(config, device)
-    sizes = set_pixels(model, config, cohort)  # {"read_size": pixels, "image_size": pixels}
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
-    )
-    first = resume(config, model, optimizer, attributes, cohort)
-    targets = targets_of(config, model, train_cohort, rank, device)  # {level: [G_l, K_l]} or {}
-    wrapped = wrap(model, config, world, device)
-    log = Log(config.out, first, rank)
-    introduce(config, first, rank, world, device, cohort)
-    signals = catch_signals()
-    probing = (model, cohort, sizes, config, log, signals)
-    if probe_due(first, config) and not log.has_probe(first) and not probe_now(first, *probing):
-        return False
-
-    durations = deque(maxlen=config.log_every)  # seconds of each step
-    began = time.perf_counter()
-    # Batch. The same patients, patches and views on any number of processes; each gets its share.
-    batches = data.load_views(
-        train_cohort, config, first, **sizes, device=device, rank=rank, world=world
-    )
-    bar = tqdm(batches, "train", total=config.steps, initial=first, unit="step", disable=rank > 0)
-    for step, (images, ids) in enumerate(bar, first + 1):  # [n, 3, S, S] in [0, 1]; [n, L]
-        # Dropout, where a tower has it: the masks are those of the step, resumed or not.
-        torch.manual_seed(data.seed_of(config.seed, step, rank))
-
-        # Forward. The encoder in bf16 where asked for; the losses are float32 inside.
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-            z, projections = wrapped(images)  # [n, D]; {level: [n, K_l]}
-        terms = hvc(projections, ids, config.temperature)  # {"hvc_patch": scalar, ...}
-        if config.align == "paper":
-            terms |= ha(z, model.bank, config.ha_temperature)  # {"ha_patch": scalar, ...}
-        elif config.align == "regression":
-            wanted = {level: table[i] for (level, table), i in zip(targets.items(), ids.T)}
-            terms |= ar(z, model.bank, wanted)  # {"ar_patch": scalar, ...}
-        loss = sum(config.lambdas[name] * term for name, term in terms.items())
-
-        # Backward. DistributedDataParallel averages the gradients over the processes meanwhile.
-        optimizer.zero_grad()
-        loss.backward()
-
-        # Averaged over the processes, so that all decide alike: whether to go on, when to stop.
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        numbers = average(
-            {"loss": loss, **terms, "gradient_norm": norm, "signals": len(signals)}, device
-        )
-        stop = numbers.pop("signals") > 0
-        check_finite(numbers, step, ids, train_cohort, config)  # a bad step spoils the weights
-
-        # Step. The rate is a pure function of the step, so nothing is stored to resume it.
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step - 1, config)
-        optimizer.step()
-
-        # What a person watches, and what a killed run comes back to.
-        durations.append(time.perf_counter() - began)
-        end = step == config.steps
-        due = probe_due(step, config)
-        if end or stop or step % config.log_every == 0:
-            log.write(step=step, **numbers, **vitals(step, z, model.bank, config, durations))
-            bar.set_postfix(loss=f"{numbers['loss']:.3f}")
-        if rank == 0 and (due or stop or step % config.save_every == 0):
-            save_checkpoint(
-                config.out,
-                {
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "step": step,
-                    "config": vars(config),
-                    "attributes": attributes,
-                    "classes": cohort.classes,
-                    "cohort": cohort.digests(),
-                    **sizes,
-                },
-            )
-        if (stop and not end) or (due and not probe_now(step, *probing)):
-            bar.close()
-            return False
-        began = time.perf_counter()
-
-    if rank == 0:
-        print(*table(log.probes()), f"next: python evaluate.py {config.out}", sep="\n")
-    return True
+        line["memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
+    line["seconds_left"] = round(pace * (config.steps - step))
+    return line
 
 
 def main():
@@ -704,7 +549,7 @@ def main():
     with processes(config.timeout) as (rank, world, device):
         finished = train(config, rank, world, device)
         if not finished and rank == 0:
-            print(f"stopped and saved in {config.out}. To go on: {command_of(world)}")
+            print(f"stopped and saved in {config.out}. To go on: {runs.command_line(world)}")
     raise SystemExit(0 if finished else STOPPED)
 
 

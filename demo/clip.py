@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from demo.tissue import FACTORS, STAIN_SPREAD, render
 from describe import WORD, Tokenizer, join_pair
-from model import CLIP_MEAN, CLIP_STD, ModifiedResNet, TextTower, write_whole
+from model import CLIP_MEAN, CLIP_STD, ModifiedResNet, TextTower
 from tools.processes import user_errors
+from tools.runs import write_whole
 
 GRAMMAR = json.loads(Path(__file__).with_name("captions.json").read_text("utf-8"))
 CLEAR = 0.15  # a factor is low or high if it is this far from 0.5
@@ -96,7 +97,7 @@ def train_demo_clip(
     merges = learn_merges([*phrases, *GRAMMAR["frames"], *GRAMMAR["fillers"], "tissue and"])
     tokenizer = Tokenizer(merges)
     image = ModifiedResNet((1, 1, 1, 1), width, dim, size).to(memory_format=torch.channels_last)
-    text = TextTower(len(tokenizer.vocabulary), 77, 64, 2, dim, "quickgelu")
+    text = TextTower(len(tokenizer.vocabulary), 77, 64, 2, 1, dim, "quickgelu")
     scale = torch.nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))
     parameters = [*image.parameters(), *text.parameters(), scale]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.05, fused=True)

@@ -6,6 +6,8 @@ import shutil
 from demo.clip import train_demo_clip
 from demo.tissue import write_demo
 
+CACHE = os.path.join("runs", "cache")
+
 
 def made_once(path, make):
     """The path of a file or folder, made by make(path) unless it is there.
@@ -30,11 +32,20 @@ def made_once(path, make):
     return path
 
 
-def demo_tissue(cache):
-    """The folder of the demo's cohort, in the folder `cache`."""
-    return made_once(os.path.join(cache, "tissue"), write_demo)
+def demo_tissue():
+    """The folder of the demo's cohort."""
+    return cached("tissue", write_demo)
 
 
-def demo_clip(cache):
-    """The path of the demo's CLIP, in the folder `cache`."""
-    return made_once(os.path.join(cache, "clip.pt"), train_demo_clip)
+def demo_clip():
+    """The path of the demo's CLIP."""
+    return cached("clip.pt", train_demo_clip)
+
+
+def cached(name, make):
+    """Something of the demo's, made in runs/cache on first use; says so."""
+    path = os.path.join(CACHE, name)
+    if not os.path.exists(path):
+        print(f"making the demo's {name}, once, in {CACHE}: a minute on two cores")
+        os.makedirs(CACHE, exist_ok=True)
+    return made_once(path, make)

@@ -16,8 +16,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import STAINS, read_cohort
-from model import write_whole
 from tools.processes import user_errors
+from tools.runs import write_whole
 
 FACTORS = "cellularity nuclear_size pleomorphism elongation vessels necrosis fibres".split()
 CLASSES = {  # the mean of each factor

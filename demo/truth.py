@@ -15,9 +15,9 @@ import numpy as np
 from demo.tissue import FACTORS
 from describe import read_bank
 from evaluate import auc, group_mean
-from model import write_whole
 from tools import report
 from tools.processes import user_errors
+from tools.runs import write_json
 
 DEMO_BANK = Path(__file__).with_name("attributes.json")
 
@@ -112,8 +112,7 @@ def main():
     run = parser.parse_args().run
     metrics, data = report.read_results(run)
     metrics["truth"] = truth_table(metrics, data)
-    text = json.dumps(metrics, indent=1)
-    write_whole(str(Path(run, "metrics.json")), lambda file: file.write(text.encode()))
+    write_json(str(Path(run, "metrics.json")), metrics)
     encoders = [key for key in metrics["truth"][0] if key.startswith("AUC")]
     print(" mean AUC" + "".join(f"{encoder.removeprefix('AUC, '):>12}" for encoder in encoders))
     for level in metrics["levels"]:

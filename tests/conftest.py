@@ -62,8 +62,6 @@ def flags(cohort_folder, clip_file, tmp_path):
         "4",
         "--steps",
         "4",
-        "--log-every",
-        "1",
         "--save-every",
         "2",
         "--no-amp",

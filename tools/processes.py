@@ -1,8 +1,9 @@
-"""What the commands share: to join the processes of torchrun, to say which of them is missing when
-one is, and to say what a user did wrong."""
+"""What the commands share: torchrun's processes, signals, and a user's mistake in one line."""
 
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+_patient = None  # the group of all processes that waits for as long as it takes
 
 
 @contextmanager
@@ -20,11 +23,13 @@ def user_errors():
     """
     try:
         yield
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         if sys.flags.dev_mode:
             raise
         if os.environ.get("RANK", "0") != "0":
             time.sleep(2)  # if all made the same mistake, torchrun ends this process meanwhile
+        if isinstance(error, torch.OutOfMemoryError):
+            error = f"{error}. Lower --patients, --draw or --image-size, or use more processes"
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
@@ -32,12 +37,32 @@ def user_errors():
 
 
 @contextmanager
-def processes(timeout):
-    """Join the processes of torchrun, if there are any. Yields (rank, world size, device).
+def stop_signals():
+    """Yields a list to which SIGTERM, SIGINT and SIGUSR1 (SLURM's warning) are appended.
 
-    A process that is dead, stopped or stuck makes the others fail within `timeout` seconds. On
-    gloo, the error says which rank it is.
+    The old handlers are restored at the end. Off the main thread the list stays empty.
     """
+    signals = []
+    names = ("SIGTERM", "SIGINT", "SIGUSR1")  # Windows has no SIGUSR1
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    old = {n: signal.signal(n, lambda number, frame: signals.append(number)) for n in numbers}
+    try:
+        yield signals
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def processes(timeout):
+    """Joins the processes of torchrun, if there are any. Yields (rank, world size, device).
+
+    In a training step, a process that is dead, stopped or stuck makes the others fail within
+    `timeout` seconds. On gloo, the error says which rank it is.
+    """
+    global _patient
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
@@ -60,15 +85,50 @@ def processes(timeout):
     if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's store outlives a restart
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+    _patient = dist.new_group(backend="gloo", timeout=timedelta(days=30))
     try:
         yield rank, world, device
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # as a collective raises, among others
         missing = who_is_missing(store, rank, world)
         if not missing:
             raise
         raise RuntimeError(f"{missing} is dead, stopped or stuck: see what it said") from error
     finally:
+        _patient = None
         dist.destroy_process_group()
+
+
+def from_first(value):
+    """Rank 0's value, on every process; the others wait, however long rank 0 takes."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, group=_patient)
+    return box[0]
+
+
+def add_up(x, only_first=False):
+    """Sums a CPU tensor over the processes, in place, once all of them have come here.
+
+    only_first: on rank 0 alone, so that the others may forget theirs.
+    """
+    if dist.is_initialized() and only_first:
+        dist.reduce(x, 0, group=_patient)
+    elif dist.is_initialized():
+        dist.all_reduce(x, group=_patient)
+    return x
+
+
+def average(numbers, device):
+    """{name: number} -> the same as floats, each averaged over the processes."""
+    values = [torch.as_tensor(value, dtype=torch.float64) for value in numbers.values()]
+    values = torch.stack([value.detach().to(device) for value in values])
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return dict(zip(numbers, values.tolist()))
 
 
 def who_is_missing(store, rank, world, seconds=5):

@@ -106,9 +106,9 @@ def results(metrics):
     patients = []
     for kind, probe in metrics["probes"].items():
         patients += [{"probe": kind, **row} for row in probe.get("patients", [])]
-        for level in metrics["levels"]:
-            numbers = {key: probe[level][key] for key in probe[level] if key not in DRAWN}
-            rows.append({"probe": kind, "level": level, **numbers})
+        for level, numbers in probe["levels"].items():
+            kept = {key: value for key, value in numbers.items() if key not in DRAWN}
+            rows.append({"probe": kind, "level": level, **kept})
     return html_table(rows), html_table(patients)
 
 
@@ -122,9 +122,9 @@ def curves(log, levels):
                 term, level = name, ""
             points[term][level].append((line["step"], line[name]))
         for kind, probe in line.get("probe", {}).items():
-            for level in levels:
-                if probe[level]["n"]:
-                    point = (line["step"], 100 * probe[level]["accuracy"])
+            for level, numbers in probe["levels"].items():
+                if numbers["n"]:
+                    point = (line["step"], 100 * numbers["accuracy"])
                     points[f"accuracy of {kind}, percent"][level].append(point)
     drawings = ""
     for term, lines in points.items():

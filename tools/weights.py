@@ -14,6 +14,8 @@ import zipfile
 
 import torch
 
+from tools.runs import write_json, write_whole
+
 OPENAI = {  # SHA-256 of OpenAI's files, which is also a part of their address
     "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
     "RN101": "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599",
@@ -180,48 +182,64 @@ def _from_hugging_face(theirs):
     return state
 
 
-def _read(path):
-    """(float32 state dict, activation or "") of a file. Its first bytes tell the layout."""
-    with open(path, "rb") as file:
-        head = file.read(9)
-    if head[8:] == b"{":
-        checkpoint = _read_safetensors(path)
-    elif head[:2] == b"PK":
-        checkpoint = _read_zip(path)
-    else:  # as torch.save wrote until 2020
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    known = checkpoint.get("config", checkpoint).get("activation", "")
-    tensors = checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
-    state = {}
-    if "merges" in checkpoint:  # of the tokenizer, which the demo's CLIP brings along
-        state["merges"] = checkpoint["merges"]
-    for name in list(tensors):
-        value = tensors.pop(name)  # one by one, so that memory never holds all of them twice
-        if isinstance(value, torch.Tensor) and not name.endswith("position_ids"):  # 0, 1, 2, ...
-            name = name.removeprefix("module.")  # of DistributedDataParallel
-            state[name] = value.float() if value.is_floating_point() else value
+def read_tensors(path):
+    """({name: float32 tensor}, activation or "") of a file of weights, in any published layout.
+
+    Beside a Hugging Face file, config.json tells the activation and the attention heads. Raises
+    ValueError for a damaged file and for a program, which is not run.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(9)
+        if head[8:] == b"{":
+            checkpoint = _read_safetensors(path)
+        elif head[:2] == b"PK":
+            checkpoint = _read_zip(path)
+        else:  # as torch.save wrote until 2020
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        known = checkpoint.get("clip", checkpoint).get("activation", "")
+        tensors = checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
+        state = {name: checkpoint[name] for name in ("merges",) if name in checkpoint}
+        if "heads" in checkpoint.get("clip", {}):  # of our own checkpoint
+            state["heads"] = checkpoint["clip"]["heads"]
+        for name in list(tensors):
+            value = tensors.pop(name)  # one by one, so that memory never holds all of them twice
+            if torch.is_tensor(value) and not name.endswith("position_ids"):  # 0, 1, 2, ...
+                name = name.removeprefix("module.")  # of DistributedDataParallel
+                state[name] = value.float() if value.is_floating_point() else value
+    except Exception as error:  # whatever a damaged or foreign file does to its reader
+        reason = str(error) if isinstance(error, ValueError) else f"damaged? {type(error).__name__}"
+        asked = re.search(r"GLOBAL (\S+)", str(error))  # by torch's unpickler
+        if asked:
+            reason = f"it asks for {asked[1]}, which was not run"
+        raise ValueError(f"{path} is not a checkpoint of tensors alone: {reason}") from None
     if "visual_projection.weight" in state:
         state = _from_hugging_face(state)
+        beside = os.path.join(os.path.dirname(path), "config.json")
+        if os.path.exists(beside):
+            with open(beside, encoding="utf-8") as file:
+                said = json.load(file)
+            parts = {"visual": said.get("vision_config", {}), "text": said.get("text_config", {})}
+            heads = {part: of.get("num_attention_heads") for part, of in parts.items()}
+            state["heads"] = {part: number for part, number in heads.items() if number}
+            known = parts["visual"].get("hidden_act", "").replace("_", "")
+            known = known if known in ("quickgelu", "gelu") else ""
     return state, known
 
 
 def load_clip(source, activation=""):
     """The state dict of a CLIP: float32 on the CPU, and under "activation" that of its blocks.
 
-    source: a name in CLIPS or a file (our own has no text tower). activation: "quickgelu" or "gelu"
-    where neither the file nor its SHA-256 tells it; warns if it contradicts them. Raises ValueError
-    if nothing tells it, and for a file that is damaged, no CLIP, or a program.
+    source: a name in CLIPS or a file. activation: "quickgelu" or "gelu" where neither the file nor
+    its SHA-256 tells it; warns if it contradicts them. Raises ValueError if nothing tells it, and
+    for a file that is damaged, no CLIP, or a program.
     """
     path = find_clip(source)
     remedy = ": delete it and try again" if source in CLIPS else ""
     try:
-        state, known = _read(path)
-    except Exception as error:  # whatever a damaged or foreign file does to its reader
-        reason = str(error) if isinstance(error, ValueError) else f"damaged? {type(error).__name__}"
-        asked = re.search(r"GLOBAL (\S+)", str(error))  # by torch's unpickler
-        if asked:
-            reason = f"it asks for {asked[1]}, which was not run"
-        raise ValueError(f"{path} is not a checkpoint of tensors alone: {reason}{remedy}") from None
+        state, known = read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"{error}{remedy}") from None
     reasons = [reason for piece, reason in NO_CLIP if any(piece in name for name in state)]
     if not any(name.startswith(("visual.", "tower.")) for name in state):
         reasons.append(f"its tensors are {', '.join([*state][:3])}, ... and not visual.*")
@@ -242,3 +260,19 @@ def load_clip(source, activation=""):
             f"{path} was trained with {known}, not with --activation {activation}", stacklevel=2
         )
     return state | {"activation": activation or known}
+
+
+def export(path, model, checkpoint):
+    """Writes a run's image tower for others to load, and beside it PATH.json: pixels, mean, std.
+
+    A CLIP's tower has the names of CLIP and open_clip (visual.*), a backbone those of torchvision.
+    """
+    backbone = checkpoint["config"]["backbone"]
+    prefix = "" if backbone else "visual."
+    state = {prefix + name: value for name, value in model.tower.state_dict().items()}
+    about = {"image_size": checkpoint["image_size"]}
+    about["network"] = backbone or checkpoint["clip"]["activation"]
+    about |= {"mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist()}
+    write_whole(path, lambda file: torch.save(state, file))
+    write_json(f"{path}.json", about)
+    print(f"{path}, and {path}.json, which says of images in [0, 1]: {about}")

@@ -22,6 +22,7 @@ import tempfile
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -76,10 +77,7 @@ def load_views(
 
 
 def seed_of(stream, *numbers):
-    """A seed in [0, 2^63) that is a function of a stream's name and some integers.
-
-    The name keeps streams apart: batches, views, noise, weights and dropout never share a seed.
-    """
+    """A seed in [0, 2^63) from a stream's name, which keeps streams apart, and some integers."""
     words = " ".join([stream, *(str(int(number)) for number in numbers)])
     return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big") >> 1
 
@@ -90,27 +88,19 @@ def seed_of(stream, *numbers):
 def hierarchical_batch(cohort, step, seed, patients, counts=(2, 2), places=None):
     """The patches of one batch: rows [patients, slides of a patient, patches of a slide].
 
-    counts: patches of a slide, slides of a patient. places: the part of the batch that is wanted
-    (default: all `patients` places). A patient with too few slides contributes one of them twice,
-    with different patches if it has enough; the losses recognise repeats by id.
+    counts: patches of a slide, slides of a patient. places: the part of the batch that is wanted.
+    A patient with too few slides contributes one of them twice, with different patches if it has
+    enough; the losses recognise repeats by id.
     """
-    batch = batch_patients(cohort, step, seed, patients)
-    top = len(cohort.levels) - 1
+    # An epoch is one shuffle of all patients, cut into whole batches; the rest is left over.
+    epoch, number = divmod(step - 1, len(cohort.present) // patients)
+    order = shuffle(len(cohort.present), seed, epoch)
+    batch = cohort.present[order[number * patients : (number + 1) * patients]]
     rows = []
     for place in range(patients) if places is None else places:
         rng = np.random.default_rng(seed_of("patches", seed, step, place))
-        rows.append(draw_below(cohort, rng, top, batch[place], 1, counts))
+        rows.append(draw_below(cohort, rng, len(counts), batch[place], 1, counts))
     return np.concatenate(rows)
-
-
-def batch_patients(cohort, step, seed, patients):
-    """The patients of one batch, [patients], all different; step 1 is the first.
-
-    An epoch is one shuffle of all patients cut into whole batches; the rest is left over.
-    """
-    epoch, place = divmod(step - 1, len(cohort.present) // patients)
-    order = shuffle(len(cohort.present), seed, epoch)
-    return cohort.present[order[place * patients : (place + 1) * patients]]
 
 
 @functools.lru_cache(maxsize=2)
@@ -180,7 +170,7 @@ AUGMENTATIONS = {
 }
 NUMBERS = 64  # uniform random numbers a view; a new transform may take what is left of them
 READ_AT = 1.3  # pixels at which a patch is read, of those of a view: crops neither alias nor blur
-WINDOWS = 2**18  # places in the batch's field of noise where a view's window may begin
+WINDOWS = 2**16  # places in the batch's field of noise where a view's window may begin
 
 
 def view_parameters(augmentation, seed, step, places, views):
@@ -225,20 +215,17 @@ def view_parameters(augmentation, seed, step, places, views):
 
 
 def make_views(images, parameters, size, noise_seed=0):
-    """The views of a batch of patches, made on its device: float32 [n V, 3, size, size] in [0, 1].
+    """The views of n patches, made on their device: float32 [n V, 3, size, size] in [0, 1].
 
-    images: [n, ...], as returned by decode(). parameters: of n V views (`view_parameters`); the V
-    views of a patch follow one another.
+    images: [n, ...], as returned by decode(). parameters: of n V views, those of a patch adjacent.
     """
-    V = len(parameters["rotate"]) // len(images)
+    V = len(parameters["flip"]) // len(images)
     out = torch.empty(len(images) * V, 3, size, size, device=images.device)
-    # One field of white noise serves the whole batch and each view takes a window of it: drawing
-    # noise for every pixel would be slow.
+    # One field of white noise serves the batch; to draw noise for every pixel would be slow.
     generator = torch.Generator().manual_seed(noise_seed)
     noise = torch.randn(3 * size * size + WINDOWS, generator=generator)
     noise = noise.to(images.device, non_blocking=True)
-    # A few patches at a time stay in a CPU's cache, which is several times as fast; a GPU takes
-    # the whole batch.
+    # A few patches at a time stay in a CPU's cache, several times as fast; a GPU takes them all.
     some = len(images) if out.is_cuda else max(1, 2**18 // (V * 3 * size * size))
     for first in range(0, len(images), some):
         part = slice(first * V, (first + some) * V)
@@ -250,18 +237,8 @@ def make_views(images, parameters, size, noise_seed=0):
 def augment(images, parameters, size, noise):
     """`make_views` for a few patches: one transform after the other."""
     moved = {name: value.to(images.device, non_blocking=True) for name, value in parameters.items()}
-    V = len(parameters["rotate"]) // len(images)
+    V = len(parameters["flip"]) // len(images)
     x = intensities(images)[:, None].expand(-1, V, -1, -1, -1).flatten(0, 1)
-
-    def where_drawn(name, transform, *arguments):
-        """transform(x, parameters of these names), on the views for which `name` was drawn."""
-        rows = parameters[name].nonzero()[:, 0]  # on the CPU: no waiting for a GPU
-        if len(rows):
-            rows = rows.to(x.device, non_blocking=True)
-            values = [moved[argument][rows] for argument in arguments]
-            x.index_copy_(0, rows, transform(x.index_select(0, rows), *values))
-
-    # Geometry, then colour, then what a camera does.
     x = resample(x, size, moved)
     if (parameters["stain"] != 1).any() or parameters["background"].any():
         x = stain_jitter(x, moved["stain"], moved["background"])
@@ -269,15 +246,20 @@ def augment(images, parameters, size, noise):
     contrast = moved["contrast"][:, None, None, None]
     x *= brightness * contrast
     x += x.mean(dim=(1, 2, 3), keepdim=True) * (1 / contrast - 1)
-    where_drawn("autocontrast", autocontrast)
-    where_drawn("solarise", lambda x, threshold: solarize(x, float(threshold[0])), "solarise")
-    where_drawn("sharpen", sharpen)
-    where_drawn("blur", blur, "blur")
-    for view in parameters["noise"].nonzero()[:, 0].tolist():
-        start = int(parameters["window"][view])
-        window = noise[start : start + x[view].numel()].view_as(x[view])
-        x[view].add_(window, alpha=parameters["noise"][view].item())
-    where_drawn("erase", erase, "erase", "hole")
+
+    # These change only the views for which they were drawn.
+    for name, transform in (
+        ("autocontrast", lambda x, rows: autocontrast(x)),
+        ("solarise", lambda x, rows: solarize(x, float(parameters["solarise"].max()))),
+        ("sharpen", lambda x, rows: sharpen(x)),
+        ("blur", lambda x, rows: blur(x, moved["blur"][rows])),
+        ("noise", lambda x, rows: add_noise(x, noise, moved["window"][rows], moved["noise"][rows])),
+        ("erase", lambda x, rows: erase(x, moved["erase"][rows], moved["hole"][rows])),
+    ):
+        rows = parameters[name].nonzero()[:, 0]  # on the CPU: no waiting for a GPU
+        if len(rows):
+            there = rows.to(x.device, non_blocking=True)
+            x.index_copy_(0, there, transform(x.index_select(0, there), rows))
     return x
 
 
@@ -294,7 +276,7 @@ def intensities(images):
 
 
 def resample(x, size, parameters):
-    """Crop, shift, flip and rotate: one affine map, one bilinear look-up. Returns [n, 3, size, size]."""
+    """Crops, shifts, flips and rotates by one bilinear look-up. Returns [n, 3, size, size]."""
     angle = torch.deg2rad(parameters["rotate"])
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1)
     scale = parameters["size"] * parameters["flip"]  # [n, 2]
@@ -308,9 +290,8 @@ def resample(x, size, parameters):
 
 
 def stain_jitter(x, factor, shift):
-    """Scales and shifts the density of each stain.
+    """Scales and shifts each stain's density: x = exp(-density), a sum of stains (Beer, Lambert).
 
-    By Beer and Lambert x = exp(-density), and the density of a pixel is a sum of stains.
     x: [n, 3, H, W] in [0, 1]. factor, shift: [n, 3], neutral at 1 and 0.
     """
     stains = STAINS.to(x)
@@ -343,6 +324,12 @@ def blur(x, sigma):
         y.addcmul_(outer, x[..., :-4] + x[..., 4:])
         x = y.mT
     return x
+
+
+def add_noise(x, noise, start, deviation):
+    """Adds to each image a window of one field of white noise. start, deviation: [n]."""
+    windows = noise.unfold(0, x[0].numel(), 1)[start].view_as(x)
+    return torch.addcmul(x, windows, deviation[:, None, None, None])
 
 
 def erase(x, area, hole):
@@ -383,25 +370,19 @@ def load_batches(cohort, batches, size, workers=2, ahead=3):
     Threads, not processes: Pillow decodes outside the interpreter's lock, and threads share the
     cohort instead of copying it.
     """
-
-    def collect(rows, futures):
-        images = [future.result() for future in futures]
-        for row, image in zip(rows, images):
-            if image.dtype != images[0].dtype:
-                raise ValueError(
-                    f"{cohort.path(rows[0])} and {cohort.path(row)}: one has 8 bits and one 16; "
-                    "make a cohort of each"
-                )
-        return rows, torch.from_numpy(np.stack(images))
-
     with ThreadPoolExecutor(max(1, workers)) as pool:
         queue = deque()
-        for rows in batches:
-            queue.append((rows, [pool.submit(decode, cohort.path(row), size) for row in rows]))
-            if len(queue) > ahead:
-                yield collect(*queue.popleft())
-        while queue:
-            yield collect(*queue.popleft())
+        for rows in chain(batches, [None] * ahead):
+            if rows is not None:
+                queue.append((rows, [pool.submit(decode, cohort.path(row), size) for row in rows]))
+            if queue and (len(queue) > ahead or rows is None):
+                rows, images = queue.popleft()
+                images = [image.result() for image in images]
+                deep = [image.dtype == np.uint16 for image in images]
+                if any(deep) and not all(deep):
+                    paths = [cohort.path(rows[deep.index(one)]) for one in (False, True)]
+                    raise ValueError(f"{' has 8 bits, '.join(paths)} has 16: make a cohort of each")
+                yield rows, torch.from_numpy(np.stack(images))
 
 
 def decode(path, size=None):
@@ -680,16 +661,20 @@ def check_entry(where, path, groups, split):
 
 
 def splits_of(root, patients, split_of, val_fraction):
-    """[P] int8, indices into SPLITS: as the manifest says, or by a hash of the patients' names.
-
-    The hash is the same on every machine. If chance leaves nobody in val (train), the patient of
-    the lowest (highest) hash goes there.
-    """
+    """[P] int8, indices into SPLITS: as the manifest says, or by hash where it says nothing."""
     without = [name for name in patients if not split_of[name]]
-    if not without:
-        return np.array([SPLITS.index(split_of[name]) for name in patients], np.int8)
-    if len(without) < len(patients):
+    if len(without) == len(patients):
+        return hash_split(patients, val_fraction)
+    if without:
         raise ValueError(f"{root}: some patients have a split, but {without[0]!r} has none")
+    return np.array([SPLITS.index(split_of[name]) for name in patients], np.int8)
+
+
+def hash_split(patients, val_fraction=0.2):
+    """[P] int8, 0 (train) or 1 (val), by the hash of P patients' names: alike on every machine.
+
+    If chance leaves nobody in val (train), the patient of the lowest (highest) hash goes there.
+    """
     digests = [hashlib.sha256(name.encode()).hexdigest() for name in patients]
     value = np.array([int(digest[:12], 16) / 2**48 for digest in digests])  # in [0, 1)
     split = (value < val_fraction).astype(np.int8)

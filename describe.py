@@ -1,4 +1,4 @@
-"""The attribute-text bank: read it, check it, have a language model write it, encode it.
+"""The attribute-text bank: encode it, read it, have a language model write it.
 
     python describe.py check demo/attributes.json --vocab bytes
     python describe.py generate --tissue "lung, H&E" --endpoint http://localhost:11434/v1 --model M
@@ -6,7 +6,7 @@
 
 A bank file is JSON: {"name": ..., "tissue": ..., "levels": {"patch": {attribute: [sentences]},
 "slide": {...}, "patient": {...}}}. It may hold "truth", {attribute: "+factor" or "-factor"}, where
-the factors behind the images are known. `python -m demo.clip OUT` trains the demo's CLIP.
+the factors behind the images are known, and "shows", {level: what an image of it shows}.
 """
 
 import argparse
@@ -31,55 +31,79 @@ from losses import LEVELS
 from model import ACTIVATIONS, text_tower
 from tools.bank import check_bank, is_plain
 from tools.processes import user_errors
-from tools.runs import read_whole, write_whole
+from tools.runs import read_whole, write_json, write_whole
 from tools.weights import CLIPS, load_clip, published
 
-# -------------------------------------------------------------------------------- the bank file
+# ---------------------------------------------------------------------------------- the vectors
 
 
-def read_bank(path, partial=False):
-    """The dict in a bank file. Raises ValueError for another form; `check_bank` judges the content.
+@torch.no_grad()
+def encode_bank(content, tower, tokenizer, batch=64):
+    """One unit vector per attribute, {level: t_l [K_l, D]}, in the order of the file.
 
-    partial: it is being written still, so that a level or an attribute may be empty.
+        t = norm(mean_j norm(TextEncoder(sentence_j)))
+
+    content: of a bank file. tower: a frozen text tower. batch: sentences in memory at a time.
     """
-    bank = read_json(path)
-    levels = bank.get("levels") if isinstance(bank, dict) else None
-    if not isinstance(levels, dict) or not levels:
-        raise ValueError(f'{path}: "levels" must hold {{level: {{attribute: [sentences]}}}}')
-    for level, attributes in levels.items():
-        if not isinstance(attributes, dict) or not (attributes or partial):
-            raise ValueError(f"{path}: level {level} must be {{attribute: [sentences]}}, not empty")
-        for name, sentences in attributes.items():
-            if sentences or not partial:
-                check_sentences(path, f"{level} / {name}", sentences)
-    return bank
+    levels = content["levels"]
+    attributes = [sentences for names in levels.values() for sentences in names.values()]
+    texts = [text for sentences in attributes for text in sentences]
+    encoded = []
+    for start in tqdm(range(0, len(texts), batch), desc="bank", unit="batch", leave=False):
+        tokens = tokenizer(texts[start : start + batch], tower.context)  # [batch, context]
+        longest = int(tokens.argmax(dim=1).max()) + 1  # the end token has the largest id
+        encoded.append(F.normalize(tower(tokens[:, :longest]), dim=1))  # padding only costs time
+    parts = torch.cat(encoded).split([len(sentences) for sentences in attributes])
+    vectors = F.normalize(torch.stack([part.mean(dim=0) for part in parts]), dim=1)
+    return dict(zip(levels, vectors.split([len(names) for names in levels.values()])))
 
 
-def read_json(path):
-    """What a JSON file holds. Raises ValueError, with the path, where a name stands twice."""
+def open_bank(path, state, vocab="", levels=LEVELS):
+    """The names of a bank's attributes, {level: [names]}, and their vectors, {level: [K_l, D]}.
 
-    def unique(pairs):  # JSON would silently keep the last of two values of one name
-        for name, times in Counter(name for name, _ in pairs).items():
-            if times > 1:
-                raise ValueError(f"{path}: {name!r} stands twice in one place")
-        return dict(pairs)
+    path: a bank.pt, taken as it is, or a bank file, encoded with the text tower in a CLIP's state
+    dict. vocab: as in `read_merges`. levels: those wanted. Raises ValueError, with the path.
+    """
+    if path.endswith(".pt"):
+        saved = read_whole(path, "encode the bank again")
+        if "vectors" not in saved:
+            raise ValueError(f"{path} is no bank.pt: encode the bank again")
+        if saved.get("rotated") is not None:
+            print(f"note: {path} is rotated, a control: its words mean nothing")
+        attributes, bank = saved["attributes"], saved["vectors"]
+    else:
+        content = read_bank_file(path)
+        attributes = {level: list(names) for level, names in content["levels"].items()}
+        bank = encode_bank(content, text_tower(state), tokenizer_of(state, vocab))
+    for level in levels:
+        if level not in bank:
+            raise ValueError(f"{path} has {', '.join(bank)}, and not the level {level}: add it")
+    return {at: attributes[at] for at in levels}, {at: bank[at] for at in levels}
 
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file, object_pairs_hook=unique)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+
+def rotate(bank, seed):
+    """A control without meaning: all vectors {level: [K_l, D]} turned by one random rotation.
+
+    All angles among them stay. The rotation (or reflection) is uniform over all: the Q of a
+    Gaussian matrix, with the signs of R's diagonal.
+    """
+    D = next(iter(bank.values())).shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    q, r = torch.linalg.qr(torch.randn(D, D, generator=generator, dtype=torch.float64))
+    turn = q * r.diagonal().sign()
+    return {level: (t.double() @ turn).float() for level, t in bank.items()}
 
 
-def check_sentences(path, name, sentences):
-    """Raises ValueError unless these are the sentences of a name: strings in a list, not empty."""
-    if not isinstance(sentences, list) or not sentences:
-        raise ValueError(f"{path}: {name}: must be a list of sentences")
-    if not all(isinstance(sentence, str) and sentence.strip() for sentence in sentences):
-        raise ValueError(f"{path}: {name}: every sentence must be a text, and not empty")
+def save_bank(path, content, bank, rotated=None):
+    """Writes bank.pt: {"name", "attributes": {level: [names]}, "vectors": {level: [K_l, D]},
+    "rotated": the seed of `rotate`, or None}."""
+    attributes = {level: list(names) for level, names in content["levels"].items()}
+    saved = {"name": content.get("name", ""), "attributes": attributes, "vectors": bank}
+    saved["rotated"] = rotated
+    write_whole(os.fspath(path), lambda file: torch.save(saved, file))
 
 
-# ------------------------------------------------------------- CLIP's tokenizer, and the vectors
+# ---------------------------------------------------------------------------- CLIP's tokenizer
 
 START = "<start_of_text>"
 END = "<end_of_text>"
@@ -91,7 +115,7 @@ VOCABULARY = (  # address and SHA-256
 
 
 def join_pair(symbols, pair):
-    """The symbols of a word, in which each such pair of neighbours has become one."""
+    """The symbols of a word, with every such pair of neighbours merged into one."""
     joined = []
     for symbol in symbols:
         if joined and (joined[-1], symbol) == pair:
@@ -105,8 +129,8 @@ class Tokenizer:
     """CLIP's byte-pair tokenizer (Radford et al. 2021), for ASCII text.
 
     merges: pairs of symbols, the most frequent first; without any, every letter is a token.
-    `vocabulary` is {symbol: id}: 256 bytes, the same as the last of a word, the merges, start and
-    end; so the end token has the largest id.
+    `vocabulary`, {symbol: id}, holds 256 bytes, the same at the end of a word, the merges, start
+    and end. The end token has the largest id.
     """
 
     def __init__(self, merges=()):
@@ -120,7 +144,7 @@ class Tokenizer:
         self.split = functools.cache(self.split)  # words recur
 
     def split(self, word):
-        """The symbols of a word: of all neighbours, those that rank first are merged, and again."""
+        """The symbols of a word: merge the best-ranked pair until none is left."""
         symbols = [*word[:-1], word[-1] + "</w>"]
         while len(symbols) > 1:
             best = min(pairwise(symbols), key=lambda pair: self.rank.get(pair, len(self.rank)))
@@ -130,8 +154,8 @@ class Tokenizer:
         return symbols
 
     def encode(self, text):
-        """The token ids of a text, without start and end. Raises ValueError for what another
-        tokenizer may read otherwise: characters that are not printable ASCII, HTML entities."""
+        """The token ids of a text, without start and end. Raises ValueError for anything but plain
+        ASCII, which tokenizers read differently."""
         text = re.sub(r"[\t\n\f\r]", " ", text)
         if not is_plain(text):
             raise ValueError(f"only ASCII can be tokenized, and no HTML entity: not {text!r}")
@@ -174,73 +198,48 @@ def tokenizer_of(state, vocab=""):
     return tokenizer
 
 
-@torch.no_grad()
-def encode_bank(bank, tower, tokenizer, batch=64):
-    """One unit vector for each attribute, {level: [K_l, D]}, in the order of the file.
+# -------------------------------------------------------------------------------- the bank file
 
-        t = norm(mean_j norm(TextEncoder(sentence_j)))
 
-    bank: from `read_bank`. tower: a frozen text tower. batch: sentences in memory at a time.
+def read_bank_file(path, partial=False):
+    """The content of a bank file, a dict. Raises ValueError for another form.
+
+    partial: it is still being written, so a level or an attribute may be empty.
     """
-    levels = bank["levels"]
-    attributes = [sentences for names in levels.values() for sentences in names.values()]
-    texts = [text for sentences in attributes for text in sentences]
-    encoded = []
-    for start in tqdm(range(0, len(texts), batch), desc="bank", unit="batch", leave=False):
-        tokens = tokenizer(texts[start : start + batch], tower.context)  # [batch, context]
-        longest = int(tokens.argmax(dim=1).max()) + 1  # the end token has the largest id
-        encoded.append(F.normalize(tower(tokens[:, :longest]), dim=1))  # padding only costs time
-    parts = torch.cat(encoded).split([len(sentences) for sentences in attributes])
-    vectors = F.normalize(torch.stack([part.mean(dim=0) for part in parts]), dim=1)
-    return dict(zip(levels, vectors.split([len(names) for names in levels.values()])))
+    content = read_json(path)
+    levels = content.get("levels") if isinstance(content, dict) else None
+    if not isinstance(levels, dict) or not levels:
+        raise ValueError(f'{path}: "levels" must hold {{level: {{attribute: [sentences]}}}}')
+    for level, attributes in levels.items():
+        if not isinstance(attributes, dict) or not (attributes or partial):
+            raise ValueError(f"{path}: level {level} must be {{attribute: [sentences]}}, not empty")
+        for name, sentences in attributes.items():
+            if sentences or not partial:
+                check_sentences(path, f"{level} / {name}", sentences)
+    return content
 
 
-def open_bank(path, state, vocab="", levels=LEVELS):
-    """The attributes of a bank, {level: [names]}, and their unit vectors, {level: [K_l, D]}.
+def read_json(path):
+    """What a JSON file holds. Raises ValueError, with the path, where a name appears twice."""
 
-    path: a bank.pt, as it is, or a bank file, encoded with the text tower of a CLIP's state dict.
-    vocab: for `read_merges`. levels: those wanted. Raises ValueError that names a file which is
-    neither, or lacks a level.
-    """
-    if path.endswith(".pt"):
-        bank = read_whole(path, "encode the bank again")
-        if "vectors" not in bank:
-            raise ValueError(f"{path} is no bank.pt: encode the bank again")
-        if bank.get("rotated") is not None:
-            print(f"note: {path} is rotated, a control: its words mean nothing")
-        attributes, vectors = bank["attributes"], bank["vectors"]
-    else:
-        bank = read_bank(path)
-        tower = text_tower(state)
-        attributes = {level: list(names) for level, names in bank["levels"].items()}
-        vectors = encode_bank(bank, tower, tokenizer_of(state, vocab))
-    missing = [level for level in levels if level not in vectors]
-    if missing:
-        raise ValueError(f"{path} has {', '.join(vectors)}, and not the level {missing[0]}: add it")
-    attributes = {level: attributes[level] for level in levels}
-    return attributes, {level: vectors[level] for level in levels}
+    def unique(pairs):  # JSON would silently keep the last of two values of one name
+        for name, times in Counter(name for name, _ in pairs).items():
+            if times > 1:
+                raise ValueError(f"{path}: {name!r} appears twice in one place")
+        return dict(pairs)
+
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return json.load(file, object_pairs_hook=unique)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
-def rotate(vectors, seed):
-    """A control that knows no words: all vectors of a bank {level: [K_l, D]}, turned by one random
-    rotation (or reflection) of the D dimensions, so that all angles among them stay.
-
-    It is uniform over all of them: the Q of a Gaussian matrix, with the signs of R's diagonal.
-    """
-    D = next(iter(vectors.values())).shape[1]
-    generator = torch.Generator().manual_seed(seed)
-    q, r = torch.linalg.qr(torch.randn(D, D, generator=generator, dtype=torch.float64))
-    turn = q * r.diagonal().sign()
-    return {level: (t.double() @ turn).float() for level, t in vectors.items()}
-
-
-def save_bank(path, bank, vectors, rotated=None):
-    """Write bank.pt: {"name", "attributes": {level: [names]}, "vectors": {level: [K_l, D]},
-    "rotated": the seed of `rotate`, or None}."""
-    attributes = {level: list(names) for level, names in bank["levels"].items()}
-    saved = {"name": bank.get("name", ""), "attributes": attributes, "vectors": vectors}
-    saved["rotated"] = rotated
-    write_whole(os.fspath(path), lambda file: torch.save(saved, file))
+def check_sentences(path, name, sentences):
+    """Raises ValueError unless these are sentences: a list of strings, none of them empty."""
+    good = isinstance(sentences, list) and all(isinstance(x, str) and x.strip() for x in sentences)
+    if not sentences or not good:
+        raise ValueError(f"{path}: {name}: must be a list of sentences, none of them empty")
 
 
 # ------------------------------------------------------------ the bank, written by a language model
@@ -276,56 +275,116 @@ as "the image shows". The attributes:
 TYPOGRAPHY = str.maketrans("\u2018\u2019\u201c\u201d\u2010\u2011\u2013\u2014", "''''----")
 
 
-def next_prompt(bank, levels=LEVELS, attributes=128, sentences=4, batch=8):
-    """What to ask next: (level, names, prompt), or None when all is written.
+def generate(
+    path, answer, tissue=None, levels=LEVELS, attributes=128, sentences=4, batch=8, tokenizer=None
+):
+    """Lets a model fill a bank file; returns True when it is complete.
 
-    names: the attributes, at most `batch`, to write sentences for; None: it asks for new ones. All
-    depends on the bank alone, so that an interrupted run goes on where it stopped.
+    answer: prompt -> reply. The file is saved after every reply, and all depends on it alone, so an
+    interrupted call goes on where it stopped. Raises ValueError for a file about another tissue,
+    RuntimeError when four replies in a row bring nothing.
     """
-    shows = SHOWS | bank.get("shows", {})
-    refused = [f"- Refused in your last reply: {line}\n" for line in bank.get("refused", [])[:30]]
+    content = begin(path, tissue, levels)
+    done = sum(1 + bool(said) for level in levels for said in content["levels"][level].values())
+    bar = tqdm(total=2 * attributes * len(levels), initial=done, leave=False)
+    idle = 0  # replies in a row that brought nothing
+
+    def request(level, names, count):
+        """Asks once: for `count` names, or for the sentences of some names. Saves what is good."""
+        nonlocal idle
+        bar.set_description(f"{level} {'sentences' if names else 'names'}")
+        reply = answer(prompt_for(content, level, names, count))
+        taken = take_reply(content, level, names, reply, count, tokenizer)
+        bar.update(taken)
+        write_json(path, content)
+        idle = 0 if taken else idle + 1
+        if idle == 4:
+            raise RuntimeError(
+                f"{path}: four replies in a row brought nothing. Refused:\n"
+                + "\n".join(content["refused"])
+                + "\nTake a better model or a smaller --batch, or edit the file."
+            )
+
     for level in levels:
-        here = bank["levels"][level]
-        names = [name for name in here if not here[name]][:batch]
-        if len(here) < attributes:
-            names = None
-            count = min(batch, attributes - len(here))
-            taken = [f"{at}: {', '.join(have) or 'none'}" for at, have in bank["levels"].items()]
-            task = NAMES.format(count=count, shows=shows[level], listed="\n".join(taken))
-            form = f"a JSON array of {count} strings"
-        elif names:
-            task = SENTENCES.format(count=sentences, shows=shows[level], listed="\n".join(names))
-            form = f"a JSON object {{attribute as spelled above: [{sentences} strings]}}"
-        else:
-            continue
-        context = {"tissue": bank["tissue"], "refused": "".join(refused)}
-        return level, names, PROMPT.format(**context, task=task, form=form)
-    return None
+        here = content["levels"][level]
+        while len(here) < attributes:
+            request(level, None, min(batch, attributes - len(here)))
+        while missing := [name for name in here if not here[name]]:
+            request(level, missing[:batch], sentences)
+    bar.close()
+    content.pop("refused", None)
+    write_json(path, content)
+    written = content["levels"].values()
+    return all(len(here) >= attributes and all(here.values()) for here in written)
 
 
-def take_reply(bank, level, names, reply, attributes=128, sentences=4, tokenizer=None):
-    """How many attributes a reply brought into the bank: those that pass `check_bank`. The faults
-    of the others stand in bank["refused"]. level, names: from `next_prompt`."""
-    bank["refused"] = []
-    reply = reply.rpartition("</think>")[2]
-    first, last = "{}" if names else "[]"  # code fences and talk stand outside the brackets
-    try:
-        answer = json.loads(reply[reply.find(first) : reply.rfind(last) + 1])
-    except (ValueError, RecursionError):
-        bank["refused"].append(f"not the JSON asked for: {reply[:80]!r}")
-        return 0
+def begin(path, tissue, levels):
+    """The content of a bank file to fill, new or begun. Raises ValueError if it does not fit."""
+    name = os.path.basename(path).removesuffix(".json")
+    content = {"name": name, "tissue": tissue, "levels": {level: {} for level in LEVELS}}
+    if os.path.exists(path):
+        content = read_bank_file(path, partial=True)
+    for level in levels:
+        content["levels"].setdefault(level, {})
+        if level not in SHOWS | content.get("shows", {}):
+            raise ValueError(
+                f"{path} must say what a {level} shows, as "
+                f'"shows": {{"{level}": "one region at low power: ..."}}'
+            )
+    if not content.get("tissue"):
+        raise ValueError(f"{path} says no tissue: name one with --tissue, or in the file")
+    if tissue not in (None, content["tissue"]):
+        raise ValueError(
+            f"{path} is about {content['tissue']!r}, not {tissue!r}: name another --out"
+        )
+    return content
+
+
+def prompt_for(content, level, names, count):
+    """The prompt that asks for `count` new names of a level, or sentences for each of `names`."""
+    shows = (SHOWS | content.get("shows", {}))[level]
     if names:
-        proposed = new_sentences(names, answer, sentences)
+        task = SENTENCES.format(count=count, shows=shows, listed="\n".join(names))
+        form = f"a JSON object {{attribute as spelled above: [{count} strings]}}"
     else:
-        proposed = new_names(bank, level, answer, attributes)
-        sentences = 0  # which come later
-    here = bank["levels"][level]
+        levels = content["levels"].items()
+        taken = "\n".join(f"{at}: {', '.join(have) or 'none'}" for at, have in levels)
+        task = NAMES.format(count=count, shows=shows, listed=taken)
+        form = f"a JSON array of {count} strings"
+    lines = content.get("refused", [])[:30]
+    refused = "".join(f"- Refused in your last reply: {line}\n" for line in lines)
+    return PROMPT.format(tissue=content["tissue"], refused=refused, task=task, form=form)
+
+
+def take_reply(content, level, names, reply, count, tokenizer=None):
+    """How many attributes a reply added: those that pass `check_bank`.
+
+    The faults of the others are listed in content["refused"], which the next prompt quotes.
+    """
+    refused = content["refused"] = []
+    reply = reply.rpartition("</think>")[2]
+    first, last = "{}" if names else "[]"  # code fences and talk are outside the brackets
+    try:
+        found = json.loads(reply[reply.find(first) : reply.rfind(last) + 1])
+    except (ValueError, RecursionError):
+        refused.append(f"not the JSON asked for: {reply[:80]!r}")
+        return 0
+    here = content["levels"][level]
+    if names:
+        found = {tidy(name).lower(): said for name, said in found.items()}
+        proposed = {name: texts_in(found.get(name.lower()))[:count] for name in names}
+    else:
+        new = [name.lower() for name in texts_in(found)]
+        refused += [f"{level} / {name}: is taken" for name in dict.fromkeys(new) if name in here]
+        new = [name for name in dict.fromkeys(new) if name not in here]
+        proposed = {name: [] for name in new[:count]}
     taken = 0
-    for name, texts in proposed.items():
-        here[name] = texts
-        _, problems = check_bank(bank, None, tokenizer, sentences=sentences, only=(level, name))
+    for name, said in proposed.items():
+        here[name] = said
+        expected = count if names else 0
+        _, problems = check_bank(content, None, tokenizer, sentences=expected, only=(level, name))
         faults = [line for line, places in problems.items() if (level, name) in places]
-        bank["refused"] += faults
+        refused += faults
         if not faults:
             taken += 1
         elif names:
@@ -335,116 +394,55 @@ def take_reply(bank, level, names, reply, attributes=128, sentences=4, tokenizer
     return taken
 
 
-def new_names(bank, level, answer, attributes):
-    """{name: []} of the names in an answer that are new to the level, until it has enough."""
-    here = bank["levels"][level]
-    names = dict.fromkeys(tidy(name).lower() for name in answer if isinstance(name, str))
-    bank["refused"] += [f"{level} / {name}: is taken" for name in names if name in here]
-    new = [name for name in names if name not in here]
-    return {name: [] for name in new[: attributes - len(here)]}
+def texts_in(found):
+    """The strings of a list, tidied; none if it is no list."""
+    return [tidy(x) for x in found if isinstance(x, str)] if isinstance(found, list) else []
 
 
-def new_sentences(names, answer, sentences):
-    """{name: [sentences]} of the names asked for, in whatever case the answer spells them."""
-    answer = {name.strip().lower(): texts for name, texts in answer.items()}
-    proposed = {}
-    for name in names:
-        texts = answer.get(name.lower())
-        texts = texts if isinstance(texts, list) else []
-        proposed[name] = [tidy(text) for text in texts if isinstance(text, str)][:sentences]
-    return proposed
-
-
-def tidy(text):  # with ' and - for what models type instead
+def tidy(text):
+    """A text with plain quotes and dashes, and single blanks."""
     return " ".join(text.translate(TYPOGRAPHY).split())
 
 
-def ask(endpoint, model, prompt, key="", timeout=600, tries=8, wait=2):
-    """The reply to a prompt of a model behind an OpenAI-compatible chat endpoint.
+def ask(endpoint, model, prompt, key="", timeout=600, tries=3, wait=2):
+    """The reply of a model behind an OpenAI-compatible chat endpoint.
 
-    What may pass (429, 5xx, time-outs, lost connections, half an answer) is asked again after wait,
-    2 wait, 4 wait ... seconds, or as Retry-After says. Raises ConnectionError if that is no help.
+    Temporary failures (429, 5xx, time-outs, lost connections, half an answer) are retried after
+    wait, 2 wait, ... seconds, or as Retry-After says. Raises ConnectionError, never with the key.
     """
-    key = "".join(key.split())  # urllib's complaint about a line break in a header would show it
+    key = "".join(key.split())  # urllib would show the key if it complained about a line break
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": prompt}]}).encode()
     headers = {"Content-Type": "application/json", "User-Agent": "hlss"}
     request = urllib.request.Request(endpoint.rstrip("/") + "/chat/completions", body, headers)
     if key:  # unredirected: a redirect must not carry it elsewhere
         request.add_unredirected_header("Authorization", f"Bearer {key}")
-    for attempt in range(tries):
-        status = 0
-        pause = min(wait * 2**attempt, 60)
+    for attempt in range(1, tries + 1):
+        final, after = attempt == tries, ""
         try:
-            try:
-                response = urllib.request.urlopen(request, timeout=timeout)
-            except urllib.error.HTTPError as error:
-                response = error  # a response all the same
-            with response:
-                status = response.status
-                text = response.read().decode()
-            if status == 200:
-                content = json.loads(text)["choices"][0]["message"]["content"]
-                return content if isinstance(content, str) else ""
-            reason = f"HTTP {status} {text[:300]}"
-            after = response.headers.get("Retry-After", "")
-            pause = min(int(after), 600) if after.isdecimal() else pause
+            with urllib.request.urlopen(request, timeout=timeout) as response:
+                reply = json.loads(response.read().decode())["choices"][0]["message"]["content"]
+                return reply if isinstance(reply, str) else ""
+        except urllib.error.HTTPError as error:
+            reason = f"HTTP {error.code} {error.read()[:300].decode(errors='replace')}"
+            after = error.headers.get("Retry-After", "")
+            final |= error.code < 500 and error.code not in (408, 429)
         except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
             reason = f"{type(error).__name__} {error}"
         reason = f"{endpoint}: {reason.replace(key, '***') if key else reason}"
-        if attempt + 1 == tries or (200 < status < 500 and status not in (408, 429)):
-            raise ConnectionError(f"{reason} (request {attempt + 1} of at most {tries})")
+        if final:
+            raise ConnectionError(f"{reason} (request {attempt} of at most {tries})")
+        pause = min(int(after), 600) if after.isdecimal() else wait * 2 ** (attempt - 1)
         tqdm.write(f"{reason}: again in {pause} s")
         time.sleep(pause)
-
-
-def generate(
-    path, answer, tissue=None, levels=LEVELS, attributes=128, sentences=4, batch=8, tokenizer=None
-):
-    """Whether a bank file is whole, after a model (answer: prompt -> reply) wrote it or went on.
-
-    The file is saved after every reply. Raises ValueError for a file about another tissue,
-    RuntimeError when four replies in a row bring nothing.
-    """
-    name = os.path.basename(path).removesuffix(".json")
-    bank = {"name": name, "tissue": tissue, "levels": {level: {} for level in LEVELS}}
-    if os.path.exists(path):
-        bank = read_bank(path, partial=True)
-    for level in levels:
-        bank["levels"].setdefault(level, {})
-        if level not in SHOWS | bank.get("shows", {}):
-            line = f'"shows": {{"{level}": "one region at low power: ..."}}'
-            raise ValueError(f"{path} must say what a {level} shows, as {line}")
-    if not bank.get("tissue"):
-        raise ValueError(f"{path} says no tissue: name one with --tissue, or in the file")
-    if tissue not in (None, bank["tissue"]):
-        raise ValueError(f"{path} is about {bank['tissue']!r}, not {tissue!r}: name another --out")
-    idle = 0  # replies in a row that brought nothing
-    done = sum(1 + bool(said) for level in levels for said in bank["levels"][level].values())
-    bar = tqdm(total=2 * attributes * len(levels), initial=done, leave=False)
-    while step := next_prompt(bank, levels, attributes, sentences, batch):
-        level, names, prompt = step
-        bar.set_description(f"{level} {'sentences' if names else 'names'}")
-        taken = take_reply(bank, level, names, answer(prompt), attributes, sentences, tokenizer)
-        bar.update(taken)
-        if next_prompt(bank, levels, attributes, sentences, batch) is None:
-            del bank["refused"]
-        write_whole(path, lambda file: file.write(f"{json.dumps(bank, indent=1)}\n".encode()))
-        idle = 0 if taken else idle + 1
-        if idle == 4:
-            reason = f"{path}: four replies in a row brought nothing. Refused:"
-            remedy = "Take a better model or a smaller --batch, or edit the file."
-            raise RuntimeError("\n".join([reason, *bank["refused"], remedy]))
-    bar.close()
-    return next_prompt(bank, bank["levels"], attributes, sentences) is None
 
 
 # ---------------------------------------------------------------------------------- the commands
 
 
 def run_check(args):
-    bank = read_bank(args.bank)
+    content = read_bank_file(args.bank)
     tokenizer = Tokenizer(read_merges(args.vocab)) if args.vocab else None
-    findings, problems = check_bank(bank, args.attributes, tokenizer, sentences=args.sentences)
+    findings, problems = check_bank(content, args.attributes, tokenizer, sentences=args.sentences)
     print("\n".join([*findings, *problems]))
     raise SystemExit(f"{args.bank}: {len(problems)} problems" if problems else 0)
 
@@ -454,22 +452,22 @@ def run_generate(args):
     answer = functools.partial(ask, args.endpoint, args.model, key=os.getenv("OPENAI_API_KEY", ""))
     counts = (args.attributes, args.sentences, args.batch)
     try:
-        whole = generate(args.bank, answer, args.tissue, args.levels, *counts, tokenizer)
+        complete = generate(args.bank, answer, args.tissue, args.levels, *counts, tokenizer)
     except (OSError, RuntimeError, ValueError) as error:
         raise SystemExit(f"{error}\nThe same command goes on from {args.bank}") from error
-    if whole:
+    if complete:
         run_check(args)
-    print(f"{args.bank} is not whole yet: the same command without --levels goes on with it")
+    print(f"{args.bank} is not complete: the same command without --levels goes on with it")
 
 
 def run_encode(args):
     state = load_clip(args.clip, args.activation)
-    bank = read_bank(args.bank)
-    _, vectors = open_bank(args.bank, state, args.vocab, bank["levels"])
+    content = read_bank_file(args.bank)
+    _, bank = open_bank(args.bank, state, args.vocab, content["levels"])
     if args.rotate is not None:
-        vectors = rotate(vectors, args.rotate)
-    save_bank(args.out, bank, vectors, args.rotate)
-    shapes = ", ".join(f"{level} {tuple(t.shape)}" for level, t in vectors.items())
+        bank = rotate(bank, args.rotate)
+    save_bank(args.out, content, bank, args.rotate)
+    shapes = ", ".join(f"{level} {tuple(t.shape)}" for level, t in bank.items())
     print(f"{args.out}, {args.clip}, {state['activation']}: {shapes}")
 
 
@@ -478,13 +476,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    flag = commands.add_parser("check", help="measure a bank file").add_argument
+    def command(run, text):
+        sub = commands.add_parser(run.__name__[4:], help=text)
+        sub.set_defaults(run=run)
+        return sub.add_argument
+
+    flag = command(run_check, "measure a bank file")
     flag("bank", help="a bank file (JSON)")
     flag("--attributes", type=int, help="how many each level must have (the paper: 128)")
     flag("--sentences", type=int, help="how many each attribute must have (the paper: 4)")
     flag("--vocab", help="count tokens by: bpe_simple_vocab_16e6.txt.gz of CLIP, or 'bytes' (demo)")
 
-    flag = commands.add_parser("generate", help="have a language model write it").add_argument
+    flag = command(run_generate, "have a language model write it")
     flag("--out", dest="bank", default="bank.json", help="the bank file, new or to be finished")
     flag("--tissue", help='what the images show, for instance "H&E of colorectal cancer"')
     flag("--endpoint", default="", help="an OpenAI-compatible API; OPENAI_API_KEY holds its key")
@@ -495,19 +498,18 @@ def main():
     flag("--batch", type=int, default=8, help="attributes a request; fewer if replies are cut off")
     flag("--vocab", help="count tokens as check does")
 
-    flag = commands.add_parser("encode", help="a bank file and a CLIP -> bank.pt").add_argument
+    flag = command(run_encode, "a bank file and a CLIP -> bank.pt")
     flag("bank", help="a bank file (JSON)")
     flag("--clip", required=True, help=f"a CLIP with a text tower: a file, or {', '.join(CLIPS)}")
-    flag("--activation", choices=ACTIVATIONS, help="of the CLIP, where its file does not say it")
+    flag("--activation", choices=ACTIVATIONS, help="of the CLIP, if its file does not say")
     flag("--vocab", help="bpe_simple_vocab_16e6.txt.gz of CLIP (default: open_clip's, a download)")
     seed = "for a control without meaning: turn all vectors by a random rotation of this SEED"
     flag("--rotate", type=int, metavar="SEED", help=seed)
     flag("--out", default="bank.pt", help="file to write")
     args = parser.parse_args()
-    if args.command == "generate" and not (args.model and re.match("https?://", args.endpoint)):
+    if args.run is run_generate and not (args.model and re.match("https?://", args.endpoint)):
         parser.error("generate needs --endpoint http://... and --model")
-    commands = {"check": run_check, "generate": run_generate, "encode": run_encode}
-    commands[args.command](args)
+    args.run(args)
 
 
 if __name__ == "__main__":

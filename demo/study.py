@@ -36,7 +36,7 @@ from demo.clip import train_demo_clip
 from demo.prepare import made_once
 from demo.tissue import FACTORS, write_demo
 from demo.truth import DEMO_BANK, read_factors, read_truth, ridge, truth_auc
-from describe import open_bank, read_bank, rotate, save_bank
+from describe import open_bank, read_bank_file, rotate, save_bank
 from evaluate import assess, embed, predict, probe_splits, zero_shot
 from losses import LEVELS
 from model import HLSS, image_tower, load_run
@@ -114,7 +114,7 @@ def run(folder, job):
     bank = os.path.join(out, "bank.pt")
     rotated = seed if arm.endswith("control") else None
     own_bank = true_bank if rotated is None else rotate(true_bank, rotated)
-    save_bank(bank, read_bank(DEMO_BANK), own_bank, rotated)
+    save_bank(bank, read_bank_file(DEMO_BANK), own_bank, rotated)
 
     if arm == "start":
         torch.manual_seed(seed)

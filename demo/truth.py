@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from demo.tissue import FACTORS
-from describe import read_bank
+from describe import read_bank_file
 from evaluate import auc, group_mean
 from tools import report
 from tools.processes import user_errors
@@ -28,7 +28,7 @@ def read_truth(run):
     bank = Path(json.loads(config.read_text("utf-8"))["bank"]) if config.exists() else DEMO_BANK
     if not bank.exists():
         bank = DEMO_BANK
-    truth = read_bank(bank).get("truth") if bank.suffix == ".json" else None
+    truth = read_bank_file(bank).get("truth") if bank.suffix == ".json" else None
     if not truth:
         raise ValueError(f'{bank} has no "truth": only a bank as {DEMO_BANK} says what it means')
     return truth

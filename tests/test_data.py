@@ -2,6 +2,10 @@
 
 import os
 import shutil
+import struct
+import subprocess
+import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -9,7 +13,7 @@ import tifffile
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
-from conftest import manifest
+from conftest import ROOT, manifest
 from PIL import Image
 
 import data
@@ -50,8 +54,8 @@ def test_a_manifest_becomes_a_cohort(tmp_path):
             ],
         )
     )
-    assert cohort.groups[-1] == ["amy", "bob"]
-    assert cohort.groups[0] == ["a-1", "b-1", "b-2"]
+    assert cohort.group_names[-1] == ["amy", "bob"]
+    assert cohort.group_names[0] == ["a-1", "b-1", "b-2"]
     assert cohort.classes == ["normal", "tumour"]
     assert [os.path.relpath(cohort.path(i), tmp_path) for i in range(4)] == [
         "a/1.png",
@@ -71,15 +75,20 @@ def test_a_manifest_becomes_a_cohort(tmp_path):
         (["x.png,amy,s1,a", "x.png,amy,s1,a"], "line 3.*a second time"),
         (
             ["x.png,amy,s1,a", "y.png,bob,s1,a"],
-            "line 3.*'s1' is in .'amy'. above and in .'bob'. here",
+            "line 3: slide 's1' belongs to 'bob' here and to 'amy' above",
         ),
-        (["../x.png,amy,s1,a"], "line 2.*leaves"),
-        (["/etc/x.png,amy,s1,a"], "line 2.*leaves"),
-        (["img/x.png,amy,s1,a", "./img/x.png,amy,s1,a"], "line 3.*must be written 'img/x.png'"),
-        (["img//x.png,amy,s1,a"], "line 2.*must be written 'img/x.png'"),
-        ([r"img\x.png,amy,s1,a"], "line 2.*must be written 'img/x.png'"),
-        ([r"C:\img\x.png,amy,s1,a"], "line 2.*leaves"),
-        (["x.png,,s1,a"], "line 2.*only label and split may be empty"),
+        (["../x.png,amy,s1,a"], "line 2.*must be a plain path inside the cohort's folder"),
+        (["/etc/x.png,amy,s1,a"], "line 2.*must be a plain path"),
+        (["img/x.png,amy,s1,a", "./img/x.png,amy,s1,a"], "line 3.*must be a plain path"),
+        (["img//x.png,amy,s1,a"], "line 2.*must be a plain path"),
+        ([r"img\x.png,amy,s1,a"], "line 2.*must be a plain path"),
+        ([r"C:\img\x.png,amy,s1,a"], "line 2.*must be a plain path"),
+        (["C:/img/x.png,amy,s1,a"], "line 2.*must be a plain path"),
+        (["x.png,,s1,a"], "line 2: only label, split and root may be empty"),
+        # An open quote would swallow the lines up to the next one.
+        (["a.png,p1,s1,x", 'b.png,p2,s2,"x', "c.png,p3,s3,y"], "line 3: mend its quotes"),
+        (['a.png,p1,s1,"x', 'b.png,p2,s2,"y"'], "line 2: mend its quotes"),
+        (['a.png,p1,s1,"x"y'], "line 2: mend its quotes"),
         (["x.png,amy,s1"], "line 2: 3 fields"),
         ([], "no patches"),
     ],
@@ -96,7 +105,7 @@ def test_a_manifest_that_is_not_utf_8_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"manifest\.csv, line 3: 'b.png,M.ller,s2' is not UTF-8"):
         data.read_cohort(str(tmp_path))
     (tmp_path / "manifest.csv").write_bytes(lines.encode("utf-8-sig"))  # CSV UTF-8
-    assert data.read_cohort(str(tmp_path)).groups[-1] == ["M\u00fcller", "amy"]
+    assert data.read_cohort(str(tmp_path)).group_names[-1] == ["M\u00fcller", "amy"]
 
 
 @pytest.mark.parametrize(
@@ -108,19 +117,47 @@ def test_a_manifest_that_is_not_utf_8_is_named(tmp_path):
     ],
 )
 def test_a_missing_column_is_named(tmp_path, header, missing):
-    message = rf"manifest\.csv, line 1 is '{header}': no column {missing}; name them in small .*;"
+    message = (
+        rf"manifest\.csv, line 1: .*{header}.* has no column {missing}: name path, .* in small"
+    )
     with pytest.raises(ValueError, match=message):
         data.read_cohort(manifest(tmp_path, ["x.png;amy;s1"], header))
 
 
 def test_blanks_beside_the_names_of_columns_do_no_harm(tmp_path):
     cohort = data.read_cohort(manifest(tmp_path, ["x.png, amy, s1"], "path, patient, slide"))
-    assert cohort.group_names(0) == ["amy", "s1"]
+    assert cohort.groups_of(0) == ["amy", "s1"]
 
 
 def test_a_missing_manifest_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"manifest\.csv does not exist"):
         data.read_cohort(str(tmp_path / "nowhere"))
+
+
+def test_a_manifest_may_lie_elsewhere_and_name_the_root(tmp_path):
+    lines = ["x.png,amy,s1,/data/tiles", "y.png,bob,s2,/data/tiles"]
+    root = manifest(tmp_path, lines, "path,patient,slide,root")
+    assert data.read_cohort(root).path(1) == "/data/tiles/y.png"
+    manifest(tmp_path, [*lines, "z.png,bob,s2,/other"], "path,patient,slide,root")
+    with pytest.raises(ValueError, match="root must be the same in every line"):
+        data.read_cohort(root)
+    os.rename(tmp_path / "manifest.csv", tmp_path / "X.CSV")
+    with pytest.raises(ValueError, match="root must be the same"):  # found, whatever its case
+        data.read_cohort(str(tmp_path / "X.CSV"))
+
+
+@pytest.mark.parametrize("name", ["amy ", " amy", "a\nb", "a\rb", "caf\udce9"])
+def test_a_name_that_a_manifest_cannot_hold_is_refused(name):
+    entry = ("here", f"{name.strip()}/x.png", [name, "s1"], "", "", "")
+    with pytest.raises(ValueError, match="here: rename '"):
+        data.build_cohort("root", [entry])
+
+
+def test_nobody_is_held_out_at_a_fraction_of_0(tmp_path):
+    cohort = data.read_cohort(
+        manifest(tmp_path, ["x.png,amy,s1,a", "y.png,bob,s2,a"]), val_fraction=0
+    )
+    assert len(cohort.restrict("train")) == 2
 
 
 def test_splits(tmp_path):
@@ -130,12 +167,10 @@ def test_splits(tmp_path):
     )
     assert len(cohort.restrict("train")) == 1
     assert cohort.restrict("val").path(0).endswith("x.png")
-    assert cohort.restrict("train").ids(np.array([0])).tolist() == [
-        [0, 1, 1]
-    ]  # bob and his slide keep their numbers
+    assert cohort.restrict("train").ids(np.array([0])).tolist() == [[1, 1, 1]]  # as in the whole
     with pytest.raises(ValueError, match="no patient is in the split 'test'"):
         cohort.restrict("test")
-    with pytest.raises(ValueError, match="on one side"):
+    with pytest.raises(ValueError, match="put all of its patches in one split"):
         data.read_cohort(manifest(tmp_path, ["x.png,amy,s1,a,val", "y.png,amy,s2,a,train"], header))
     with pytest.raises(ValueError, match="'bob' has none"):
         data.read_cohort(manifest(tmp_path, ["x.png,amy,s1,a,val", "y.png,bob,s2,a,"], header))
@@ -180,9 +215,10 @@ def test_an_epoch_is_a_shuffle_cut_into_whole_batches(tmp_path, n, patients):
     cohort = many(tmp_path, n, 1, 1)
     batches = n // patients
     left_out = set()
-    for epoch in range(300):
+    for epoch in range(200):
         steps = range(epoch * batches, (epoch + 1) * batches)
-        drawn = np.concatenate([data.batch_patients(cohort, step, 3, patients) for step in steps])
+        drawn = [data.hierarchical_batch(cohort, step + 1, 3, patients, (1, 1)) for step in steps]
+        drawn = cohort.patient[np.concatenate(drawn).reshape(-1)]
         assert len(drawn) == len(set(drawn)) == batches * patients
         left_out |= set(range(n)) - set(drawn)
     assert len(left_out) in (0, n)  # nobody, or everybody in turn
@@ -198,7 +234,7 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(tmp_path):
 
 def test_a_batch_has_the_hierarchy(tmp_path):
     cohort = many(tmp_path, 12)
-    rows = data.hierarchical_batch(cohort, 0, 0, patients=4, counts=(2, 3))
+    rows = data.hierarchical_batch(cohort, 1, 0, patients=4, counts=(3, 2))
     assert rows.shape == (4, 2, 3)
     ids = cohort.ids(rows.reshape(-1)).reshape(4, 2, 3, 3)
     assert len(np.unique(ids[..., 0])) == 24
@@ -211,47 +247,36 @@ def test_a_batch_has_the_hierarchy(tmp_path):
 
 def test_too_few_slides_and_patches_are_repeated(tmp_path):
     one_slide = many(tmp_path / "a", 2, slides=1, patches=4)
-    for rows in data.hierarchical_batch(one_slide, 0, 0, patients=2, counts=(2, 2)):
+    for rows in data.hierarchical_batch(one_slide, 1, 0, patients=2, counts=(2, 2)):
         assert len(np.unique(rows)) == 4  # the slide twice, with different patches
     one_patch = many(tmp_path / "b", 2, slides=2, patches=1)
-    for patient in data.hierarchical_batch(one_patch, 0, 0, patients=2, counts=(2, 2)):
+    for patient in data.hierarchical_batch(one_patch, 1, 0, patients=2, counts=(2, 2)):
         assert all(len(np.unique(slide)) == 1 for slide in patient)
 
 
-def test_classes_are_balanced(tmp_path):
-    """Nine patients of class a, three of b: half of every batch is b, each class has its epochs."""
-    cohort = data.read_cohort(
-        manifest(
-            tmp_path,
-            [f"{p}/{s}.png,p{p:02d},p{p}s{s},{'ab'[p >= 9]}" for p in range(12) for s in range(2)],
-        )
-    )
-    groups = data.class_patients(cohort)
-    assert [group.tolist() for group in groups] == [list(range(9)), [9, 10, 11]]
-    drawn = np.array([data.balanced_patients(groups, step, 0, 4) for step in range(18)])
-    assert ((drawn >= 9).sum(axis=1) == 2).all()
-    of_a, of_b = drawn[drawn < 9].reshape(-1, 9), drawn[drawn >= 9].reshape(-1, 3)
-    assert (np.sort(of_a) == np.arange(9)).all()
-    assert (np.sort(of_b) == np.arange(9, 12)).all()
-    assert (data.balanced_patients(groups, 5, 0, 4) == drawn[5]).all()
-    rows = data.hierarchical_batch(
-        cohort, 0, 0, 16, groups=groups
-    )  # more than there are: by repetition
-    assert rows.shape == (16, 2, 2)
-    assert {len(np.unique(cohort.patient[patient])) for patient in rows} == {1}
+def test_a_process_draws_its_own_places_alone(tmp_path):
+    """And gets what one process that draws all of them gets, rows and views."""
+    cohort = many(tmp_path, 12)
+    rows = data.hierarchical_batch(cohort, 7, 1, 8)
+    assert (data.hierarchical_batch(cohort, 7, 1, 8, places=range(2, 4)) == rows[2:4]).all()
+    whole = data.view_parameters(data.AUGMENTATIONS["strong"], 1, 7, range(8), 4)
+    mine = data.view_parameters(data.AUGMENTATIONS["strong"], 1, 7, range(2, 4), 4)
+    assert all(torch.equal(mine[name], whole[name][8:16]) for name in whole)
+    other = data.view_parameters(data.AUGMENTATIONS["strong"], 1, 8, range(2, 4), 4)
+    assert not torch.equal(mine["stain"], other["stain"])
 
 
-def test_balance_needs_one_class_a_patient(tmp_path):
-    torn = data.read_cohort(manifest(tmp_path / "a", ["x.png,amy,s1,a", "y.png,amy,s2,b"]))
-    with pytest.raises(ValueError, match="'amy' has a and b"):
-        data.class_patients(torn)
-    without = data.read_cohort(manifest(tmp_path / "b", ["x.png,amy,s1,a", "y.png,bob,s2,"]))
-    with pytest.raises(ValueError, match="'bob' has none"):
-        data.class_patients(without)
+def test_ids_of_a_part_are_those_of_the_whole(tmp_path):
+    cohort = many(tmp_path, 6)
+    part = cohort.select(np.arange(30, 40))
+    assert (part.ids(np.arange(10)) == cohort.ids(np.arange(30, 40))).all()
 
 
-def test_balanced_training(flags):
-    assert train.train(train.parse_config([*flags, "--steps", "2", "--balance-classes"]))
+def test_no_two_random_streams_share_a_seed():
+    streams = ("epoch", "patches", "views", "noise", "weights", "dropout")
+    numbers = ((), (1,), (1, 0), (0, 1), (1, 0, 0), (10,), (1, 10), (11, 0))
+    seeds = {data.seed_of(stream, *of) for stream in streams for of in numbers}
+    assert len(seeds) == len(streams) * len(numbers)
 
 
 def test_a_batch_costs_the_same_in_a_large_cohort(tmp_path):
@@ -366,7 +391,7 @@ def test_sixteen_bits_reach_the_device(tmp_path):
     ch2, ch3 = torch.from_numpy(PLANES.astype(np.float64)) / 65536
     expected = torch.stack([(ch3 - ch2 + 5000 / 65536).clamp(0, 1), ch2, ch3])[None].float()
     torch.testing.assert_close(data.plain_view(images, 40), expected, atol=1e-6, rtol=0)
-    still = data.view_parameters(2, 0, 0, {})
+    still = data.view_parameters({}, 0, 1, range(1), 2)
     torch.testing.assert_close(data.make_views(images, still, 40)[1:], expected, atol=1e-5, rtol=0)
     assert expected.min() == 0  # the clamp acts
     half = data.decode(str(tmp_path / "x.tif"), 20)
@@ -378,7 +403,7 @@ def test_a_cohort_is_of_one_depth(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", PLANES)
     Image.new("RGB", (40, 40)).save(tmp_path / "b.png")
     cohort = data.read_cohort(manifest(tmp_path, ["a.tif,amy,s1,x", "b.png,amy,s1,x"]))
-    with pytest.raises(ValueError, match=r"a\.tif and .*b\.png: one has 8 bits, one 16"):
+    with pytest.raises(ValueError, match=r"b\.png has 8 bits, .*a\.tif has 16"):
         list(data.load_batches(cohort, [[0, 1]], 40))
 
 
@@ -387,6 +412,38 @@ def test_a_tile_larger_than_the_image_and_an_orientation_are_read_right(tmp_path
     tifffile.imwrite(tmp_path / "x.tif", PLANES, photometric="minisblack", **how)
     expected = PLANES if "tile" in how else PLANES[:, ::-1, ::-1]  # 3: turned by 180 degrees
     assert (data.decode(str(tmp_path / "x.tif"), 40) == expected).all()
+
+
+def png(path, mode, pixels):
+    """A PNG of 16 bits a sample, which Pillow cannot write. pixels: [H, W, C] uint16."""
+    height, width, _ = pixels.shape
+    kind = {"RGB": 2, "LA": 4, "RGBA": 6}[mode]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0))]
+    parts += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    content = b"\x89PNG\r\n\x1a\n"
+    for name, body in parts:
+        content += struct.pack(">I", len(body)) + name + body
+        content += struct.pack(">I", zlib.crc32(name + body))
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "LA", "RGBA"])
+def test_a_png_of_16_bit_colours_is_refused(tmp_path, mode):
+    """Pillow would read its high bytes alone."""
+    png(tmp_path / "x.png", mode, RNG.integers(0, 2**16, (8, 8, len(mode)), np.uint16))
+    with pytest.raises(ValueError, match=r"x\.png cannot be read .*only 8-bit images"):
+        data.decode(str(tmp_path / "x.png"))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
+def test_transparent_pixels_are_white(tmp_path, mode):
+    """A slide reader gives (0, 0, 0, 0) outside of the scan; black would pass for tissue."""
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0)).convert(mode)
+    transparency = {"P": 0, "L": 0, "RGB": (0, 0, 0)}  # the others have an alpha channel
+    options = {"transparency": transparency[mode]} if mode in transparency else {}
+    image.save(tmp_path / "x.png", **options)
+    assert (data.decode(str(tmp_path / "x.png")) == 255).all()
 
 
 @pytest.mark.parametrize("planar", ["contig", "separate"])
@@ -429,15 +486,11 @@ def sized(folder, sizes):
     return cohort
 
 
-def test_the_short_side_is_that_of_most_patches(tmp_path, capsys):
+def test_the_short_side_is_that_of_most_patches(tmp_path):
     """The first patch alone would say 1: a cohort would be read at one pixel."""
     cohort = sized(tmp_path, [(1, 1), (60, 40), (40, 40), (40, 70), (90, 80)])
-    assert data.short_side(cohort) == 40
-    expected = "2 of 5 patches looked at have another short side than 40 pixels: 1 to 80\n"
-    assert capsys.readouterr().out == expected
-    assert data.short_side(cohort, quiet=True) == 40  # the other processes of a run
-    assert data.short_side(cohort.select([1, 2, 3])) == 40  # 60 x 40 and 40 x 70: nothing differs
-    assert capsys.readouterr().out == ""
+    assert data.short_side(cohort) == (40, 1, 80)
+    assert data.short_side(cohort.select([1, 2, 3])) == (40, 40, 40)  # 60 x 40 and 40 x 70
 
 
 def test_the_short_side_is_read_from_few_headers(tmp_path):
@@ -446,17 +499,9 @@ def test_the_short_side_is_read_from_few_headers(tmp_path):
     for row in range(21):
         with open(cohort.path(row), "r+b") as file:
             file.truncate(45 if row % 5 == 0 else 0)  # a PNG's pixels begin at 41
-    assert data.short_side(cohort, number=5) == 40
+    assert data.short_side(cohort, number=5) == (40, 40, 40)
     with pytest.raises(ValueError, match=r"001\.png cannot be read .*: restore it"):
         data.short_side(cohort, number=21)
-
-
-def test_statistics_are_numpys(cohort_folder):
-    cohort = data.read_cohort(cohort_folder)
-    pixels = np.stack([data.decode(cohort.path(row)) for row in range(len(cohort))]) / 255
-    mean, std = data.channel_statistics(cohort, 64)
-    np.testing.assert_allclose(mean, pixels.mean(axis=(0, 2, 3)), atol=1e-6)
-    np.testing.assert_allclose(std, pixels.std(axis=(0, 2, 3)), atol=1e-6)
 
 
 def test_a_bad_file_stops_training_by_name(cohort_folder, flags, tmp_path):
@@ -482,9 +527,8 @@ PATCHES = torch.randint(
 
 def views(n=2, **transforms):
     """Views of PATCHES under the named transforms alone, each (lowest, highest), always drawn."""
-    parameters = data.view_parameters(
-        3 * n, 0, 0, STILL | {name: (1.0, *r) for name, r in transforms.items()}
-    )
+    always = {name: (1.0, *r) for name, r in transforms.items()}
+    parameters = data.view_parameters(STILL | always, 0, 1, range(3), n)
     return data.make_views(PATCHES, parameters, 32), parameters
 
 
@@ -511,8 +555,8 @@ def test_geometry_is_exact_where_it_falls_on_pixels():
 
 
 def test_the_affine_map_is_torchs():
-    parameters = data.view_parameters(6, 3, 0)
-    angle = torch.deg2rad(parameters["angle"])
+    parameters = data.view_parameters(data.AUGMENTATIONS["demo"], 3, 1, range(6), 1)
+    angle = torch.deg2rad(parameters["rotate"])
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(-1, 2, 2)
     affine = torch.cat(
         [
@@ -529,7 +573,7 @@ def test_the_affine_map_is_torchs():
 def test_many_views_are_made_a_few_at_a_time():
     """On the CPU a batch goes through in parts that fit its cache; the parts make no difference."""
     images = torch.randint(0, 256, (40, 3, 64, 64), dtype=torch.uint8)
-    parameters = data.view_parameters(80, 0, 0, data.AUGMENTATIONS["strong"])
+    parameters = data.view_parameters(data.AUGMENTATIONS["strong"], 0, 1, range(40), 2)
     whole = data.make_views(images, parameters, 64)
     for i in (0, 17, 39):
         alone = data.make_views(
@@ -539,33 +583,40 @@ def test_many_views_are_made_a_few_at_a_time():
 
 
 def test_each_view_has_its_own_numbers():
-    for name in ("brightness", "contrast", "angle", "noise", "blur", "erase"):
-        key = {"angle": "rotate"}.get(name, name)
-        _, parameters = views(4, **{key: data.AUGMENTATIONS["demo"][key][1:]})
+    for name in ("brightness", "contrast", "rotate", "noise", "blur", "erase"):
+        _, parameters = views(4, **{name: data.AUGMENTATIONS["demo"][name][1:]})
         assert len(parameters[name].unique()) == 12
 
 
 def test_a_probability_is_respected():
     """The released code ignores one that its configuration names."""
-    for name, key in {
-        "blur": "blur",
-        "rotate": "angle",
-        "erase": "erase",
-        "noise": "noise",
-        "solarise": "solarise",
-        "autocontrast": "autocontrast",
-        "sharpen": "sharpen",
-        "brightness": "brightness",
-    }.items():
-        drawn = data.view_parameters(4000, 0, 0, STILL | {name: (0.3, 0.5, 0.9)})[key]
-        assert ((drawn >= 0.5) & (drawn <= 0.9)).float().mean().item() == pytest.approx(
-            0.3, abs=0.03
-        )
+    names = "blur rotate erase noise solarise autocontrast sharpen brightness".split()
+    for name in names:
+        augmentation = STILL | {name: (0.3, 0.5, 0.9)}
+        drawn = data.view_parameters(augmentation, 0, 1, range(40), 100)[name]
+        share = ((drawn >= 0.5) & (drawn <= 0.9)).float().mean().item()
+        assert share == pytest.approx(0.3, abs=0.03)
+
+
+def test_a_crop_has_the_area_that_was_asked_for():
+    """Uniform from 0.6 to 1, at aspects up to 4/3 as far as they fit: no crop is cut off."""
+    parameters = data.view_parameters(data.AUGMENTATIONS["demo"], 0, 1, range(200), 100)
+    width, height = parameters["size"].T
+    area = width * height
+    assert area.mean().item() == pytest.approx(0.8, abs=0.01)
+    assert (area > 0.95).float().mean().item() == pytest.approx(0.125, abs=0.01)
+    assert parameters["size"].max() <= 1 + 1e-6
+    assert (width / height).log().abs().max() <= np.log(4 / 3) + 1e-6
+
+
+def test_views_do_not_share_their_noise():
+    parameters = data.view_parameters(data.AUGMENTATIONS["strong"], 0, 1, range(64), 8)
+    assert len(parameters["window"].unique()) > 512 - 8
 
 
 def test_weak_views_are_flips():
     x = data.make_views(
-        PATCHES, data.view_parameters(24, 0, 0, data.AUGMENTATIONS["weak"]), 32
+        PATCHES, data.view_parameters(data.AUGMENTATIONS["weak"], 0, 1, range(3), 8), 32
     ).unflatten(0, (3, 8))
     for patch, of_patch in zip(PATCHES.float() / 255, x):
         flips = [patch, patch.flip(-1), patch.flip(-2), patch.flip(-1, -2)]
@@ -588,20 +639,15 @@ def test_colours():
     torch.testing.assert_close(jittered, pure.sqrt(), atol=1e-5, rtol=0)  # only eosin's factor acts
 
 
-def test_autocontrast_solarise_and_sharpness():
-    """Against torchvision's, which take one parameter for all images."""
-    dull = SOURCE * 0.4 + 0.3
-    dull[2, 1] = 0.5  # a constant channel stays
-    torch.testing.assert_close(data.autocontrast(dull), TF.autocontrast(dull), atol=1e-5, rtol=0)
-    torch.testing.assert_close(
-        data.blur(SOURCE, torch.full((6,), 1.3)), TF.gaussian_blur(SOURCE, 5, 1.3)
-    )
-    solarised = data.solarise(SOURCE, torch.full((6,), 0.3))
-    torch.testing.assert_close(solarised, TF.solarize(SOURCE, 0.3))
-    torch.testing.assert_close(data.sharpen(SOURCE), TF.adjust_sharpness(SOURCE, 2))
-    torch.testing.assert_close(
-        views(solarise=(0.3, 0.3))[0], TF.solarize(SOURCE, 0.3), atol=1e-5, rtol=0
-    )
+def test_blur_sharpness_and_solarising_are_torchvisions():
+    blurred = data.blur(SOURCE, torch.full((6,), 1.3))
+    torch.testing.assert_close(blurred, TF.gaussian_blur(SOURCE, 5, 1.3))
+    sharp = TF.adjust_sharpness(SOURCE, 2)
+    torch.testing.assert_close(data.sharpen(SOURCE), sharp, atol=1e-5, rtol=0)
+    solarised = TF.solarize(SOURCE, 0.3)
+    torch.testing.assert_close(views(solarise=(0.3, 0.3))[0], solarised, atol=1e-5, rtol=0)
+    stretched = TF.autocontrast(SOURCE)
+    torch.testing.assert_close(views(autocontrast=(1, 1))[0], stretched, atol=1e-4, rtol=0)
     changed = (views(n=8, blur=(1, 1))[0] - views(n=8)[0]).abs().amax(dim=(1, 2, 3)) > 0
     assert changed.all()
 
@@ -624,16 +670,16 @@ def test_blur_noise_and_erasing():
     assert share.min() > 0.2 and share.max() < 0.3  # none is cut off at the border
 
 
-def test_views_do_not_depend_on_the_number_of_processes():
-    whole = data.view_parameters(12, seed=1, step=7)
-    assert torch.equal(
-        whole["angle"].chunk(4)[2], data.view_parameters(12, seed=1, step=7)["angle"][6:9]
-    )
-    assert not torch.equal(whole["angle"], data.view_parameters(12, seed=1, step=8)["angle"])
-
-
 def test_plain_view():
     assert torch.equal(data.plain_view(PATCHES, 32), PATCHES.float() / 255)
     torch.testing.assert_close(
         data.plain_view(PATCHES, 16).mean(), PATCHES.float().mean() / 255, atol=2e-3, rtol=0
     )
+
+
+@pytest.mark.parametrize("of_a_cohort", [False, True])
+def test_the_file_shows_its_stage(tmp_path, cohort_folder, of_a_cohort):
+    command = [sys.executable, os.path.join(ROOT, "data.py"), *[cohort_folder] * of_a_cohort]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "row " in done.stdout and "'patient': " in done.stdout
+    assert Image.open(tmp_path / "views.png").size[0] > 300

@@ -18,7 +18,7 @@ from demo import clip
 from demo.clip import GRAMMAR, caption, learn_merges, main, train_demo_clip
 from demo.study import FOUR
 from demo.tissue import FACTORS
-from describe import WORD, Tokenizer, encode_bank, open_bank, read_bank, tokenizer_of
+from describe import WORD, Tokenizer, encode_bank, open_bank, read_bank_file, tokenizer_of
 from model import image_tower, text_tower
 from tools.weights import load_clip
 
@@ -47,7 +47,7 @@ def runs(text, n):
 
 
 def bank_sentences():
-    levels = read_bank(DEMO)["levels"].values()
+    levels = read_bank_file(DEMO)["levels"].values()
     return [
         text for attributes in levels for sentences in attributes.values() for text in sentences
     ]
@@ -212,7 +212,7 @@ def test_a_bank_is_encoded_with_the_words_of_the_file(clip_file, tmp_path, monke
     )
     describe.main()
     state = load_clip(clip_file)
-    expected = encode_bank(read_bank(DEMO), text_tower(state), Tokenizer(state["merges"]))
+    expected = encode_bank(read_bank_file(DEMO), text_tower(state), Tokenizer(state["merges"]))
     _, vectors = open_bank(out, {})
     for level, t in expected.items():
         torch.testing.assert_close(vectors[level], t, atol=1e-6, rtol=0)

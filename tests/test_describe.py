@@ -17,7 +17,7 @@ from describe import (
     encode_bank,
     main,
     open_bank,
-    read_bank,
+    read_bank_file,
     read_merges,
     save_bank,
     tokenizer_of,
@@ -31,7 +31,7 @@ DEMO = os.path.join(ROOT, "demo/attributes.json")
 
 
 def test_the_demo_bank_passes_and_its_truth_is_known():
-    bank = read_bank(DEMO)
+    bank = read_bank_file(DEMO)
     found, problems = check_bank(bank, attributes=14, tokenizer=Tokenizer())
     assert problems == {}
     assert found[0].endswith("168 sentences")
@@ -78,7 +78,7 @@ FAULTS = {  # what the check must say <- what is done to the demo bank
 
 @pytest.mark.parametrize("message", FAULTS)
 def test_the_check_finds(message):
-    bank = copy.deepcopy(read_bank(DEMO))
+    bank = copy.deepcopy(read_bank_file(DEMO))
     FAULTS[message](bank["levels"]["patch"], bank["levels"]["slide"])
     _, problems = check_bank(
         bank, attributes=15 if "not 15" in message else None, tokenizer=Tokenizer()
@@ -91,7 +91,7 @@ def test_the_shipped_banks_pass_with_the_tokens_of_clip(name):
     """Counts, duplicates, frames, what no image shows, and at most 77 tokens of CLIP's own."""
     open_clip = pytest.importorskip("open_clip")
     vocabulary = os.path.join(os.path.dirname(open_clip.__file__), "bpe_simple_vocab_16e6.txt.gz")
-    bank = read_bank(os.path.join(ROOT, f"attributes/{name}.json"))
+    bank = read_bank_file(os.path.join(ROOT, f"attributes/{name}.json"))
     found, problems = check_bank(bank, 128, Tokenizer(read_merges(vocabulary)), sentences=4)
     assert problems == {}
     assert found[0].endswith("1536 sentences") and re.search(
@@ -100,7 +100,7 @@ def test_the_shipped_banks_pass_with_the_tokens_of_clip(name):
 
 
 def test_all_that_is_wrong_with_a_text_is_told_in_one_go():
-    bank = read_bank(DEMO)
+    bank = read_bank_file(DEMO)
     bank["levels"]["patch"]["crowded nuclei"][0] = "IDH na\u00efve"
     _, problems = check_bank(bank)
     place = "patch / crowded nuclei: IDH na\u00efve"
@@ -120,7 +120,7 @@ def check(monkeypatch, *arguments):
 def test_near_duplicates_within_and_across_levels_are_told_with_both_places_and_end_in_an_error(
     tmp_path, monkeypatch, capsys
 ):
-    bank = read_bank(DEMO)
+    bank = read_bank_file(DEMO)
     original = bank["levels"]["patch"]["crowded nuclei"][0]
     copies = [("patch", "sparse nuclei"), ("slide", next(iter(bank["levels"]["slide"])))]
     for level, name in copies:
@@ -138,12 +138,12 @@ def test_near_duplicates_within_and_across_levels_are_told_with_both_places_and_
 def test_an_attribute_that_stands_twice_in_a_file_is_refused(tmp_path):
     path = tmp_path / "bank.json"
     path.write_text(open(DEMO).read().replace('"crowded nuclei":', '"sparse nuclei":', 1))
-    with pytest.raises(ValueError, match="'sparse nuclei' stands twice"):
-        read_bank(str(path))  # JSON would drop the first without a word
+    with pytest.raises(ValueError, match="'sparse nuclei' appears twice"):
+        read_bank_file(str(path))  # JSON would drop the first without a word
 
 
 def test_unstained_tissue_has_no_stain_words():
-    bank = read_bank(DEMO) | {"tissue": "stimulated Raman histology of nothing"}
+    bank = read_bank_file(DEMO) | {"tissue": "stimulated Raman histology of nothing"}
     bank["levels"]["patch"]["crowded nuclei"][0] = "Purple dots are piled up until no gap is left."
     assert any("has no 'Purple'" in problem for problem in check_bank(bank)[1])
 
@@ -163,7 +163,7 @@ def test_a_bank_of_another_form_is_refused_by_name(message, tmp_path):
     path = tmp_path / "bank.json"
     path.write_bytes(FORMS[message])
     with pytest.raises(ValueError, match=rf"bank\.json.*{message}"):
-        read_bank(str(path))
+        read_bank_file(str(path))
 
 
 # --------------------------------------------------------------------------------- the tokenizer
@@ -200,7 +200,7 @@ def test_other_than_ascii_is_refused():
 
 
 def test_a_bank_vector_is_the_equation(clip_file, tmp_path):
-    bank, state = read_bank(DEMO), load_clip(clip_file)
+    bank, state = read_bank_file(DEMO), load_clip(clip_file)
     tower, tokenizer = text_tower(state), tokenizer_of(state)
     vectors = encode_bank(bank, tower, tokenizer, batch=50)
     for level in LEVELS:
@@ -211,7 +211,7 @@ def test_a_bank_vector_is_the_equation(clip_file, tmp_path):
 
 
 def test_a_bank_pt_is_what_was_saved_and_needs_no_clip(tmp_path):
-    bank, path = read_bank(DEMO), str(tmp_path / "bank.pt")
+    bank, path = read_bank_file(DEMO), str(tmp_path / "bank.pt")
     vectors = {level: F.normalize(torch.randn(14, 8), dim=1) for level in LEVELS}
     save_bank(path, bank, vectors)
     attributes, again = open_bank(path, state={})
@@ -244,7 +244,7 @@ def test_a_rotated_bank_has_the_same_angles_and_other_vectors(
 def test_a_bank_file_is_encoded_with_the_clip(clip_file):
     state = load_clip(clip_file)
     attributes, vectors = open_bank(DEMO, state)
-    expected = encode_bank(read_bank(DEMO), text_tower(state), Tokenizer(state["merges"]))
+    expected = encode_bank(read_bank_file(DEMO), text_tower(state), Tokenizer(state["merges"]))
     for level in LEVELS:
         assert len(attributes[level]) == 14
         assert torch.equal(vectors[level], expected[level])
@@ -264,7 +264,7 @@ def test_one_flipped_byte_in_a_bank_pt_is_found(tmp_path):
 @pytest.mark.parametrize("content", ["nothing", "half", "text", "another dict", "a list"])
 def test_another_file_than_a_bank_pt_is_refused_by_name(content, tmp_path):
     path = tmp_path / "other.pt"
-    save_bank(path, read_bank(DEMO), {level: torch.eye(14) for level in LEVELS})
+    save_bank(path, read_bank_file(DEMO), {level: torch.eye(14) for level in LEVELS})
     if content == "nothing":
         path.unlink()
     elif content == "half":

@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import ROOT
 
-from describe import ask, generate, main, next_prompt, read_bank, take_reply
+from describe import ask, generate, main, prompt_for, read_bank_file, take_reply
 from losses import LEVELS
 from tools.bank import check_bank
 
@@ -152,16 +152,11 @@ def test_what_may_pass_is_asked_again(fault):
 def test_the_pauses_double_and_retry_after_is_heeded(monkeypatch):
     pauses = []
     monkeypatch.setattr(time, "sleep", pauses.append)
-    faults = [
-        status(503),
-        status(429, Retry_After=7),
-        drop,
-        status(429, Retry_After="Fri, 31 Dec 1999 23:59:59 GMT"),
-        *[status(502)] * 3,
-    ]
-    with endpoint(lambda prompt: "yes", faults) as (url, _):
-        assert ask(url, "m", "please") == "yes"
-    assert pauses == [2, 7, 8, 16, 32, 60, 60]
+    late = status(429, Retry_After="Fri, 31 Dec 1999 23:59:59 GMT")
+    for faults in ([drop, late], [status(503), status(429, Retry_After=7)]):
+        with endpoint(lambda prompt: "yes", faults) as (url, _):
+            assert ask(url, "m", "please") == "yes"
+    assert pauses == [2, 4, 2, 7]
 
 
 def test_what_cannot_pass_is_not_asked_again_and_the_key_is_never_shown(capfd):
@@ -222,7 +217,7 @@ def made(path, model, **options):
 def test_an_obedient_model_writes_a_bank_that_passes(tmp_path):
     model = Model()
     assert made(tmp_path / "bank.json", model)
-    bank = read_bank(tmp_path / "bank.json")
+    bank = read_bank_file(tmp_path / "bank.json")
     assert set(bank) == {"name", "tissue", "levels"} and bank["name"] == "bank"
     assert check_bank(bank, attributes=6, sentences=4)[1] == {}
     assert len(model.prompts) == 3 * (2 + 2)  # 4 and 2 names, then the sentences of 4 and 2
@@ -293,7 +288,7 @@ SPOILED = {
 def test_what_the_check_finds_is_asked_again_with_the_reason(complaint, tmp_path):
     model = Model(SPOILED[complaint])
     assert made(tmp_path / "bank.json", model)
-    assert check_bank(read_bank(tmp_path / "bank.json"), attributes=6, sentences=4)[1] == {}
+    assert check_bank(read_bank_file(tmp_path / "bank.json"), attributes=6, sentences=4)[1] == {}
     complained = [number for number, prompt in enumerate(model.prompts, 1) if complaint in prompt]
     assert complained and complained[0] in (2, 3, 4), model.prompts
     assert complaint not in model.prompts[-1]
@@ -322,7 +317,7 @@ def test_quotes_dashes_and_a_sentence_too_many_are_mended_not_refused(tmp_path):
         )
     )
     assert made(tmp_path / "bank.json", model) and len(model.prompts) == 12
-    first = next(iter(read_bank(tmp_path / "bank.json")["levels"]["patch"].values()))
+    first = next(iter(read_bank_file(tmp_path / "bank.json")["levels"]["patch"].values()))
     assert first[0] == "The cell's 'rim' is thin - almost unseen by anyone." and len(first) == 4
 
 
@@ -333,7 +328,7 @@ def test_more_names_than_asked_for_are_left(tmp_path):
         )
     )
     assert made(tmp_path / "bank.json", model)
-    assert [len(names) for names in read_bank(tmp_path / "bank.json")["levels"].values()] == [
+    assert [len(names) for names in read_bank_file(tmp_path / "bank.json")["levels"].values()] == [
         6,
         6,
         6,
@@ -349,8 +344,9 @@ def test_boilerplate_is_refused_once_it_shows():
         )
     )
     bank["levels"]["patch"] = {word(n): [] for n in range(9000, 9006)}
-    level, names, prompt = next_prompt(bank, attributes=6)
-    assert take_reply(bank, level, names, framed(prompt), attributes=6) == 4
+    names = list(bank["levels"]["patch"])
+    reply = framed(prompt_for(bank, "patch", names, 4))
+    assert take_reply(bank, "patch", names, reply, 4) == 4
     assert (
         all("'the image shows' stands in" in line for line in bank["refused"])
         and len(bank["refused"]) == 2
@@ -379,7 +375,7 @@ def test_a_crash_while_the_file_is_written_leaves_the_one_before(tmp_path, monke
     assert os.listdir(tmp_path) == ["bank.json"]
     monkeypatch.undo()
     assert [
-        len(names) for names in read_bank(tmp_path / "bank.json", partial=True)["levels"].values()
+        len(names) for names in read_bank_file(tmp_path / "bank.json", partial=True)["levels"].values()
     ] == [6, 0, 0]
     assert made(tmp_path / "bank.json", model)
 
@@ -448,14 +444,14 @@ def test_killed_between_answers_it_goes_on_and_pays_for_nothing_twice(run, tmp_p
         assert reached.wait(60)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        part = read_bank(out, partial=True)
+        part = read_bank_file(out, partial=True)
         before = list(model.prompts)
         assert any("3 sentences, not 4" in prompt for prompt in before)
         ended, stdout, stderr = run(out, *flags, "--endpoint", url)
     assert ended == 0 and "72 sentences" in stdout
     assert model.prompts[6] == model.asked
     assert len(set(model.prompts)) == len(model.prompts) and len(requests) == len(model.prompts) + 1
-    bank = read_bank(out)
+    bank = read_bank_file(out)
     for level in LEVELS:  # and what the first run had is still there
         assert all(
             bank["levels"][level][n] == said for n, said in part["levels"][level].items() if said
@@ -485,6 +481,6 @@ def test_some_levels_alone_leave_a_bank_that_is_not_whole(run, tmp_path):
     flags = ["--tissue", "H&E", "--model", "m", "--levels", "slide"]
     with endpoint(Model()) as (url, _):
         ended, stdout, _ = run(out, *flags, "--endpoint", url)
-    assert ended is None and "not whole yet" in stdout
-    levels = read_bank(out, partial=True)["levels"]
+    assert ended is None and "is not complete" in stdout
+    levels = read_bank_file(out, partial=True)["levels"]
     assert [len(levels[level]) for level in LEVELS] == [0, 6, 0]

@@ -16,7 +16,7 @@ from test_model import small_clip
 
 import describe
 import train
-from describe import Tokenizer, encode_bank, open_bank, read_bank, read_merges, save_bank
+from describe import Tokenizer, encode_bank, open_bank, read_bank_file, read_merges, save_bank
 from losses import LEVELS
 from model import load_run, text_tower
 from tools.bank import is_plain
@@ -40,7 +40,7 @@ def assert_same_tokens(tokenizer, texts):
 @pytest.mark.parametrize("path", BANKS)
 def test_a_bank_has_the_tokens_of_open_clip(tokenizer, path):
     texts = []
-    for attributes in read_bank(os.path.join(ROOT, path))["levels"].values():
+    for attributes in read_bank_file(os.path.join(ROOT, path))["levels"].values():
         for name, sentences in attributes.items():
             texts += [name, *sentences]
     assert_same_tokens(tokenizer, texts)

@@ -11,7 +11,6 @@ all patches, for a classifier of your own) and report.html, a page for a browser
 """
 
 import argparse
-import json
 import os
 import sys
 import warnings
@@ -85,18 +84,14 @@ def attribute_targets(z, bank, cohort):
     over the cohort, below which a student need not fall.
     """
     ids = dict(zip(cohort.levels, cohort.ids(np.arange(len(cohort))).T))
-    targets = {}
+    targets, own = {}, {}
     for level, scores in attribute_scores(z, bank).items():
         mean, first = group_mean(standardise(scores).numpy(), ids[level])
         targets[level] = torch.zeros(ids[level].max() + 1, scores.shape[1])
         targets[level][ids[level][first]] = standardise(torch.from_numpy(mean)).float()
+        own[level] = (standardise(scores) - targets[level][ids[level]]).square().mean().item()
     if place()[0] == 0:
-        bank = {level: t.cpu() for level, t in bank.items()}
-        errors = [
-            (level, (standardise(z @ t.T) - targets[level][ids[level]]).square().mean())
-            for level, t in bank.items()
-        ]
-        own = ", ".join(f"{level} {error:.2f}" for level, error in errors)
+        own = ", ".join(f"{level} {value:.2f}" for level, value in own.items())
         print(f"an ar term is about 2 for unrelated scores; the teacher itself has {own}")
     return targets
 
@@ -104,7 +99,7 @@ def attribute_targets(z, bank, cohort):
 # --------------------------------------------------------------------------------------- probes
 
 
-def knn(train_z, train_labels, z, classes, ks=tuple(NEIGHBOURS.values()), temperature=0.07):
+def knn(train_z, train_labels, z, classes, ks=(200, 20), temperature=0.07):
     """Class probabilities [len(ks), n, classes] by weighted cosine kNN (Wu et al. 2018).
 
         p(c) ~ sum over the k nearest training rows i with label c of exp(cos(z, z_i) / temperature)
@@ -489,79 +484,128 @@ def class_attributes(scores, names, cohort, rows, number=5):
 
 def cohort_notes(config, cohort):
     """Warnings about using this bank on this cohort: sentences, perhaps none."""
-    elsewhere = not os.path.exists(os.path.join(cohort.root, "factors.csv"))  # as demo tissue has
+    real = not os.path.exists(os.path.join(cohort.root, "factors.csv"))  # which demo tissue has
     demo_bank = config["bank"].endswith(os.path.join("demo", "attributes.json"))
     demo_clip = config["clip"].endswith(os.path.join("cache", "clip.pt"))
-    wordless = (config["backbone"] or config["start"] == "random") and config[
-        "align"
-    ] != "regression"
+    fresh = config["backbone"] or config["start"] == "random"
+    wordless = fresh and config["align"] != "regression"
     train = cohort.split == SPLITS.index("train")
+    alone = len(np.unique(cohort.patient[train])) == 1
     rules = [
         (wordless, "the encoder started from random weights: its attribute names mean nothing"),
-        (elsewhere and demo_bank, "the bank describes demo tissue: --bank names another"),
-        (elsewhere and demo_clip, "the CLIP is the demo's and knows demo tissue alone"),
-        (
-            len(np.unique(cohort.patient[train])) == 1,
-            "one training patient: nothing shows how patients differ",
-        ),
+        (real and demo_bank, "the bank describes demo tissue: --bank names another"),
+        (real and demo_clip, "the CLIP is the demo's and knows demo tissue alone"),
+        (alone, "one training patient: nothing shows how patients differ"),
     ]
     for c, name in enumerate(cohort.classes):
-        alone = train.any() and not (train & (cohort.label == c)).any()
-        rules.append((alone, f"no training patient has the class {name}: its recall is 0"))
+        unseen = train.any() and not (train & (cohort.label == c)).any()
+        rules.append((unseen, f"no training patient has the class {name}: its recall is 0"))
     return [note for holds, note in rules if holds]
 
 
-def reader_notes(args, checkpoint, cohort, rows, probes, words):
+def reader_notes(protocol, checkpoint, cohort, rows, probes, words):
     """What a reader of the numbers must know, as sentences. rows: those that were probed."""
     patients = np.unique(cohort.patient[rows])
     seen = runs.trained_on(cohort, patients, checkpoint["cohort"]) if probes else 0
-    side = short_side(cohort)[0]
-    zoom = side != checkpoint["short_side"]
+    wordless = probes and checkpoint["config"]["clip"] and not words
     rules = [
-        (
-            seen,
-            f"{seen} of the {len(patients)} held-out patients were pretrained on, without labels",
-        ),
-        (
-            zoom,
-            f"patches are {side} pixels wide, those of the run {checkpoint['short_side']}: another magnification?",
-        ),
+        (seen, f"pretraining saw {seen} of the {len(patients)} held-out patients, without labels"),
         (probes and len(cohort.classes) == 1, "one class alone: to be right about it says nothing"),
-        (
-            probes and checkpoint["config"]["clip"] and not words,
-            "no class is set apart: that takes patients of two classes",
-        ),
+        (wordless, "no class is set apart: that takes patients of two classes"),
     ]
-    for c, name in enumerate(cohort.classes if args.protocol == "lopo" else ()):
+    for c, name in enumerate(cohort.classes if protocol == "lopo" else ()):
         alone = len(np.unique(cohort.patient[cohort.label == c])) == 1
         rules.append((alone, f"{name} has one patient: nothing shows it with that one out"))
     for level in cohort.levels if probes else ():
         metrics = probes["knn20"]["levels"][level]
         few = "accuracy" in metrics and "accuracy_interval" not in metrics
         rules.append((few, f"{level}: fewer than {FEW} patients are too few for an interval"))
-    return cohort_notes(checkpoint["config"], cohort) + [note for holds, note in rules if holds]
+    notes = cohort_notes(checkpoint["config"], cohort) + size_notes(cohort, checkpoint)
+    return notes + [note for holds, note in rules if holds]
+
+
+def size_notes(cohort, checkpoint):
+    """A warning where patches are of another size than those of the run."""
+    side, before = short_side(cohort)[0], checkpoint["short_side"]
+    note = f"patches are {side} pixels wide and the run's were {before}: another magnification?"
+    return [note] if side != before else []
 
 
 def run_probes(args, encoders, z, cohort, splits, device):
     """All probes of the run's encoder, the first, and its gain over the other one."""
     held_out = np.concatenate([rows for _, rows in splits])
+    with_words = all(any(kept["attributes"].values()) for _, kept in encoders.values())
     predictions = []
-    for name, (model, checkpoint) in encoders.items():
-        on_z = [kind for kind in PROBES if kind != "attributes"]
-        found = predict(on_z, z[name], cohort, splits, device)
-        scores = torch.cat(list(attribute_scores(z[name], model.bank).values()), dim=1)
-        if all(any(c["attributes"].values()) for _, c in encoders.values()):
+    for name, (model, kept) in encoders.items():
+        found = predict([*NEIGHBOURS, "linear"], z[name], cohort, splits, device)
+        if with_words:
+            scores = torch.cat(list(attribute_scores(z[name], model.bank).values()), dim=1)
             found |= predict(["attributes"], scores, cohort, splits, device)
-        if args.prompts and place()[0] == 0:  # by the encoder's own CLIP
-            clip = args.clip or checkpoint["config"]["clip"]
-            activation = checkpoint["clip"].get("activation", "")
-            found["zero-shot"] = zero_shot(
-                args.prompts, z[name][held_out], cohort.classes, clip, activation
-            )
+        if args.prompts:  # each encoder's by its own CLIP
+            clip = args.clip or kept["config"]["clip"], kept["clip"].get("activation", "")
+            found["zero-shot"] = zero_shot(args.prompts, z[name][held_out], cohort.classes, *clip)
         predictions.append(found)
-    if place()[0] > 0:
-        return {}
     return assess(predictions[0], cohort, splits, other=predictions[1] if args.against else None)
+
+
+def embed_folder(folder, path, model, checkpoint, workers):
+    """Writes z and the attribute scores of all images below a folder.
+
+    Unreadable files are listed and left out; the exit code is then 1.
+    """
+    open(path, "ab").close()  # what cannot be written fails before the work
+    cohort = index(folder, "(?P<patient>.+)")  # each image a patient of its own: nothing is pooled
+    broken = []
+    for row in tqdm(range(len(cohort)), "read", leave=False, disable=place()[0] > 0):
+        try:
+            decode(cohort.path(row), checkpoint["read_size"])
+        except ValueError as error:
+            broken.append(row)
+            tqdm.write(f"left out: {error}")
+    cohort = cohort.select(np.setdiff1d(np.arange(len(cohort)), broken))
+    z = embed(model, cohort, checkpoint["read_size"], checkpoint["image_size"], workers=workers)
+    if place()[0] == 0:
+        scores = attribute_scores(z, model.bank)
+        write_arrays(path, cohort, z, scores, checkpoint["attributes"])
+        print(f"{len(z)} images are in {path}: path, z, and scores and attributes of each level")
+        print(*size_notes(cohort, checkpoint), sep="\n")
+    if broken:
+        raise SystemExit(1)
+
+
+def folder_of(args, data):
+    """Where results go: --out, the run's folder, or one below it for other data or protocols.
+
+    Raises ValueError if it holds results of other data or of another protocol.
+    """
+    run = args.run if os.path.isdir(args.run) else os.path.dirname(os.path.abspath(args.run))
+    other = os.path.splitext(os.path.basename(data))[0] if args.data else ""
+    protocol = "" if args.protocol == "val" else args.protocol
+    out = args.out or os.path.normpath(os.path.join(run, other, protocol))
+    os.makedirs(out, exist_ok=True)
+    path = os.path.join(out, "metrics.json")
+    if os.path.exists(path) and not args.overwrite:
+        before = read_json(path)
+        if (before["data"], before["protocol"]) != (data, args.protocol):
+            raise ValueError(
+                f"{out} holds results of {before['data']} (protocol {before['protocol']}), not of "
+                f"{data} ({args.protocol}): give another --out, or --overwrite"
+            )
+    return run, out
+
+
+def write_results(out, metrics, cohort, z, scores, names, against_scores):
+    """Writes embeddings.npz, of all patches, and metrics.json; each replaces the old one whole."""
+    arrays = {"label": cohort.label, "split": cohort.split, "splits": np.array(SPLITS)}
+    arrays["classes"] = np.array(cohort.classes, str)
+    ids = cohort.ids(np.arange(len(cohort)))
+    for level, group_names, column in zip(cohort.levels[1:], cohort.group_names, ids.T[1:]):
+        arrays[level] = column.astype(np.int32)
+        arrays[plural(level)] = np.array(group_names)
+    for level, values in against_scores.items():
+        arrays[f"against_scores_{level}"] = values.numpy()
+    write_arrays(os.path.join(out, "embeddings.npz"), cohort, z, scores, names, **arrays)
+    runs.write_json(os.path.join(out, "metrics.json"), metrics)
 
 
 def write_arrays(path, cohort, z, scores, names, **arrays):
@@ -573,67 +617,6 @@ def write_arrays(path, cohort, z, scores, names, **arrays):
     runs.write_whole(path, lambda file: np.savez(file, **arrays))
 
 
-def embed_folder(args, model, checkpoint):
-    """Writes z and the attribute scores of all images below a folder, as --embed says.
-
-    Unreadable files are listed and left out; the exit code is then 1.
-    """
-    folder, path = args.embed
-    try_to_write(os.path.dirname(os.path.abspath(path)))
-    cohort = index(folder, "(?P<patient>.+)")  # each image a patient of its own: nothing is pooled
-    broken = []
-    for row in tqdm(range(len(cohort)), "read", leave=False, disable=place()[0] > 0):
-        try:
-            decode(cohort.path(row), checkpoint["read_size"])
-        except ValueError as error:
-            broken.append(row)
-            print(f"left out: {error}")
-    cohort = cohort.select(np.setdiff1d(np.arange(len(cohort)), broken))
-    sizes = checkpoint["read_size"], checkpoint["image_size"]
-    z = embed(model, cohort, *sizes, workers=args.workers)
-    if place()[0] == 0:
-        scores = attribute_scores(z, model.bank)
-        write_arrays(path, cohort, z, scores, checkpoint["attributes"])
-        print(f"{len(z)} images are in {path}: path, z, and scores and attributes of each level")
-        side = short_side(cohort)[0]
-        if side != checkpoint["short_side"]:
-            print(f"note: images are {side} pixels wide, the run's {checkpoint['short_side']}")
-    if broken:
-        raise SystemExit(1)
-
-
-def try_to_write(folder):
-    """Makes a folder. Raises OSError if nothing can be written there: before the work, not after."""
-    os.makedirs(folder, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise OSError(f"{folder} is not writable: name another place")
-
-
-def folder_of(args, root):
-    """Where results go: --out, or the run's folder, or for another cohort or protocol one below it.
-
-    Raises ValueError if it holds results of other data or of another protocol.
-    """
-    out = args.out
-    if not out:
-        run = args.run if os.path.isdir(args.run) else os.path.dirname(os.path.abspath(args.run))
-        other = os.path.basename(os.path.abspath(args.data)) if args.data else ""
-        protocol = "" if args.protocol == "val" else args.protocol
-        out = os.path.normpath(os.path.join(run, os.path.splitext(other)[0], protocol))
-    try_to_write(out)
-    path = os.path.join(out, "metrics.json")
-    if os.path.exists(path) and not args.overwrite:
-        with open(path, encoding="utf-8") as file:
-            before = json.load(file)
-        for name, now in (("data", root), ("protocol", args.protocol)):
-            if before.get(name) != now:
-                raise ValueError(
-                    f"{out} holds results with {name} {before.get(name)}, not {now}: give another "
-                    "--out, or --overwrite"
-                )
-    return out
-
-
 def evaluate(args, device):
     """Evaluates a run as the flags of main() say; all processes share the work, rank 0 writes."""
     # The run, and the cohort: its own, or the one that --data names.
@@ -643,20 +626,18 @@ def evaluate(args, device):
     if args.export:
         return export(args.export, model, checkpoint)
     if args.embed:
-        return embed_folder(args, model, checkpoint)
-    data = args.data or config["data"]
+        return embed_folder(*args.embed, model, checkpoint, args.workers)
+    data = os.path.abspath(args.data or config["data"])
     cohort = read_cohort(data, config["levels"].split(","), config["val_fraction"])
-    out = folder_of(args, os.path.abspath(data))
+    run, out = folder_of(args, data)
     splits = probe_splits(cohort, args.protocol)
 
     # Embeddings of the run, and of what --against names.
     step = f"step {checkpoint['step']}"
     encoders = {step: (model, checkpoint)}
-    if args.against == "start":
-        folder = args.run if os.path.isdir(args.run) else os.path.dirname(args.run)
-        encoders["start"] = load_run(runs.checkpoint_path(folder, 0))
-    elif args.against:
-        encoders[args.against] = load_run(args.against)
+    if args.against:
+        start = runs.checkpoint_path(run, 0)
+        encoders[args.against] = load_run(start if args.against == "start" else args.against)
     z = {}
     for name, (encoder, kept) in encoders.items():
         sizes = kept["read_size"], kept["image_size"]
@@ -678,34 +659,24 @@ def evaluate(args, device):
     # Results.
     metrics = {
         "command": " ".join(["python", *sys.argv]),
-        "run": args.run if os.path.isdir(args.run) else os.path.dirname(os.path.abspath(args.run)),
+        "run": run,
         "step": checkpoint["step"],
-        "data": os.path.abspath(data),
+        "data": data,
         "root": cohort.root,
         "cohort": str(cohort),
         "classes": cohort.classes,
         "protocol": args.protocol,
         "rows": rows.tolist(),
-        "notes": reader_notes(args, checkpoint, cohort, rows, probes, words),
+        "notes": reader_notes(args.protocol, checkpoint, cohort, rows, probes, words),
         "against": args.against,
         "probes": probes,
         "levels": cohort.levels,
         "attributes_used": used,
         "class_attributes": words,
     }
-    arrays = {"label": cohort.label, "split": cohort.split, "splits": np.array(SPLITS)}
-    arrays["classes"] = np.array(cohort.classes, str)
-    ids = cohort.ids(np.arange(len(cohort)))
-    for level, group_names, column in zip(cohort.levels[1:], cohort.group_names, ids.T[1:]):
-        arrays[level] = column.astype(np.int32)
-        arrays[plural(level)] = np.array(group_names)
-    if args.against and encoders[args.against][1]["attributes"] == names:
-        for level, values in scores[args.against].items():
-            arrays[f"against_scores_{level}"] = values.numpy()
-    write_arrays(
-        os.path.join(out, "embeddings.npz"), cohort, z[step], scores[step], names, **arrays
-    )
-    runs.write_json(os.path.join(out, "metrics.json"), metrics)
+    alike = args.against and encoders[args.against][1]["attributes"] == names
+    against_scores = scores[args.against] if alike else {}
+    write_results(out, metrics, cohort, z[step], scores[step], names, against_scores)
     print("\n".join([*table({step: probes}), *metrics["notes"]]))
 
     # The page comes last and from these files, so that one that cannot be drawn loses nothing.

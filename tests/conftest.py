@@ -86,3 +86,10 @@ def on_processes(world, function, *arguments):
             _process, (world, folder, function, arguments), nprocs=world, start_method="forkserver"
         )
         return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def newest(run):
+    """The path of the newest checkpoint of a run."""
+    from tools.runs import checkpoints
+
+    return list(checkpoints(run).values())[-1]

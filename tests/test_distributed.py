@@ -19,7 +19,8 @@ import train
 from data import load_views, read_cohort
 from demo.prepare import demo_clip, demo_tissue
 from losses import ar, ha, hvc, supcon
-from model import checkpoints, share_batch_norm
+from model import share_batch_norm
+from tools.runs import checkpoints
 
 OBJECTIVES = ("simclr", "hidisc", "hlss")
 
@@ -192,7 +193,7 @@ def test_1_2_and_4_processes_train_alike(demo, tmp_path, align):
             )
             assert code == 0, errors
             if world != worlds[-1]:  # back to step 16
-                os.remove(checkpoints(str(out))[-1])
+                os.remove(newest(str(out)))
         losses[name] = [line["loss"] for line in log_of(str(out)) if "loss" in line]
     for name, values in losses.items():
         assert len(values) == STEPS

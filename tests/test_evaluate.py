@@ -33,7 +33,7 @@ import evaluate
 import train
 from data import build_cohort, decode, plain_view, read_cohort
 from losses import LEVELS
-from model import HLSS, backbone_tower, checkpoints, image_tower, load_run
+from model import HLSS, backbone_tower, image_tower, load_run
 from tools import report
 from tools.cohort import index
 from tools.processes import user_errors
@@ -418,7 +418,7 @@ def test_embeddings_are_enough_for_a_probe_of_ones_own(evaluated, run):
     assert right.mean() == read_metrics(evaluated)["probes"]["linear"]["patch"]["accuracy"]
 
     assert data["patients"][data["patient"][0]] in data["path"][0]
-    vectors = torch.load(checkpoints(run)[-1], weights_only=True)["model"]["bank_slide"].numpy()
+    vectors = torch.load(newest(run), weights_only=True)["model"]["bank_slide"].numpy()
     np.testing.assert_allclose(data["scores_slide"], data["z"] @ vectors.T, atol=1e-6)
     assert data["attributes_slide"][0] == "thinly cellular slide regions"
 
@@ -658,7 +658,7 @@ def small_cohort(folder, to, pattern, columns=5):
 
 def test_from_the_checkpoint_alone(run, cohort_folder, tmp_path, monkeypatch, capsys):
     """One file, whose settings are partly gone, and images without labels or the CLIP."""
-    checkpoint = torch.load(checkpoints(run)[-1], weights_only=True)
+    checkpoint = torch.load(newest(run), weights_only=True)
     checkpoint["config"] |= {"clip": "gone.pt", "bank": "gone.json", "data": "gone", "backbone": ""}
     checkpoint["config"] |= {"skip_unreadable": False, "a_flag_of_an_older_version": 3}
     torch.save(checkpoint, tmp_path / "moved.pt")

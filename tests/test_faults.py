@@ -24,7 +24,7 @@ from test_train import log_of, weights_of
 
 import train
 from data import hierarchical_batch, read_cohort
-from model import checkpoints, lock_folder, write_whole
+from tools.runs import checkpoints, lock_folder, write_whole
 
 
 def out_of(flags):
@@ -147,7 +147,7 @@ def kill_and_go_on(flags, tmp_path, world, moments, seed):
 def assert_same(a, b):
     assert len(log_of(out_of(a))) > 2
     assert log_of(out_of(a)) == log_of(out_of(b))  # losses, gradient norms and the kNN probes
-    a, b = (torch.load(checkpoints(out_of(flags))[-1], weights_only=True) for flags in (a, b))
+    a, b = (torch.load(newest(out_of(flags)), weights_only=True) for flags in (a, b))
     assert a["model"].keys() == b["model"].keys()
     assert all(torch.equal(value, b["model"][name]) for name, value in a["model"].items())
     for i, state in a["optimizer"]["state"].items():
@@ -185,7 +185,7 @@ def test_another_number_of_processes_goes_on(flags):
     """The batches stay those of the run (test_distributed.py); here: that it goes on at all, from 1
     to 2 processes."""
     assert end(start([*flags, *LIGHT, "--steps", "6"])) == [0]
-    os.remove(checkpoints(out_of(flags))[-1])  # back to step 5
+    os.remove(newest(out_of(flags)))  # back to step 5
     assert end(start([*flags, *LIGHT, "--steps", "6"], world=2)) == [0, 0], words(flags)
     assert "hlss from step 5 on 2" in words(flags)
     assert [line["step"] for line in log_of(out_of(flags))] == [0, 1, 2, 3, 4, 5, 6, 6]
@@ -243,7 +243,7 @@ def test_a_damaged_checkpoint_is_reported_and_not_used(tmp_path, how, capsys, mo
 def test_a_run_goes_on_from_before_the_damage(flags, tmp_path, capsys):
     train.train(train.parse_config(flags))
     whole, lines = weights_of(out_of(flags)), log_of(out_of(flags))
-    damage(checkpoints(out_of(flags))[-1], "one bit")
+    damage(newest(out_of(flags)), "one bit")
     train.train(train.parse_config(flags))
     assert "hlss from step 2" in capsys.readouterr().out
     assert all(torch.equal(value, whole[name]) for name, value in weights_of(out_of(flags)).items())
@@ -384,7 +384,7 @@ def test_dropout_and_stochastic_depth_resume_bit_by_bit(flags, backbone):
     flags = [*flags, *LIGHT, "--backbone", backbone, "--image-size", "32", "--patients", "2"]
     train.train(train.parse_config(flags))
     whole = weights_of(out_of(flags))
-    os.remove(checkpoints(out_of(flags))[-1])  # back to step 3
+    os.remove(newest(out_of(flags)))  # back to step 3
     torch.manual_seed(123)
     train.train(train.parse_config(flags))
     assert all(torch.equal(value, whole[name]) for name, value in weights_of(out_of(flags)).items())

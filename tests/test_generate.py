@@ -375,7 +375,8 @@ def test_a_crash_while_the_file_is_written_leaves_the_one_before(tmp_path, monke
     assert os.listdir(tmp_path) == ["bank.json"]
     monkeypatch.undo()
     assert [
-        len(names) for names in read_bank_file(tmp_path / "bank.json", partial=True)["levels"].values()
+        len(names)
+        for names in read_bank_file(tmp_path / "bank.json", partial=True)["levels"].values()
     ] == [6, 0, 0]
     assert made(tmp_path / "bank.json", model)
 

@@ -7,6 +7,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 
 from losses import LEVELS, ha, hvc
 from model import (
@@ -15,9 +16,10 @@ from model import (
     ModifiedResNet,
     TextTower,
     backbone_tower,
-    hlss_from_state,
     image_tower,
     load_run,
+    main,
+    make_tower,
     resize_positions,
     text_tower,
 )
@@ -41,9 +43,12 @@ IMAGES = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 IDS = torch.tensor([[i // 2, i // 4, i // 4] for i in range(8)])
 
 
+OF_LEVEL = dict(zip(LEVELS, IDS.T))
+
+
 def step(hlss, optimizer):
     z, projections = hlss(IMAGES)
-    loss = sum(hvc(projections, IDS).values()) + sum(ha(z, hlss.bank, 0.1).values())
+    loss = sum(hvc(projections, OF_LEVEL).values()) + sum(ha(z, hlss.bank, 0.1).values())
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -89,11 +94,21 @@ def test_the_image_is_normalised_inside():
     torch.testing.assert_close(hlss.encode(IMAGES), F.normalize(hlss.tower(by_hand), dim=1))
 
 
+def write_run(folder, hlss, backbone=""):
+    """A checkpoint of step 1, as train.py writes them; returns its path."""
+    path = folder / "step-0000001.pt"
+    config = {"objective": hlss.objective, "backbone": backbone, "start": "clip"}
+    attributes = {level: ["word"] * len(t) for level, t in hlss.bank.items()}
+    facts = {"attributes": attributes, "clip": {"activation": "quickgelu"}, "image_size": 64}
+    torch.save({"model": hlss.state_dict(), "config": config, "step": 1, **facts}, path)
+    return path
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_model_is_rebuilt_from_its_state_alone(objective):
+def test_a_model_is_rebuilt_from_its_checkpoint_alone(objective, tmp_path):
     original = model(objective).eval()
     original.normalise((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    rebuilt = hlss_from_state(original.state_dict(), {"objective": objective}).eval()
+    rebuilt, _ = load_run(str(write_run(tmp_path, original)))
     for a, b in zip(original(IMAGES)[1].values(), rebuilt(IMAGES)[1].values(), strict=True):
         assert torch.equal(a, b)
 
@@ -115,7 +130,7 @@ def test_sizes_are_read_off_the_state_dict(clip_file):
 def test_the_text_tower_is_causal_and_reads_the_end_token():
     torch.manual_seed(0)
     text = TextTower(
-        vocabulary=20, context=10, width=64, layers=2, dim=8, activation="quickgelu"
+        vocabulary=20, context=10, width=64, layers=2, heads=1, dim=8, activation="quickgelu"
     ).eval()
     tokens = torch.tensor([[18, 3, 4, 19, 0, 0]])
     padded = torch.tensor([[18, 3, 4, 19, 7, 7, 7, 0]])  # what follows the end token is not seen
@@ -271,13 +286,13 @@ def test_a_size_that_does_not_fit_is_refused():
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "convnext_tiny"])
-def test_a_torchvision_backbone_stands_in(name):
+def test_a_torchvision_backbone_stands_in(name, tmp_path):
     bank = {level: F.normalize(torch.randn(3, 48), dim=1) for level in LEVELS}
     hlss = HLSS(backbone_tower(name, bank), bank).eval()
     images = torch.rand(2, 3, 64, 64)
     z, _ = hlss(images)
     assert z.shape == (2, 48)
-    again = hlss_from_state(hlss.state_dict(), {"objective": "hlss", "backbone": name}).eval()
+    again, _ = load_run(str(write_run(tmp_path, hlss, name)))
     assert torch.equal(again(images)[0], z)
 
 
@@ -286,6 +301,80 @@ def test_an_unknown_backbone_is_refused():
         backbone_tower("resnet19", {})
     with pytest.raises(ValueError, match="--backbone squeezenet1_1: it ends without a linear"):
         backbone_tower("squeezenet1_1", {})
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("googlenet", 224), ("inception_v3", 299), ("vit_b_16", 64), ("vgg11", 16)]
+)
+def test_a_network_that_cannot_train_at_that_size_is_refused_in_a_line(name, size):
+    """Auxiliary outputs in training; positions for another size; a map of no pixels."""
+    config = {"backbone": name, "backbone_weights": "", "start": "clip"}
+    with pytest.raises(ValueError, match=f"^{name} does not [^\n]*$"):
+        make_tower(config, {}, None, size)
+
+
+def saved(tmp_path, network, **how):
+    path = str(tmp_path / "weights.pt")
+    torch.save(network.state_dict(), path, **how)
+    return path
+
+
+def test_weights_of_another_network_are_refused_and_of_this_one_read(tmp_path):
+    for name in ("resnet34", "resnet50"):
+        path = saved(tmp_path, torchvision.models.get_model(name))
+        with pytest.raises(ValueError, match=r"weights.pt for resnet18: layer1[^\n]*another"):
+            backbone_tower("resnet18", {}, path)
+    network = torchvision.models.resnet18()
+    for zipped in (True, False):  # as since torch 1.6, and as before
+        path = saved(tmp_path, network, _use_new_zipfile_serialization=zipped)
+        tower = backbone_tower("resnet18", {}, path)
+        assert torch.equal(tower.conv1.weight, network.conv1.weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("ls_1.gamma", lambda t: torch.ones(128), "ls_1.gamma is .128. and should be absent"),
+        (
+            "mlp.c_fc.weight",
+            lambda t: t[:100],
+            "c_fc.weight is .100, 128. and should be .512, 128.",
+        ),
+        ("positional_embedding", lambda t: t[:-1], "has 15 positions, which is no square"),
+        ("attn_pool.query", lambda t: torch.ones(4), "attn_pool.query is .4. and should be absent"),
+    ],
+)
+def test_what_is_almost_a_clip_is_refused_in_a_line(name, change, message):
+    """CoCa's attention pool, layer scale, another MLP, positions that are no square."""
+    state = small_clip("vit").state_dict()
+    deep = name.startswith(("ls", "mlp"))
+    name = f"visual.transformer.resblocks.0.{name}" if deep else f"visual.{name}"
+    state[name] = change(state.get(name))
+    with pytest.raises(ValueError, match=message):
+        image_tower(state)
+
+
+def test_a_text_tower_without_a_projection_is_refused():
+    state = small_clip("vit").state_dict()
+    del state["text_projection"]
+    with pytest.raises(ValueError, match="it has no text_projection"):
+        text_tower(state)
+
+
+def test_a_forks_buffer_does_not_become_a_level(tmp_path):
+    hlss = model().eval()
+    hlss.register_buffer("bank_extra", torch.ones(2, 32))
+    path = write_run(tmp_path, model())
+    checkpoint = torch.load(path)
+    checkpoint["model"] = hlss.state_dict()
+    torch.save(checkpoint, path)
+    with pytest.raises(RuntimeError, match="bank_extra"):  # unknown to this class, not a level
+        load_run(str(path))
+
+
+def test_the_file_shows_its_stage(capsys):
+    main()
+    assert "images [16, 3, 64, 64] -> z [16, 64], each of length 1.000" in capsys.readouterr().out
 
 
 def test_a_bank_of_another_clip_is_refused():
@@ -299,16 +388,9 @@ def test_a_bank_of_another_clip_is_refused():
 # ----------------------------------------------------------------------------- a run's checkpoints
 
 
-def write_run(folder):
-    """One checkpoint, as train.py writes them; returns its model and its path."""
-    hlss = model().eval()
-    path = folder / "step-0000001.pt"
-    torch.save({"model": hlss.state_dict(), "config": {"objective": "hlss"}, "step": 1}, path)
-    return hlss, path
-
-
 def test_a_run_is_loaded_from_its_folder_or_its_checkpoint(tmp_path):
-    hlss, path = write_run(tmp_path)
+    hlss = model().eval()
+    path = write_run(tmp_path, hlss)
     for source in (tmp_path, path):
         again, checkpoint = load_run(str(source))
         assert checkpoint["step"] == 1
@@ -317,7 +399,7 @@ def test_a_run_is_loaded_from_its_folder_or_its_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("damage", ["one bit", "truncated", "empty", "a page"])
 def test_a_damaged_checkpoint_is_refused_by_name(damage, tmp_path):
-    _, path = write_run(tmp_path)
+    path = write_run(tmp_path, model())
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1  # in a tensor
     damaged = {

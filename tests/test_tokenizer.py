@@ -151,7 +151,7 @@ def test_train_starts_from_a_real_clip_or_a_backbone(backbone, road, flags):
     config = train.parse_config(flags)
     assert train.train(config)
     hlss, checkpoint = load_run(config.out)
-    assert (checkpoint["image_size"], checkpoint["config"]["activation"]) == (32, "quickgelu")
+    assert (checkpoint["image_size"], checkpoint["clip"]["activation"]) == (32, "quickgelu")
     for level in LEVELS:
         assert torch.equal(hlss.bank[level], vectors[level])
 

@@ -144,9 +144,10 @@ def test_our_own_checkpoint_starts_another_run(clip, tmp_path):
     state = clip.state_dict() | {"activation": "quickgelu"}
     bank = {level: F.normalize(torch.randn(3, 64), dim=1) for level in LEVELS}
     hlss = HLSS(image_tower(state), bank).eval()
-    config = {"objective": "hlss", "activation": "quickgelu", "backbone": ""}
+    config = {"objective": "hlss", "backbone": ""}
+    kept = {"activation": "quickgelu"}
     path = str(tmp_path / "step-0000001.pt")
-    torch.save({"model": hlss.state_dict(), "config": config}, path)
+    torch.save({"model": hlss.state_dict(), "config": config, "clip": kept}, path)
     again = load_clip(path)
     images = torch.rand(2, 3, 64, 64)
     assert torch.equal(image_tower(again).eval()(images), hlss.tower(images))

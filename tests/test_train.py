@@ -10,13 +10,14 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, newest
 
 import evaluate
 import train
 from data import decode, read_cohort
 from losses import attributes_used, ha, hvc
-from model import checkpoints, load_run
+from model import load_run
+from tools.runs import checkpoints
 
 
 def log_of(out, drop=("images_per_s", "seconds_left")):
@@ -26,7 +27,7 @@ def log_of(out, drop=("images_per_s", "seconds_left")):
 
 
 def weights_of(out):
-    return torch.load(checkpoints(out)[-1], weights_only=True)["model"]
+    return torch.load(newest(out), weights_only=True)["model"]
 
 
 def test_flags_become_the_config():
@@ -192,7 +193,7 @@ def test_a_regression_resumes_to_the_same_weights(flags):
     flags = [*flags, "--align", "regression"]
     train.train(config := train.parse_config(flags))
     whole = weights_of(config.out)
-    os.remove(checkpoints(config.out)[-1])  # back to step 2
+    os.remove(newest(config.out))  # back to step 2
     os.remove(os.path.join(config.out, "teacher.pt"))  # made again, to the same
     train.train(train.parse_config(flags))
     assert all(torch.equal(value, whole[name]) for name, value in weights_of(config.out).items())
@@ -300,7 +301,7 @@ def test_a_run_of_before_goes_on_unless_it_used_what_is_gone(flags):
     """Its checkpoint may hold flags that there are no more, and lack new ones."""
     config = train.parse_config(flags)
     train.train(config)
-    path = checkpoints(config.out)[-1]
+    path = newest(config.out)
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["config"] |= {"skip_unreadable": False, "augmentation_probability": 0.0}
     for name in ("workers", "align", "ar_weight", "start"):

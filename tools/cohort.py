@@ -26,24 +26,32 @@ from tqdm import tqdm
 import data
 from tools.processes import user_errors
 
+TILES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".jp2")
+
 # --------------------------------------------------------------------------------- write a manifest
 
 
 def write_manifest(path, cohort, rows, with_split):
-    """Write the manifest of some rows of a cohort, whole or not at all."""
+    """Writes the manifest of some rows of a cohort, completely or not at all.
+
+    Outside the cohort's folder it gets a column root, which names that folder.
+    """
     columns = ["path", *reversed(cohort.levels[1:])]
+    root = os.path.abspath(cohort.root)
     if cohort.classes:
         columns.append("label")
     if with_split:
         columns.append("split")
+    if os.path.dirname(os.path.abspath(path)) != root:
+        columns.append("root")
     with open(f"{path}.part", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         splits = cohort.split
         for row in rows:
-            line = dict(zip(columns[1:], cohort.group_names(row)))
+            line = dict(zip(columns[1:], cohort.groups_of(row)))
             label = cohort.label[row]
-            line["path"] = cohort.name(row)
+            line |= {"path": cohort.name(row), "root": root}
             line["label"] = cohort.classes[label] if label >= 0 else ""
             line["split"] = data.SPLITS[splits[row]]
             writer.writerow(line)
@@ -95,7 +103,6 @@ def image_files(root):
     """
     if not os.path.isdir(root):
         raise FileNotFoundError(f"{root} is no folder")
-    known = Image.registered_extensions()
     paths = []
     seen = set()
     for folder, folders, files in os.walk(root, followlinks=True):
@@ -106,7 +113,7 @@ def image_files(root):
         seen.add(real)
         folders.sort()
         for name in sorted(files):
-            if os.path.splitext(name)[1].lower() in known:
+            if not name.startswith(".") and name.lower().endswith(TILES):  # not macOS's ._x.jpg
                 path = os.path.relpath(os.path.join(folder, name), root)
                 paths.append(path.replace(os.sep, "/"))
     return paths
@@ -124,7 +131,10 @@ def index(root, pattern, label_level="", nested=False, partial=False, levels=dat
     expression = path_pattern(pattern, levels)
     paths = image_files(root)
     if not paths:
-        raise ValueError(f"{root}: no image file is below it")
+        raise ValueError(
+            f"{root}: no tile is below it ({', '.join(TILES)}); whole slides (.svs, .ndpi, .mrxs) "
+            "are cut into tiles by TRIDENT, TIAToolbox or hs2p"
+        )
     entries = []
     others = []
     for path in paths:
@@ -138,7 +148,7 @@ def index(root, pattern, label_level="", nested=False, partial=False, levels=dat
             groups.append(found[level] if level in found else groups[-1])
         if nested:
             groups = ["/".join(groups[: i + 1]) for i in range(len(groups))]
-        entries.append((path, path, *groups, found.get("label", ""), found.get("split", "")))
+        entries.append((path, path, groups, found.get("label", ""), found.get("split", ""), ""))
     if not entries or (others and not partial):
         examples = "".join(f"\n    {path}" for path in others[:3])
         remedy = ", or leave those out with --partial" if entries else ""
@@ -173,7 +183,7 @@ def doubts(cohort):
         people = data.plural(cohort.levels[-1])
         return f"fewer {people} ({len(counts)}) than classes ({len(cohort.classes)})"
     if 2 * counts.max() > len(cohort):
-        name = cohort.groups[-1][counts.argmax()]
+        name = cohort.group_names[-1][counts.argmax()]
         return f"{cohort.levels[-1]} {name} has {counts.max()} of the {len(cohort)} patches"
     return ""
 
@@ -200,7 +210,7 @@ def opensrh(root):
                 name = f"{patient}/{slide}"  # slides of all patients are called 1, 2, ...
                 for path in patches[kind]:
                     where = f"{meta}, {patient}"
-                    entries.append((where, path, patient, name, label, split_of[patient]))
+                    entries.append((where, path, (patient, name), label, split_of[patient], ""))
     except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{meta} and {split_file} are not OpenSRH's ({type(error).__name__} {error})"
@@ -225,15 +235,18 @@ def summary(cohort):
     if counts[-1]:
         by_class.append(f"without {counts[-1]}")
     lines.append("patches by class: " + ", ".join(by_class))
-    counts = Counter(cohort.patient_split[cohort.present].tolist())
-    by_split = [f"{name} {counts[i]}" for i, name in enumerate(data.SPLITS)]
-    lines.append("patients by split: " + ", ".join(by_split))
+    for i, split in enumerate(data.SPLITS):
+        there = cohort.split == i
+        line = f"patients in {split}: {len(np.unique(cohort.patient[there]))}"
+        for c, name in enumerate(cohort.classes):
+            line += f", {name} {len(np.unique(cohort.patient[there & (cohort.label == c)]))}"
+        lines.append(line)
     return lines
 
 
 def belonging(cohort, row):
     """What a patch belongs to: 'patient amy, slide 1, label tumour'."""
-    pairs = zip(reversed(cohort.levels), cohort.group_names(row))
+    pairs = zip(reversed(cohort.levels), cohort.groups_of(row))
     words = [f"{level} {name}" for level, name in pairs]
     if cohort.label[row] >= 0:
         words.append(f"label {cohort.classes[cohort.label[row]]}")
@@ -261,27 +274,25 @@ def look(path):
 def check(cohort, workers=2):
     """Decodes every patch. Returns {row: what is wrong with it} for those that cannot be used."""
     paths = [cohort.path(row) for row in range(len(cohort))]
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(max(1, workers)) as pool:
         looks = tqdm(pool.map(look, paths), "check", len(paths), unit="patch", leave=False)
         results = list(looks)
     shapes = Counter(result for result in results if isinstance(result, tuple))
-    usual = shapes.most_common(1)[0][0] if shapes else None
-    problems = {}
-    for row, result in enumerate(results):
-        if isinstance(result, str):
-            problems[row] = result
-        elif result != usual:
-            problems[row] = f"odd-sized: {result}, most are {usual} (channels, height, width)"
-    return problems
+    if len(shapes) > 1:
+        print(
+            f"remark: {len(shapes)} sizes (channels, height, width), mostly", shapes.most_common(1)
+        )
+    return {row: result for row, result in enumerate(results) if isinstance(result, str)}
 
 
 def contact_sheet(cohort, augmentation, views=4, seed=0, size=160):
     """A Pillow image: two slides of a patient, two patches of each, and views beside each patch."""
     # Pixels: a column for the patch as it is, one for each view.
     counts = [2] * (len(cohort.levels) - 1)
-    rows = data.hierarchical_batch(cohort, 0, seed, 1, counts).reshape(-1)
+    rows = data.hierarchical_batch(cohort, 1, seed, 1, counts).reshape(-1)
     _, patches = next(data.load_batches(cohort, [rows], 2 * size))
-    parameters = data.view_parameters(len(rows) * views, seed, 0, data.AUGMENTATIONS[augmentation])
+    kind = data.AUGMENTATIONS[augmentation]
+    parameters = data.view_parameters(kind, seed, 1, range(len(rows)), views)
     drawn = data.make_views(patches, parameters, size).unflatten(0, (len(rows), views))
     plain = data.plain_view(patches, size)[:, None]
     sheet = torch.cat([plain, drawn], dim=1)  # [R, 1 + V, 3, H, W]
@@ -308,7 +319,7 @@ If it is right as it is: --yes"""
 
 def run_index(args):
     """`index` and `opensrh`: write ROOT/manifest.csv. Exit code 2: `index` doubts its patients."""
-    path = os.path.join(args.root, "manifest.csv")
+    path = args.out or os.path.join(args.root, "manifest.csv")
     if os.path.exists(path) and not args.overwrite:
         raise SystemExit(f"{path} is there already: --overwrite replaces it")
     doubt = ""
@@ -346,7 +357,7 @@ def run_check(args):
     print("cannot be used: " + (", ".join(by_kind) or "none"))
     if args.clean:
         good = [row for row in range(len(cohort)) if row not in problems]
-        by_hash = (cohort.patient_split == data.hash_split(cohort.groups[-1])).all()
+        by_hash = (cohort.patient_split == data.hash_split(cohort.group_names[-1])).all()
         write_manifest(path, cohort, good, with_split=not by_hash)  # a hash needs no column
         print(f"{path} holds the other {len(good)}")
     raise SystemExit(1 if problems else 0)
@@ -384,8 +395,11 @@ def main():
     flag("--partial", action="store_true", help="leave out images that the pattern does not match")
     yes = "write it although patients are fewer than classes, or one has over half of the patches"
     flag("--yes", action="store_true", help=yes)
+    out = "write FILE.csv elsewhere, for data that is read-only; it then names the data's folder"
+    flag("--out", default="", metavar="FILE.csv", help=out)
     flag("--overwrite", action="store_true", help=overwrite)
     flag = command("opensrh", run_index, "write a manifest from OpenSRH as released", folder)
+    flag("--out", default="", metavar="FILE.csv", help=out)
     flag("--overwrite", action="store_true", help=overwrite)
     flag = command("check", run_check, "decode every patch; exit with 1 if some cannot be used")
     clean = "write a manifest without them, in the cohort's folder"

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, on_processes
+from conftest import ROOT, newest, on_processes
 from test_train import log_of, weights_of
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import ROOT
+from conftest import ROOT, newest
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import (

@@ -18,7 +18,7 @@ import traceback
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import ROOT
+from conftest import ROOT, newest
 from test_distributed import free_port
 from test_train import log_of, weights_of
 

@@ -53,7 +53,7 @@ def out(cohort_folder, tmp_path):
     names = {level: list(BANK["levels"][level]) for level in LEVELS}
     other_scores = dict.fromkeys(LEVELS, -score)
     z = torch.rand(len(cohort), 4)
-    evaluate.write(str(tmp_path), metrics, cohort, z, scores, names, other_scores)
+    evaluate.write_results(str(tmp_path), metrics, cohort, z, scores, names, other_scores)
     (tmp_path / "bank.json").write_text(json.dumps(BANK))
     (tmp_path / "config.json").write_text(json.dumps({"bank": str(tmp_path / "bank.json")}))
     return tmp_path

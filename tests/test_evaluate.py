@@ -34,7 +34,7 @@ import train
 from data import build_cohort, decode, plain_view, read_cohort
 from losses import LEVELS
 from model import HLSS, backbone_tower, image_tower, load_run
-from tools import report
+from tools import report, runs
 from tools.cohort import index
 from tools.processes import user_errors
 from tools.weights import load_clip
@@ -54,25 +54,26 @@ def few():
 
 @pytest.mark.parametrize("k", [1, 20, 200])
 def test_knn_is_scikit_learns(k):
-    ours = evaluate.knn(Z[:240], torch.from_numpy(Y[:240]), Z[240:], 4, k=k, chunk=17)
+    (ours, _) = evaluate.knn(Z[:240], torch.from_numpy(Y[:240]), Z[240:], 4, ks=(k, 7))
     theirs = KNeighborsClassifier(
         k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)
     )
     expected = theirs.fit(Z[:240].double().numpy(), Y[:240]).predict_proba(Z[240:].double().numpy())
     np.testing.assert_allclose(ours.numpy(), expected, atol=2e-5)
+    exact = evaluate.knn(Z[:240].double(), torch.from_numpy(Y[:240]), Z[240:].double(), 4, ks=(k,))
+    np.testing.assert_allclose(exact[0].numpy(), expected, atol=1e-5)
 
 
 def test_k_is_capped_at_the_training_rows():
     y = torch.from_numpy(Y[:10])
-    torch.testing.assert_close(
-        evaluate.knn(Z[:10], y, Z[10:], 4, k=200), evaluate.knn(Z[:10], y, Z[10:], 4, k=10)
-    )
+    many, all_of_them = evaluate.knn(Z[:10], y, Z[10:], 4, ks=(200, 10))
+    torch.testing.assert_close(many, all_of_them)
 
 
 def test_a_class_without_training_rows_gets_nothing():
     y = torch.from_numpy(Y[:100] % 2 * 2)  # classes 0 and 2 of 4
-    for probe in (evaluate.knn, evaluate.logistic):
-        scores = probe(Z[:100], y, Z[100:], 4)
+    inputs = Z[:100], y, Z[100:], 4
+    for scores in (*evaluate.knn(*inputs), evaluate.logistic(*inputs)):
         assert (scores[:, [1, 3]] == 0).all()
         torch.testing.assert_close(scores.sum(dim=1), torch.ones(200))
 
@@ -90,10 +91,8 @@ def test_knn_holds_no_more_than_a_chunk_of_similarities():
             return result
 
     with Largest() as largest:
-        evaluate.knn(
-            torch.randn(5000, 4), torch.zeros(5000).long(), torch.randn(900, 4), 2, chunk=64
-        )
-    assert largest.size == 64 * 5000
+        evaluate.knn(torch.randn(5000, 4), torch.zeros(5000).long(), torch.randn(900, 4), 2)
+    assert largest.size == 256 * 5000
 
 
 @pytest.mark.parametrize("scale", [1, 0.1])
@@ -115,7 +114,7 @@ def cohort_of(labels, patients):
     """A cohort of one patch a label: the last two patients are for validation."""
     last = sorted(set(patients))[-2:]
     entries = [
-        ("", f"{i}.png", p, p, c, "val" if p in last else "train")
+        ("", f"{i}.png", (p, p), c, "val" if p in last else "train", "")
         for i, (c, p) in enumerate(zip(labels, patients))
     ]
     return build_cohort("cohort", iter(entries))
@@ -127,7 +126,7 @@ def test_metrics_are_scikit_learns(cohort_folder):
     _, rows = splits[0]
     scores = np.random.default_rng(0).dirichlet(np.ones(4), len(rows)).round(2)  # with ties
     scores /= scores.sum(axis=1, keepdims=True)
-    results = evaluate.assess({"linear": scores}, cohort, splits)["linear"]
+    results = evaluate.assess({"linear": scores}, cohort, splits)["linear"]["levels"]
     y = cohort.label[rows]
     slide = cohort.parents[0][rows]
     slide_scores = np.stack([scores[slide == s].mean(axis=0) for s in np.unique(slide)])
@@ -201,7 +200,8 @@ def test_a_gain_over_itself_is_nothing_and_pairs_are_narrower(cohort_folder):
     theirs = np.eye(4)[np.where(hard ^ first, (y + 1) % 4, y)]
 
     def gain_over(other):
-        return evaluate.assess({"linear": ours}, cohort, splits, other={"linear": other})["linear"]
+        found = evaluate.assess({"linear": ours}, cohort, splits, other={"linear": other})
+        return found["linear"]["levels"]
 
     same = gain_over(ours)["patch"]
     assert (same["accuracy_gain"], same["accuracy_gain_interval"]) == (0, [0, 0])
@@ -214,15 +214,22 @@ def test_probe_of_perfect_and_of_blind_embeddings(cohort_folder):
     cohort = read_cohort(cohort_folder)
     perfect = F.one_hot(torch.from_numpy(cohort.label).long(), 4).float()
     result = evaluate.probe(perfect, cohort)
-    assert all(result["knn20"][level]["accuracy"] == 1 for level in ("patch", "slide", "patient"))
+    assert all(
+        result["knn20"]["levels"][level]["accuracy"] == 1 for level in ("patch", "slide", "patient")
+    )
     assert result["knn200"]["k"] == 72
-    assert [result["knn20"][level]["n"] for level in ("patch", "slide", "patient")] == [48, 16, 8]
+    assert [result["knn20"]["levels"][level]["n"] for level in ("patch", "slide", "patient")] == [
+        48,
+        16,
+        8,
+    ]
     no_bootstrap = {"n", "left_out", "accuracy", "mca"}
-    assert set(result["knn20"]["patch"]) == no_bootstrap
-    assert evaluate.probe(torch.ones_like(perfect) / 2, cohort)["knn200"]["patch"]["mca"] == 0.25
+    assert set(result["knn20"]["levels"]["patch"]) == no_bootstrap
+    blind = evaluate.probe(torch.ones_like(perfect) / 2, cohort)["knn200"]["levels"]
+    assert blind["patch"]["mca"] == 0.25
     text = "\n".join(evaluate.table({"perfect": result}))
     assert "100.0  100.0" in text
-    assert "only 72 training patches" in text
+    assert "all 72 labelled training patches vote" in text
 
 
 def test_a_few_patients_have_no_interval():
@@ -232,7 +239,8 @@ def test_a_few_patients_have_no_interval():
         cohort = cohort_of(list("ABAB") * (patients + 3), names)
         splits = [(np.arange(12), np.arange(12, len(cohort)))]
         scores = RNG.random((4 * patients, 2))
-        metrics = evaluate.assess({"linear": scores}, cohort, splits)["linear"]["patch"]
+        found = evaluate.assess({"linear": scores}, cohort, splits)
+        metrics = found["linear"]["levels"]["patch"]
         assert ("accuracy_interval" in metrics) is there
         assert metrics["confusion"]
 
@@ -268,7 +276,9 @@ def test_the_probe_during_training_leaves_the_test_split_alone(cohort_folder):
     cohort = read_cohort(cohort_folder)
     held = np.flatnonzero(cohort.patient_split == 1)
     cohort.patient_split[held[:4]] = 2
-    assert evaluate.probe(torch.ones(len(cohort), 4), cohort)["knn20"]["patient"]["n"] == 4
+    cohort.split[:] = cohort.patient_split[cohort.patient]
+    found = evaluate.probe(torch.ones(len(cohort), 4), cohort)
+    assert found["knn20"]["levels"]["patient"]["n"] == 4
     assert set(cohort.patient[evaluate.probe_splits(cohort, "test")[0][1]]) == set(held[:4])
 
 
@@ -284,20 +294,20 @@ def test_one_patient_at_a_time_is_left_out_of_its_own_neighbours():
     z = F.normalize(torch.eye(6)[cohort.patient] + 0.05 * torch.eye(18)[:, :6] + 0.1, dim=1)
     splits = evaluate.probe_splits(cohort, "lopo")
     assert [len(held_out) for _, held_out in splits] == [3] * 6
-    scores = evaluate.predict("knn20", z, cohort, splits)
+    found = evaluate.predict(["knn20", "linear"], z, cohort, splits)
     similarity = (z @ z.T).masked_fill(
         torch.from_numpy(cohort.patient[:, None] == cohort.patient), -torch.inf
     )
     weight = (similarity / 0.07).exp()
     votes = torch.stack([weight[:, cohort.label == c].sum(dim=1) for c in range(3)], dim=1)
-    np.testing.assert_allclose(scores, votes / votes.sum(dim=1, keepdim=True), atol=1e-5)
-    assert evaluate.predict("linear", z, cohort, splits).shape == (18, 3)
+    np.testing.assert_allclose(found["knn20"], votes / votes.sum(dim=1, keepdim=True), atol=1e-5)
+    assert found["linear"].shape == (18, 3)
 
 
 def test_a_patient_on_both_sides_is_refused(monkeypatch):
     cohort = cohort_of(list("ABAB"), list("wxyz"))
     # By patch, which no cohort of ours can have.
-    monkeypatch.setattr(type(cohort), "split", np.array([0, 1, 0, 1]))
+    monkeypatch.setattr(cohort, "split", np.array([0, 1, 0, 1]))
     monkeypatch.setattr(cohort, "patient", np.array([0, 0, 1, 1]))
     with pytest.raises(AssertionError, match="both sides"):
         evaluate.probe_splits(cohort)
@@ -339,7 +349,7 @@ def run(cohort_folder, clip_file, tmp_path_factory):
     out = str(tmp_path_factory.mktemp("run") / "a<b>&$c")
     flags = ["--data", cohort_folder, "--clip", clip_file, "--out", out]
     flags += ["--bank", os.path.join(ROOT, "demo/attributes.json")]
-    flags += ["--patients", "4", "--steps", "4", "--log-every", "1", "--no-compile", "--no-amp"]
+    flags += ["--patients", "4", "--steps", "4", "--no-compile", "--no-amp"]
     train.train(train.parse_config(flags))
     return out
 
@@ -392,7 +402,7 @@ def test_metrics_hold_every_probe_and_what_the_words_say(evaluated, run):
     assert set(metrics["probes"]) == {*evaluate.PROBES, "zero-shot"}
     expected = {"accuracy_interval", "mca_interval", "auc", "recall", "confusion", "mca_gain"}
     for probe in metrics["probes"].values():
-        assert expected <= set(probe["slide"])
+        assert expected <= set(probe["levels"]["slide"])
     found = {(row["class"], row["level"]) for row in metrics["class_attributes"]}
     assert found == {(name, level) for name in metrics["classes"] for level in LEVELS}
     assert all(1 <= used <= 14 for used in metrics["attributes_used"].values())
@@ -415,7 +425,9 @@ def test_embeddings_are_enough_for_a_probe_of_ones_own(evaluated, run):
     y = torch.from_numpy(data["label"]).long()
     scores = evaluate.logistic(z[train_rows], y[train_rows], z[held_out], len(data["classes"]))
     right = scores.numpy().argmax(axis=1) == data["label"][held_out]
-    assert right.mean() == read_metrics(evaluated)["probes"]["linear"]["patch"]["accuracy"]
+    assert (
+        right.mean() == read_metrics(evaluated)["probes"]["linear"]["levels"]["patch"]["accuracy"]
+    )
 
     assert data["patients"][data["patient"][0]] in data["path"][0]
     vectors = torch.load(newest(run), weights_only=True)["model"]["bank_slide"].numpy()
@@ -425,7 +437,7 @@ def test_embeddings_are_enough_for_a_probe_of_ones_own(evaluated, run):
 
 def test_embeddings_hold_the_scores_of_the_other_encoder(evaluated, run, clip_file):
     data = read_embeddings(evaluated)
-    start, checkpoint = evaluate.starting_model(*load_run(run))
+    start, checkpoint = load_run(runs.checkpoint_path(run, 0))
     cohort = read_cohort(checkpoint["config"]["data"])
     z = evaluate.embed(start, cohort, checkpoint["read_size"], checkpoint["image_size"])
     for level, t in start.bank.items():
@@ -448,7 +460,7 @@ def test_all_text_of_the_embeddings_is_text(run, cohort_folder, tmp_path, monkey
     assert new in (tmp_path / "report.html").read_text("utf-8")
 
 
-def test_two_processes_write_the_same_embeddings(run, tmp_path):
+def test_two_processes_write_the_same_embeddings_and_the_same_numbers(run, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     written = []
@@ -462,7 +474,7 @@ def test_two_processes_write_the_same_embeddings(run, tmp_path):
             env=environment,
             timeout=150,
         )
-        written.append((out / "embeddings.npz").read_bytes())
+        written.append([(out / "embeddings.npz").read_bytes(), read_metrics(out)["probes"]])
     assert written[0] == written[1]
 
 
@@ -512,7 +524,7 @@ def test_a_cohort_may_have_other_classes_than_the_runs(run, cohort_folder, tmp_p
     command(monkeypatch, run, "--data", tmp_path, "--against", "start", "--out", tmp_path)
     metrics = read_metrics(tmp_path)
     assert metrics["classes"] == ["high_grade", "low_grade", "normal", "round"]
-    assert metrics["probes"]["linear"]["patch"]["recall"]["round"]["recall"] is not None
+    assert metrics["probes"]["linear"]["levels"]["patch"]["recall"]["round"]["recall"] is not None
 
 
 def test_a_gain_is_a_number_where_patients_are_too_few_for_an_interval(cohort_folder, monkeypatch):
@@ -537,7 +549,8 @@ def test_an_interval_that_excludes_zero_shows_it_and_columns_stay():
     ends = {f"{name}_gain_interval": [-0.0043, -0.0004] for name in ("accuracy", "mca")}
     level = {"n": 9, "left_out": 0, "accuracy": 0.5, "mca": 0.5, "accuracy_gain": 0, "mca_gain": 0}
     plain = {"accuracy_gain_interval": [0, 0], "mca_gain_interval": [0, 0]}
-    lines = evaluate.table({"step 9": {"linear": {"patch": level | ends, "slide": level | plain}}})
+    levels = {"patch": level | ends, "slide": level | plain}
+    lines = evaluate.table({"step 9": {"linear": {"levels": levels}}})
     assert lines[-2] == "  gain, 95%    -0.4..-0.04 -0.4..-0.04     0..0   0..0"
 
 
@@ -548,12 +561,13 @@ def test_open_clip_loads_an_exported_tower(kind, tmp_path, capsys):
     model = HLSS(image_tower(clip.state_dict()), bank).eval()
     model.normalise((0.7, 0.5, 0.6), (0.1, 0.2, 0.3))
     path = str(tmp_path / "tower.pt")
-    evaluate.export(path, model, {"activation": "quickgelu"})
-    assert f"{path}: 64 pixels, quickgelu" in capsys.readouterr().out
+    kept = {"clip": {"activation": "quickgelu"}, "config": {"backbone": ""}, "image_size": 64}
+    evaluate.export(path, model, kept)
+    assert "'image_size': 64, 'network': 'quickgelu'" in capsys.readouterr().out
 
     state = torch.load(path, weights_only=True)
-    mean = state.pop("mean").view(3, 1, 1)
-    std = state.pop("std").view(3, 1, 1)
+    about = json.loads(Path(path + ".json").read_text())
+    mean, std = (torch.tensor(about[name]).view(3, 1, 1) for name in ("mean", "std"))
     other = small_clip(kind, quick_gelu=True).eval()
     for parameter in other.visual.parameters():
         torch.nn.init.normal_(parameter)  # nothing is right by chance
@@ -569,9 +583,9 @@ def test_open_clip_loads_an_exported_tower(kind, tmp_path, capsys):
 def test_torchvision_loads_an_exported_backbone(tmp_path):
     bank = {level: torch.randn(3, 64) for level in LEVELS}
     model = HLSS(backbone_tower("resnet18", bank), bank).eval()
-    evaluate.export(str(tmp_path / "tower.pt"), model, {"backbone": "resnet18"})
+    kept = {"config": {"backbone": "resnet18"}, "image_size": 32}
+    evaluate.export(str(tmp_path / "tower.pt"), model, kept)
     state = torch.load(tmp_path / "tower.pt", weights_only=True)
-    del state["mean"], state["std"]
     theirs = torchvision.models.resnet18(num_classes=64).eval()
     theirs.load_state_dict(state)
     images = torch.rand(2, 3, 64, 64)
@@ -580,7 +594,7 @@ def test_torchvision_loads_an_exported_backbone(tmp_path):
 
 def test_the_command_exports(run, tmp_path, monkeypatch, capsys):
     command(monkeypatch, run, "--export", tmp_path / "tower.pt")
-    assert "tower.pt: 64 pixels, " in capsys.readouterr().out
+    assert "tower.pt.json, which says" in capsys.readouterr().out
     assert "visual.conv1.weight" in torch.load(tmp_path / "tower.pt", weights_only=True)
     assert not Path(run, "metrics.json").exists()
 
@@ -607,6 +621,17 @@ def test_a_folder_is_embedded_without_a_manifest(
         np.testing.assert_allclose(found[name], expected, atol=1e-6)
     assert found["attributes_slide"].tolist() == data["attributes_slide"].tolist()
 
+    # An unreadable file is named and left out; the rest is written.
+    (folder / "c.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, run, "--embed", folder, tmp_path / "again.npz")
+    assert stop.value.code == 1
+    assert "c.png cannot be read" in "".join(capsys.readouterr())
+    with np.load(tmp_path / "again.npz") as file:
+        np.testing.assert_allclose(file["z"], found["z"], atol=1e-6)
+    (folder / "c.png").unlink()
+    assert "nowhere" in refusal(monkeypatch, capsys, run, "--embed", folder, "nowhere/z.npz")
+
     # The same in a notebook.
     model, checkpoint = load_run(run)
     cohort = index(str(folder), "(?P<patient>.+)")
@@ -616,7 +641,7 @@ def test_a_folder_is_embedded_without_a_manifest(
 
     (tmp_path / "empty").mkdir()
     flags = ["--embed", tmp_path / "empty", tmp_path / "no.npz"]
-    assert "no image file is below it" in refusal(monkeypatch, capsys, run, *flags)
+    assert "no tile is below it" in refusal(monkeypatch, capsys, run, *flags)
 
 
 def test_a_users_mistake_needs_no_traceback(tmp_path, monkeypatch, capsys):
@@ -659,7 +684,7 @@ def small_cohort(folder, to, pattern, columns=5):
 def test_from_the_checkpoint_alone(run, cohort_folder, tmp_path, monkeypatch, capsys):
     """One file, whose settings are partly gone, and images without labels or the CLIP."""
     checkpoint = torch.load(newest(run), weights_only=True)
-    checkpoint["config"] |= {"clip": "gone.pt", "bank": "gone.json", "data": "gone", "backbone": ""}
+    checkpoint["config"] |= {"clip": "gone.pt", "bank": "gone.json", "data": "gone"}
     checkpoint["config"] |= {"skip_unreadable": False, "a_flag_of_an_older_version": 3}
     torch.save(checkpoint, tmp_path / "moved.pt")
     small_cohort(cohort_folder, tmp_path, r"path|.*/high_grade-00", columns=3)
@@ -667,8 +692,9 @@ def test_from_the_checkpoint_alone(run, cohort_folder, tmp_path, monkeypatch, ca
     assert "nothing to probe" in capsys.readouterr().out
     assert len(read_embeddings(tmp_path)["z"]) == 6
     assert (tmp_path / "report.html").exists()
-    flags = ["--data", cohort_folder, "--against", "start"]
-    assert "--clip gone.pt" in refusal(monkeypatch, capsys, tmp_path / "moved.pt", *flags)
+    flags = ["--data", cohort_folder, "--against", "start", "--out", tmp_path / "new"]
+    said = refusal(monkeypatch, capsys, tmp_path / "moved.pt", *flags)
+    assert "step-0000000.pt is neither a run folder nor a checkpoint" in said
 
 
 def test_against_itself_and_leaving_out_patients(run, cohort_folder, tmp_path, monkeypatch):
@@ -676,19 +702,21 @@ def test_against_itself_and_leaving_out_patients(run, cohort_folder, tmp_path, m
     flags = ["--data", tmp_path, "--against", run, "--protocol", "lopo", "--out", tmp_path]
     command(monkeypatch, run, *flags)
     metrics = read_metrics(tmp_path)
-    assert metrics["probes"]["attributes"]["patient"]["n"] == 8  # all, not only those of a split
+    assert (
+        metrics["probes"]["attributes"]["levels"]["patient"]["n"] == 8
+    )  # all, not only those of a split
     gains = set()
     for probe in metrics["probes"].values():
-        gains |= {probe["patch"]["accuracy_gain"], probe["slide"]["accuracy_gain"]}
+        gains |= {probe["levels"][at]["accuracy_gain"] for at in ("patch", "slide")}
     assert gains == {0}
-    assert "4 of the patients" in " ".join(metrics["notes"])
+    assert "pretraining saw 4 of the 8 held-out patients" in " ".join(metrics["notes"])
 
 
 def test_nothing_is_held_against_the_start_unasked(run, tmp_path, monkeypatch):
     command(monkeypatch, run, "--out", tmp_path)
     metrics = read_metrics(tmp_path)
     assert metrics["against"] == ""
-    assert "accuracy_gain" not in metrics["probes"]["linear"]["patch"]
+    assert "accuracy_gain" not in metrics["probes"]["linear"]["levels"]["patch"]
     assert "against_scores_patch" not in read_embeddings(tmp_path)
 
 
@@ -703,24 +731,70 @@ def test_a_backbone_has_never_seen_language(
     capsys.readouterr()
     command(monkeypatch, config.out)
     assert "attribute names mean nothing" in capsys.readouterr().out
-    command(monkeypatch, config.out, "--show", "normal-02")
-    assert "attribute names mean nothing" in capsys.readouterr().out
     assert "attribute names mean nothing" in (tmp_path / "run/report.html").read_text()
-    start, _ = evaluate.starting_model(*load_run(config.out))
-    expected, _ = train.build_model(config, torch.device("cpu"))
-    towers = zip(start.tower.parameters(), expected.tower.parameters(), strict=True)
-    assert all(torch.equal(a, b) for a, b in towers)
 
 
-def test_show_prints_the_top_attributes(run, evaluated, monkeypatch, capsys):
-    data = read_embeddings(evaluated)
-    path = data["path"][7]
-    best = data["attributes_patch"][data["scores_patch"][7].argmax()]
-    command(monkeypatch, run, "--show", path, "normal-02", "normal-02-1")
-    lines = capsys.readouterr().out.splitlines()
-    assert [lines[0], lines[4], lines[8]] == [path, "normal-02", "normal-02-1"]
-    assert lines[1].startswith(f"    patch: {best} ")
-    assert "no such path, slide or patient" in refusal(monkeypatch, capsys, run, "--show", "nobody")
+def test_results_of_other_data_or_another_protocol_are_not_overwritten(
+    run, cohort_folder, tmp_path, monkeypatch, capsys
+):
+    for name in ("a", "b"):
+        (tmp_path / name / "tiles").mkdir(parents=True)
+        small_cohort(cohort_folder, tmp_path / name / "tiles", r"path|.*/\w+-0[0-2]/0-")
+    command(monkeypatch, run, "--data", tmp_path / "a/tiles")
+    said = refusal(monkeypatch, capsys, run, "--data", tmp_path / "b/tiles")
+    assert f"tiles holds results of {tmp_path}/a/tiles" in said and "--overwrite" in said
+    out = Path(run, "tiles")
+    refusal(
+        monkeypatch, capsys, run, "--data", tmp_path / "a/tiles", "--protocol", "lopo", "--out", out
+    )
+    assert read_metrics(out)["data"] == f"{tmp_path}/a/tiles"
+    command(monkeypatch, run, "--data", tmp_path / "b/tiles", "--overwrite")
+    assert read_metrics(out)["data"] == f"{tmp_path}/b/tiles"
+    shutil.rmtree(out)
+
+
+def test_a_reader_is_told_of_classes_sizes_and_patients_seen(
+    run, cohort_folder, tmp_path, monkeypatch
+):
+    """Held-out patients that were pretrained on; a class that only they have; larger tiles."""
+    small_cohort(cohort_folder, tmp_path, r"path|.*/\w+-0[0-3]/")
+    lines = (tmp_path / "manifest.csv").read_text().splitlines()
+    swap = {"train": "val", "val": "train"}
+    swapped = [line.rpartition(",")[0] + "," + swap[line.rpartition(",")[2]] for line in lines[1:]]
+    swapped = [line for line in swapped if not ("spindle" in line and line.endswith("train"))]
+    (tmp_path / "manifest.csv").write_text("\n".join([lines[0], *swapped]))
+    for path in tmp_path.glob("images/*/*.png"):
+        Image.open(path).resize((96, 96)).save(path)
+    command(monkeypatch, run, "--data", tmp_path, "--out", tmp_path)
+    notes = " ".join(read_metrics(tmp_path)["notes"])
+    assert "pretraining saw 8 of the 8 held-out patients" in notes
+    assert "no training patient has the class spindle" in notes
+    assert "patches are 96 pixels wide and the run's were 64" in notes
+
+
+def test_each_encoders_prompts_are_of_its_own_clip(
+    run, cohort_folder, clip_file, tmp_path, monkeypatch
+):
+    """The same CLIP with its D axes turned gives another z and the same zero-shot."""
+    turned = tmp_path / "turned"
+    shutil.copytree(run, turned)
+    turn, _ = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
+    clip = torch.load(clip_file, weights_only=True)
+    clip["state_dict"]["text_projection"] = clip["state_dict"]["text_projection"] @ turn
+    torch.save(clip, tmp_path / "clip.pt")
+    path = newest(str(turned))
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["config"]["clip"] = str(tmp_path / "clip.pt")
+    for name in ("weight", "bias"):
+        projection = checkpoint["model"][f"tower.attnpool.c_proj.{name}"]
+        checkpoint["model"][f"tower.attnpool.c_proj.{name}"] = turn.T @ projection
+    torch.save(checkpoint, path)
+    prompts = {name: [name.replace("_", " ")] for name in checkpoint["classes"]}
+    (tmp_path / "p.json").write_text(json.dumps(prompts))
+    flags = ["--against", turned, "--prompts", tmp_path / "p.json", "--out", tmp_path / "out"]
+    command(monkeypatch, run, *flags)
+    levels = read_metrics(tmp_path / "out")["probes"]["zero-shot"]["levels"].values()
+    assert [level["accuracy_gain"] for level in levels] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -728,8 +802,8 @@ def test_show_prints_the_top_attributes(run, evaluated, monkeypatch, capsys):
     [
         ('{"cat": "a cat"}', "cat: must be a list of sentences"),
         ('{"cat": []}', "cat: must be a list of sentences"),
-        ('{"cat": ["a cat", ""]}', "cat: every sentence must be a text, and not empty"),
-        ('{"cat": ["a cat"], "cat": ["a dog"]}', "'cat' stands twice"),
+        ('{"cat": ["a cat", ""]}', "cat: must be a list of sentences, none of them empty"),
+        ('{"cat": ["a cat"], "cat": ["a dog"]}', "'cat' appears twice"),
         ("[]", "must hold {class: "),
         ("{", "is not JSON"),
     ],

@@ -47,8 +47,7 @@ def out(cohort, tmp_path):
     rows = splits[0][1]
     predictions = []
     for z in (random(len(cohort), 64), random(len(cohort), 64)):
-        found = {kind: evaluate.predict(kind, z, cohort, splits) for kind in evaluate.PROBES}
-        predictions.append(found)
+        predictions.append(evaluate.predict(evaluate.PROBES, z, cohort, splits))
     probes = evaluate.assess(predictions[0], cohort, splits, other=predictions[1])
     scores = {level: z @ random(7, 64).T for level in LEVELS}
 
@@ -83,7 +82,7 @@ def out(cohort, tmp_path):
         "class_attributes": evaluate.class_attributes(scores, NAMES, cohort, rows),
         "truth": TRUTH,
     }
-    evaluate.write(str(folder), metrics, cohort, z, scores, NAMES, {})
+    evaluate.write_results(str(folder), metrics, cohort, z, scores, NAMES, {})
     return folder
 
 
@@ -276,3 +275,38 @@ def test_the_page_in_a_browser(out, tmp_path, width):
     assert (seen["spare"] >= 0, seen["out"], seen["flat"]) == (True, 0, 0)
     assert seen["tables"] == 1 + 3 + 4 * 3 + 2  # results; words; matrices; patients, settings
     assert (seen["images"], seen["marks"], seen["shown"]) == (12, 72, 0)
+
+
+def shown(out, monkeypatch, capsys, *names):
+    monkeypatch.setattr(sys, "argv", ["report.py", str(out), "--show", *names])
+    report.main()
+    return capsys.readouterr().out.splitlines()
+
+
+def test_show_prints_the_top_attributes(out, monkeypatch, capsys):
+    """Of a patch, and of the mean over a patient's or a slide's patches."""
+    _, data = report.read_results(out)
+    path = data["path"][7]
+    best = NAMES["patch"][data["scores_patch"][7].argmax()]
+    lines = shown(out, monkeypatch, capsys, path, "normal-02", "normal-02-1")
+    expected = [f"patch {path}", "patient normal-02", "slide normal-02-1"]
+    assert [lines[0], lines[4], lines[8]] == expected
+    assert lines[1].startswith(f"    patch: {best} ")
+    with pytest.raises(SystemExit):
+        shown(out, monkeypatch, capsys, "nobody")
+    said = capsys.readouterr().err
+    assert "has no such patch, slide, patient; try patch images/high_grade-00/0-0.png, " in said
+
+
+def test_a_patient_and_a_slide_of_one_name_are_shown_apart(out, monkeypatch, capsys):
+    metrics, data = report.read_results(out)
+    data["slides"][0] = "normal-02"
+    np.savez(out / "embeddings.npz", **data)
+    lines = shown(out, monkeypatch, capsys, "normal-02")
+    assert [lines[0], lines[4]] == ["slide normal-02", "patient normal-02"]
+    for level in LEVELS:
+        data[f"attributes_{level}"] = np.array([], str)
+    np.savez(out / "embeddings.npz", **data)
+    assert shown(out, monkeypatch, capsys, "normal-02") == [
+        "this run has no words: it was trained without a bank"
+    ]

@@ -1,6 +1,7 @@
 """Finished numbers -> report.html, one page that needs nothing but itself.
 
-    python -m tools.report runs/demo    draws runs/demo/report.html again
+    python -m tools.report runs/demo                         draws runs/demo/report.html again
+    python -m tools.report runs/demo --show high_grade-01    a patient's, slide's or patch's words
 
 It shows what is there: metrics.json and embeddings.npz, which evaluate.py wrote to the folder, the
 log.jsonl and config.json of the run, and the patches. Tables, curves and maps are made here; the
@@ -230,12 +231,42 @@ def draw(out):
     return unfinished.replace(Path(out, "report.html"))
 
 
+def show(out, wanted):
+    """Prints the top attributes of patients, slides or patches, from embeddings.npz alone.
+
+    A name that is both a patient and another one's slide is printed once for each.
+    """
+    metrics, data = read_results(out)
+    finest, *coarser = metrics["levels"]
+    names = {finest: data["path"]} | {at: data[plural(at)][data[at]] for at in coarser}
+    if not len(data[f"attributes_{finest}"]):
+        print("this run has no words: it was trained without a bank")
+        return
+    for name in wanted:
+        places = [level for level in names if (names[level] == name).any()]
+        if not places:
+            known = ", ".join(f"{level} {names[level][0]}" for level in names)
+            raise ValueError(f"--show {name}: {out} has no such {', '.join(names)}; try {known}")
+        for place in places:
+            print(f"{place} {name}")
+            for level in names:
+                scores = data[f"scores_{level}"][names[place] == name].mean(axis=0)
+                print(f"{level:>9}: {top(scores, data[f'attributes_{level}'])}")
+    for note in metrics["notes"]:
+        print(f"note: {note}")
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Draw a run's report.html again.")
+    parser = argparse.ArgumentParser(description="Draw a run's report.html again, or show words.")
     parser.add_argument("run", help="a folder that evaluate.py wrote to")
+    words = "print the top attributes of these patients, slides or paths instead"
+    parser.add_argument("--show", nargs="+", default=[], metavar="NAME", help=words)
     args = parser.parse_args()
     with user_errors():
-        print(f"the page is {draw(args.run)}")
+        if args.show:
+            show(args.run, args.show)
+        else:
+            print(f"the page is {draw(args.run)}")
 
 
 if __name__ == "__main__":

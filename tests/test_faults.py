@@ -3,6 +3,7 @@ hangs."""
 
 import builtins
 import contextlib
+import errno
 import glob
 import json
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -24,7 +26,13 @@ from test_train import log_of, weights_of
 
 import train
 from data import hierarchical_batch, read_cohort
-from tools.runs import checkpoints, lock_folder, write_whole
+from tools.runs import (
+    checkpoints,
+    lock_folder,
+    newest_checkpoint,
+    save_checkpoint,
+    write_whole,
+)
 
 
 def out_of(flags):
@@ -41,7 +49,7 @@ def _main(flags, rank, world, port, hang_at):
     with open(f"{out_of(flags)}-{rank}.txt", "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    load_views = train.data.load_views
+    load_views = train.load_views
 
     def hanging(*arguments, **options):
         for step, batch in enumerate(load_views(*arguments, **options), 1):
@@ -50,7 +58,7 @@ def _main(flags, rank, world, port, hang_at):
             yield batch
 
     sys.argv = ["train.py", *flags]
-    train.data.load_views = hanging
+    train.load_views = hanging
     try:
         train.main()
     except Exception:
@@ -156,7 +164,7 @@ def assert_same(a, b):
         )
 
 
-LIGHT = ["--draw", "1,1,2", "--save-every", "1", "--probe-every", "0"]
+LIGHT = ["--draw", "2,1,1", "--save-every", "1", "--probe-every", "0"]
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -191,7 +199,7 @@ def test_another_number_of_processes_goes_on(flags):
     assert [line["step"] for line in log_of(out_of(flags))] == [0, 1, 2, 3, 4, 5, 6, 6]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_finishes_the_step_and_saves(flags, number):
     """On two processes of which one is told."""
     flags = [*flags, *LIGHT, "--steps", "100000", "--save-every", "100000"]
@@ -199,7 +207,7 @@ def test_a_signal_finishes_the_step_and_saves(flags, number):
     assert wait_for(lambda: steps_in(out_of(flags)) > 2, ranks), words(flags)
     os.kill(ranks[1].pid, number)
     assert end(ranks) == [train.STOPPED] * 2, words(flags)
-    (saved,) = checkpoints(out_of(flags))
+    _, saved = checkpoints(out_of(flags)).values()  # the start, and this
     assert torch.load(saved, weights_only=True)["step"] == log_of(out_of(flags))[-1]["step"]
 
 
@@ -230,14 +238,14 @@ def damage(path, how):
 def test_a_damaged_checkpoint_is_reported_and_not_used(tmp_path, how, capsys, monkeypatch):
     monkeypatch.setenv("MALICE", str(tmp_path / "executed"))
     for step in (2, 4):
-        train.save_checkpoint(tmp_path, {"step": step, "model": {"weight": torch.arange(1000.0)}})
+        save_checkpoint(tmp_path, {"step": step, "model": {"weight": torch.arange(1000.0)}})
     damage(tmp_path / "step-0000004.pt", how)
-    assert train.newest_checkpoint(tmp_path)["step"] == 2
+    assert newest_checkpoint(tmp_path)["step"] == 2
     assert "step-0000004.pt is damaged" in capsys.readouterr().out
     assert not (tmp_path / "executed").exists()
     damage(tmp_path / "step-0000002.pt", how)
     with pytest.raises(ValueError, match=r"no checkpoint in .* is whole"):
-        train.newest_checkpoint(tmp_path)
+        newest_checkpoint(tmp_path)
 
 
 def test_a_run_goes_on_from_before_the_damage(flags, tmp_path, capsys):
@@ -251,17 +259,28 @@ def test_a_run_goes_on_from_before_the_damage(flags, tmp_path, capsys):
 
 
 def test_the_newest_two_checkpoints_are_kept(tmp_path):
-    for step in range(1, 5):
-        train.save_checkpoint(tmp_path, {"step": step})
-    assert sorted(os.listdir(tmp_path)) == ["step-0000003.pt", "step-0000004.pt"]
+    """And the start; nothing that is not exactly ours is removed, or resumed from."""
+    strange = ["step-best.pt", "step-0000002 (copy).pt", "step-2.pt", "step-0000001.pt.7.bak"]
+    strange += ["step-best.pt.12.part", "other.part"]
+    for name in strange:
+        (tmp_path / name).write_bytes(b"mine")
+    for step in range(5):
+        save_checkpoint(tmp_path, {"step": step})
+    (tmp_path / "step-0000009.pt.77.part").write_bytes(b"of a process that was killed")
+    lock_folder(str(tmp_path)).close()
+    ours = [f"step-000000{step}.pt" for step in (0, 3, 4)]
+    assert sorted(os.listdir(tmp_path)) == sorted([*ours, *strange, "lock"])
+    assert newest_checkpoint(tmp_path)["step"] == 4
+    shutil.copy(tmp_path / "step-0000003.pt", tmp_path / "step-0000008.pt")  # not what it says
+    assert newest_checkpoint(tmp_path)["step"] == 4
 
 
 def test_ranks_that_see_different_checkpoints_are_told(flags, monkeypatch):
     # As if the other of two ranks found none.
     monkeypatch.setattr(train, "average", lambda numbers, device: {"step": numbers["step"] / 2})
-    monkeypatch.setattr(train, "newest_checkpoint", lambda folder: {"step": 4})
+    monkeypatch.setattr(train.runs, "newest_checkpoint", lambda folder: {"step": 4})
     with pytest.raises(ValueError, match="put it on a shared disk"):
-        train.resume(train.parse_config(flags), torch.nn.Linear(1, 1), None, {}, None)
+        train.resume(train.parse_config(flags), {}, torch.nn.Linear(1, 1), None, {}, None)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(flags, tmp_path):
@@ -313,12 +332,18 @@ def test_a_read_only_folder_is_not_a_full_disk(tmp_path, monkeypatch):
 
 
 SPOILS = {  # what is said <- what is done to the lines of manifest.csv
-    "other splits": lambda lines: [
+    "is not the cohort of .*: 120 patches are new": lambda lines: [
         re.sub("train|val", lambda m: {"train": "val", "val": "train"}[m[0]], x) for x in lines
     ],
-    "other paths of patches, slides and patients, labels, splits": lambda lines: lines[:-30],
-    "other paths of patches ": lambda lines: [lines[0], lines[2], lines[1], *lines[3:]],
-    "other labels ": lambda lines: [line.replace(",spindle,", ",round,") for line in lines],
+    "lists the patches of .* in another order": lambda lines: [
+        lines[0],
+        lines[2],
+        lines[1],
+        *lines[3:],
+    ],
+    "is not the cohort of .*: 30 patches are new or renamed": lambda lines: [
+        line.replace(",spindle,", ",round,") for line in lines
+    ],
 }
 
 
@@ -332,8 +357,36 @@ def test_another_cohort_is_not_resumed(flags, cohort_folder, tmp_path, said):
     assert train.train(moved)  # the same cohort in another folder
     header, *lines = (folder / "manifest.csv").read_text().splitlines()
     (folder / "manifest.csv").write_text("\n".join([header, *SPOILS[said](lines)]))
-    with pytest.raises(ValueError, match=f"is not the cohort of .*: {said}"):
+    with pytest.raises(ValueError, match=said):
         train.train(train.parse_config([*flags, "--steps", "1", "--data", str(folder)]))
+
+
+def test_a_run_goes_on_without_patches_that_were_taken_out(flags, cohort_folder, tmp_path, capsys):
+    folder = shutil.copytree(cohort_folder, tmp_path / "elsewhere")
+    flags = [*flags, "--probe-every", "0", "--data", str(folder)]
+    train.train(train.parse_config([*flags, "--steps", "1"]))
+    lines = (folder / "manifest.csv").read_text().splitlines()
+    (folder / "manifest.csv").write_text("\n".join([*lines[:3], *lines[5:]]))
+    assert train.train(train.parse_config([*flags, "--steps", "2"]))
+    assert "2 of the run's 120 patches are gone from here on" in capsys.readouterr().out
+
+
+def test_a_disk_without_locks_is_warned_of_and_trained_on(flags, monkeypatch):
+    def no_locks(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.warns(UserWarning, match="cannot be locked .*No locks available"):
+        assert train.train(train.parse_config([*flags, "--steps", "1"]))
+
+
+def test_signal_handlers_are_given_back_and_a_thread_can_train(flags, tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    train.train(train.parse_config([*flags, "--steps", "1"]))
+    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    config = train.parse_config([*flags, "--steps", "1", "--out", str(tmp_path / "thread")])
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train.train, config).result()
 
 
 def test_two_trainings_in_one_folder_are_refused(flags):

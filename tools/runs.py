@@ -193,16 +193,22 @@ def trained_on(cohort, patients, hashes):
 
 def check_same_cohort(folder, cohort, hashes, before):
     """Prints how many patches are gone; raises ValueError where some are new or changed."""
-    new = ~np.isin(hashes["patches"].numpy(), before["patches"].numpy())
+    now, then = hashes["patches"].numpy(), before["patches"].numpy()
+    new = ~np.isin(now, then)
+    if not new.any() and (then[np.isin(then, now)] != now).any():
+        raise ValueError(
+            f"{cohort.root} lists the patches of {folder} in another order: restore it"
+        )
     if new.any():
         raise ValueError(
             f"{cohort.root} is not the cohort of {folder}: {new.sum()} patches are new or renamed, or "
             f"have another slide, patient, split or label, such as {cohort.name(new.argmax())}: "
             "restore the manifest, or give another --out to start anew"
         )
-    gone = len(before["patches"]) - len(new)
-    if gone:
-        print(f"note: {gone} of the run's {len(before['patches'])} patches are gone from here on")
+    if len(then) > len(now):
+        print(
+            f"note: {len(then) - len(now)} of the run's {len(then)} patches are gone from here on"
+        )
 
 
 def check_same_flags(folder, now, before, may_change):

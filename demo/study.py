@@ -123,7 +123,7 @@ def run(folder, job):
     else:
         paths = ["--data", tissue, "--clip", clip, "--bank", bank, "--out", out]
         flags = (
-            f"{ARMS[arm]} --ar-weight {weight} --seed {seed} --start {world['start']} --steps 500"
+            f"{ARMS[arm]} --align-weight {weight} --seed {seed} --start {world['start']} --steps 500"
         )
         command = [sys.executable, "train.py", *paths, *flags.split()]
         command += ["--probe-every", "0", "--amp"]
@@ -143,8 +143,8 @@ def measure(z, cohort, own_bank, true_bank, attributes, clip):
     splits = probe_splits(cohort)
     train, held_out = splits[0]
     own_scores = torch.cat([z @ t.T for t in own_bank.values()], dim=1)
-    predictions = {kind: predict(kind, z, cohort, splits) for kind in ("knn200", "linear")}
-    predictions["attributes"] = predict("attributes", own_scores, cohort, splits)
+    predictions = predict(["knn200", "linear"], z, cohort, splits)
+    predictions |= predict(["attributes"], own_scores, cohort, splits)
     prompts = str(HERE / "classes.json")
     predictions["zero-shot"] = zero_shot(prompts, z[held_out], cohort.classes, clip)
     found = assess(predictions, cohort, splits, resamples=0)
@@ -155,7 +155,7 @@ def measure(z, cohort, own_bank, true_bank, attributes, clip):
     error = np.square(read - factors[held_out]).mean(axis=0) / factors[held_out].var(axis=0)
     line = {"r2": dict(zip(FACTORS, (1 - error).round(4).tolist()))}
     for level, groups in zip(LEVELS, cohort.ids(held_out).T):
-        line[level] = {kind: round(found[kind][level]["accuracy"], 4) for kind in predictions}
+        line[level] = {kind: round(found[kind]["levels"][level]["accuracy"], 4) for kind in predictions}
         scores = (z[held_out] @ true_bank[level].T).numpy()
         areas = []
         ceilings = []

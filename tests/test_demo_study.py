@@ -226,7 +226,7 @@ def test_a_run_trains_measures_and_clears_away(
         assert not trained
         return
     (config,) = trained
-    assert (config.objective, config.align, config.ar_weight) == ("hidisc", "regression", 0.3)
+    assert (config.objective, config.align, config.align_weight) == ("hidisc", "regression", 0.3)
     _, true_bank = open_bank(str(study.DEMO_BANK), load_clip(clip_file), "", LEVELS)
     expected = rotate(true_bank, 3) if arm == CONTROL else true_bank
     for level in LEVELS:

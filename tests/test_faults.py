@@ -311,6 +311,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(flags, tmp_path):
     assert "step-0000003.pt cannot be written" in done.stderr
     assert "No space left on device" in done.stderr
     assert sorted(path.name for path in kept.glob("step*")) == [
+        "step-0000000.pt",
         "step-0000001.pt",
         "step-0000002.pt",
     ]
@@ -411,8 +412,8 @@ def test_the_log_is_on_the_disk_before_the_checkpoint_that_it_describes(flags, m
     monkeypatch.setattr(os, "fsync", spy)
     train.train(train.parse_config([*flags, "--save-every", "1"]))
     checkpoint = [i for i, name in enumerate(synced) if name.startswith("step-")]
-    assert len(checkpoint) == 4
-    assert all(synced[i - 1] == "log.jsonl" for i in checkpoint[:-1])
+    assert len(checkpoint) == 5  # the first is the start, before there is anything to log
+    assert all(synced[i - 1] == "log.jsonl" for i in checkpoint[1:-1])
 
 
 def test_what_is_missing_or_damaged_in_the_log_is_said(flags, capsys):
@@ -466,10 +467,10 @@ def test_a_signal_ends_a_probe_that_the_resumed_run_begins_again(flags, tmp_path
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(flags):
-    message = "step 2: loss is nan, hvc_patch is nan.* there is no checkpoint .* a lower --lr"
+    message = "step 2: loss is nan, hvc_patch is nan.* last checkpoint is kept; .* a lower --lr"
     with pytest.raises(FloatingPointError, match=message):
-        train.train(train.parse_config([*flags, "--lr", "1e30", "--warmup", "0"]))
-    assert checkpoints(out_of(flags)) == []
+        train.train(train.parse_config([*flags, "--lr", "1e30"]))
+    assert list(checkpoints(out_of(flags))) == [0]
 
 
 def test_a_clip_that_is_not_finite_does_not_blame_the_rate(flags, tmp_path):
@@ -494,16 +495,13 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(flags, monkeyp
 
     monkeypatch.setattr(train, "hvc", poisoned)
     config = train.parse_config([*flags, "--steps", "6", "--save-every", "3", "--probe-every", "0"])
-    with pytest.raises(FloatingPointError, match="step 4: gradient_norm is nan"):
+    with pytest.raises(FloatingPointError, match="step 4: gradient_norm is nan") as error:
         train.train(config)
-    assert [os.path.basename(path) for path in checkpoints(config.out)] == ["step-0000003.pt"]
+    assert list(checkpoints(config.out)) == [0, 3]
     assert all(torch.isfinite(value).all() for value in weights_of(config.out).values())
-    with open(os.path.join(config.out, "fault-0000004.json")) as file:
-        fault = json.load(file)
     cohort = read_cohort(config.data).restrict("train")
-    rows = hierarchical_batch(cohort, 3, config.seed, 4)
-    assert fault["paths"] == [cohort.path(row) for row in rows.ravel()]
-    assert fault["fault"] == ["gradient_norm is nan"]
+    paths = {cohort.path(row) for row in hierarchical_batch(cohort, 4, config.seed, 4).ravel()}
+    assert sum(path in str(error.value) for path in paths) == 3  # some of its batch
 
 
 # -------------------------------------------------------------------------------------------- hangs

@@ -13,21 +13,22 @@ ROOMS = [*Path(ROOT, "demo").glob("*.py"), *Path(ROOT, "tools").glob("*.py")]
 MAY_IMPORT = {
     "losses": set(),
     "data": {"losses"},
-    "model": {"losses"},
-    "describe": {"losses", "model", "tools.bank", "tools.weights"},
-    "evaluate": {"losses", "data", "model", "describe"}
+    "model": {"losses", "tools.runs", "tools.weights"},
+    "describe": {"losses", "model", "tools.bank", "tools.runs", "tools.weights"},
+    "evaluate": {"losses", "data", "model", "describe", "tools.runs"}
     | {"tools.cohort", "tools.processes", "tools.report", "tools.weights"},
-    "train": {"losses", "data", "model", "describe", "evaluate", "demo.prepare"}
+    "train": {"losses", "data", "model", "describe", "evaluate", "demo.prepare", "tools.runs"}
     | {"tools.processes", "tools.weights"},
+    "tools.runs": set(),
     "tools.bank": set(),
-    "tools.weights": set(),
+    "tools.weights": {"tools.runs"},
     "tools.processes": set(),
     "tools.cohort": {"data"},
     "tools.report": {"data", "tools.processes"},
-    "demo.tissue": {"data", "model"},
-    "demo.clip": {"demo.tissue", "describe", "model"},
+    "demo.tissue": {"data", "tools.runs"},
+    "demo.clip": {"demo.tissue", "describe", "model", "tools.runs"},
     "demo.prepare": {"demo.tissue", "demo.clip"},
-    "demo.truth": {"demo.tissue", "describe", "evaluate", "model", "tools.report"},
+    "demo.truth": {"demo.tissue", "describe", "evaluate", "tools.report", "tools.runs"},
     "demo.study": {"losses", "data", "model", "describe", "evaluate", "tools.weights"}
     | {"demo.tissue", "demo.clip", "demo.prepare", "demo.truth"},
 }
@@ -58,9 +59,9 @@ def imports(path):
 def test_the_sizes():
     """Lines as `ruff format` lays them out, which CI checks. Ceilings, not aims."""
     print("\n".join(f"{lines(path):5} {module(path)}" for path in [*STAGES, *ROOMS]))
-    assert max(lines(path) for path in STAGES) <= 750
-    assert sum(lines(path) for path in STAGES) <= 3600
-    assert sum(lines(path) for path in ROOMS) <= 1950
+    assert max(lines(path) for path in STAGES) <= 720
+    assert sum(lines(path) for path in STAGES) <= 3270
+    assert sum(lines(path) for path in ROOMS) <= 2370
 
 
 @pytest.mark.parametrize("path", [*STAGES, *ROOMS], ids=module)

@@ -65,7 +65,7 @@ def row(what, ours, unit, beside=None, than="", aim=""):
 
 
 def inputs(N, K=128, D=1024):
-    """z [N, D], three projections [N, K], a bank of three levels [K, D], and ids [N, 3]."""
+    """z [N, D], three projections [N, K], a bank of three levels [K, D], and ids {level: [N]}."""
     generator = torch.Generator().manual_seed(0)
 
     def unit(n, d):
@@ -75,7 +75,7 @@ def inputs(N, K=128, D=1024):
     bank = {level: unit(K, D) for level in LEVELS}
     projections = {level: unit(N, K).requires_grad_() for level in LEVELS}
     number = torch.arange(N)
-    return z, projections, bank, torch.stack([number // 2, number // 4, number // 8], dim=1)
+    return z, projections, bank, {at: number // n for at, n in zip(LEVELS, (2, 4, 8))}
 
 
 def ours(z, projections, bank, ids):
@@ -91,8 +91,8 @@ def released(z, projections, bank, ids, temperature=0.07):
     is broadcast over [N, K, D]; and no gradient of the alignment. Returns the six terms."""
     contrast = {}
     for name, p in projections.items():
-        for column, level in enumerate(LEVELS):
-            positive = (ids[:, column, None] == ids[:, column]).float()
+        for level in LEVELS:
+            positive = (ids[level][:, None] == ids[level]).float()
             others = 1 - torch.eye(len(p))
             positive = positive * others
             logits = p @ p.T / temperature
@@ -175,9 +175,9 @@ def steps(tower, N):
         loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
         numbers = train.average({"loss": loss, **terms, "norm": norm}, train.CPU)
-        train.check_finite(numbers, 1, ids, None, config)
+        train.check_finite(numbers, 1, ids, None)
         for group in whole.param_groups:
-            group["lr"] = train.learning_rate(0, config)
+            group["lr"] = train.learning_rate(1, config)
         whole.step()
 
     def bare_tower():
@@ -271,7 +271,7 @@ def one_by_one(paths, views):
 def in_batches(paths, views):
     images = torch.from_numpy(np.stack([data.decode(path, 300) for path in paths]))
     augmentation = data.AUGMENTATIONS["strong-srh"]
-    parameters = data.view_parameters(len(paths) * views, 0, 0, augmentation)
+    parameters = data.view_parameters(augmentation, 0, 1, range(len(paths)), views)
     return data.make_views(images, parameters, 224)
 
 
@@ -311,7 +311,7 @@ def open_and_draw(folder):
     cohort, added = added_memory(lambda: data.read_cohort(folder, val_fraction=0.01))
     opened = time.perf_counter() - start
     start = time.perf_counter()
-    for number in range(50):
+    for number in range(1, 51):
         data.hierarchical_batch(cohort, number, 0, 50)
     return opened, added, (time.perf_counter() - start) / 50
 
@@ -339,7 +339,9 @@ def probes(m=200_000, n=2_000, D=1024, rounds=3):
         for part in z.split(256):
             (part @ train_z.T).topk(200, dim=1)
 
-    seconds = take_turns(rounds, ours=lambda: knn(train_z, labels, z, 10), bare=product_and_top_k)
+    seconds = take_turns(
+        rounds, ours=lambda: knn(train_z, labels, z, 10, ks=(200,)), bare=product_and_top_k
+    )
     what = f"kNN of {n:,} among {m:,}"
     yield row(what, seconds["ours"], "s", seconds["bare"], "product and top-k", "1.05")
 
@@ -351,7 +353,7 @@ def probes(m=200_000, n=2_000, D=1024, rounds=3):
         patient=patient,
         label=patient % classes,
         classes=[str(c) for c in range(classes)],
-        groups=[[], [str(p) for p in range(patients)]],
+        group_names=[[], [str(p) for p in range(patients)]],
         ids=lambda rows: np.stack([rows, slide[rows], patient[rows]], axis=1),
     )
     probabilities = np.random.default_rng(0).random((patches, classes))
@@ -365,48 +367,46 @@ def probes(m=200_000, n=2_000, D=1024, rounds=3):
 
 def processes(numbers=(1, 2, 4), length=60):
     """Images a second of the demo on several processes, one thread each."""
-    cache = ROOT / "runs" / "cache"
-    cache.mkdir(parents=True, exist_ok=True)
-    demo_tissue(str(cache))
-    demo_clip(str(cache))
-    for more in ("", "--no-sync-bn"):
-        one = None
-        for number in numbers:
-            with tempfile.TemporaryDirectory() as folder:
-                command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-                command += [f"--nproc_per_node={number}", "train.py", "--out", f"{folder}/run"]
-                flags = f"--cache {cache} --steps {length} --log-every {length // 2} {more}"
-                command += [*flags.split(), "--probe-every", "0"]
-                threads = os.environ | {"OMP_NUM_THREADS": "1"}
-                subprocess.run(command, cwd=ROOT, env=threads, check=True, capture_output=True)
-                lines = Path(folder, "run", "log.jsonl").read_text().splitlines()
-            logged = [json.loads(line) for line in lines]
-            speed = [line["images_per_s"] for line in logged if "images_per_s" in line][-1]
-            one = one or speed
-            name = f"processes: {number} {more}".strip()
-            yield row(name, speed, "images/s", one, "one process")
+    os.chdir(ROOT)
+    demo_tissue()
+    demo_clip()
+    one = None
+    for number in numbers:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            command += [f"--nproc_per_node={number}", "train.py", "--out", f"{folder}/run"]
+            command += ["--steps", str(length), "--probe-every", "0"]
+            threads = os.environ | {"OMP_NUM_THREADS": "1"}
+            subprocess.run(command, cwd=ROOT, env=threads, check=True, capture_output=True)
+            lines = Path(folder, "run", "log.jsonl").read_text().splitlines()
+        logged = [json.loads(line) for line in lines]
+        speed = [line["images_per_s"] for line in logged if "images_per_s" in line][-1]
+        one = one or speed
+        yield row(f"processes: {number}", speed, "images/s", one, "one process")
 
 
 def demo():
     """The demo's stages, from nothing, on all cores."""
     torch.set_num_threads(os.cpu_count())
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
         start = time.perf_counter()
-        demo_tissue(cache)
+        demo_tissue()
         tissue = time.perf_counter()
         yield row("demo: tissue", tissue - start, "s")
-        demo_clip(cache)
+        demo_clip()
         clip = time.perf_counter()
         yield row("demo: CLIP", clip - tissue, "s")
-        config = train.parse_config(["--cache", cache, "--out", os.path.join(cache, "run")])
+        config = train.parse_config([])
         with redirect_stdout(sys.stderr):
             train.train(config)
         yield row(f"demo: {config.steps} steps and their probes", time.perf_counter() - clip, "s")
         model, checkpoint = load_run(config.out)
-        cohort = data.read_cohort(config.data)
+        cohort = data.read_cohort(checkpoint["config"]["data"])
         start = time.perf_counter()
         embed(model, cohort, checkpoint["read_size"], checkpoint["image_size"])
         yield row("demo: embed 3,840 patches", time.perf_counter() - start, "s")
+        os.chdir(ROOT)
     torch.set_num_threads(1)
 
 

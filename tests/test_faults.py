@@ -5,7 +5,6 @@ import builtins
 import contextlib
 import errno
 import glob
-import json
 import os
 import random
 import re

@@ -116,9 +116,7 @@ def test_a_backbone_starts_from_a_file(flags, tmp_path):
         assert torch.equal(value, theirs[name]), name
     del theirs["layer1.0.conv1.weight"]
     torch.save(theirs, tmp_path / "theirs.pt")
-    with pytest.raises(
-        ValueError, match=r"theirs\.pt for resnet18: layer1\.0\.conv1\.weight is"
-    ):
+    with pytest.raises(ValueError, match=r"theirs\.pt for resnet18: layer1\.0\.conv1\.weight is"):
         train.train(config)
 
 

@@ -22,6 +22,7 @@ RECIPES = {  # name: the flags of its training
     "tower": "--objective hidisc --backbone tiny",
     "tissue": "--preset lung --image-size 64",
     "probe": HLSS,
+    "balance": f"{HLSS} --balance-classes",
 }
 
 
@@ -43,7 +44,7 @@ def test_a_fork_trains_to_a_table_and_is_evaluated(name, clip_file, tmp_path):
 
     run(fork, "-m", "demo.tissue", "cohort", "--patients", "5", "--held-out", "2")
     clip = [] if name == "tower" else ["--clip", clip_file]
-    flags = "--data cohort --patients 4 --steps 4 --log-every 1 --no-amp --out run"
+    flags = "--data cohort --patients 4 --steps 4 --no-amp --out run"
     table = run(fork, "train.py", *clip, *flags.split(), *RECIPES[name].split())
     assert "step 4 knn200" in table
     table = run(fork, "evaluate.py", "run")
@@ -58,7 +59,9 @@ def test_a_fork_trains_to_a_table_and_is_evaluated(name, clip_file, tmp_path):
         "head": "projections.shared.2.weight" in state["model"],
         "tower": "tower.conv3.weight" in state["model"],
         "tissue": state["attributes"]["slide"] == ["preserved air spaces", "solid tumour nests"],
-        "probe": "accuracy" in metrics["probes"].get("centroid", {}).get("patient", {}),
+        "probe": "accuracy"
+        in metrics["probes"].get("centroid", {}).get("levels", {}).get("patient", {}),
+        "balance": state["config"].get("balance_classes"),
     }
     assert there[name]
 

@@ -123,7 +123,8 @@ def run(folder, job):
     else:
         paths = ["--data", tissue, "--clip", clip, "--bank", bank, "--out", out]
         flags = (
-            f"{ARMS[arm]} --align-weight {weight} --seed {seed} --start {world['start']} --steps 500"
+            f"{ARMS[arm]} --align-weight {weight} --seed {seed} --start {world['start']} "
+            "--steps 500"
         )
         command = [sys.executable, "train.py", *paths, *flags.split()]
         command += ["--probe-every", "0", "--amp"]
@@ -155,7 +156,9 @@ def measure(z, cohort, own_bank, true_bank, attributes, clip):
     error = np.square(read - factors[held_out]).mean(axis=0) / factors[held_out].var(axis=0)
     line = {"r2": dict(zip(FACTORS, (1 - error).round(4).tolist()))}
     for level, groups in zip(LEVELS, cohort.ids(held_out).T):
-        line[level] = {kind: round(found[kind]["levels"][level]["accuracy"], 4) for kind in predictions}
+        line[level] = {
+            kind: round(probe["levels"][level]["accuracy"], 4) for kind, probe in found.items()
+        }
         scores = (z[held_out] @ true_bank[level].T).numpy()
         areas = []
         ceilings = []

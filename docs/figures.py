@@ -11,11 +11,11 @@ from PIL import Image
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from data import make_views, view_parameters  # noqa: E402
+from data import AUGMENTATIONS, make_views, view_parameters  # noqa: E402
 from demo.study import T95, read_lines, values  # noqa: E402
 from demo.tissue import CLASSES, render  # noqa: E402
 from demo.truth import DEMO_BANK  # noqa: E402
-from describe import read_bank  # noqa: E402
+from describe import read_bank_file  # noqa: E402
 from losses import LEVELS  # noqa: E402
 
 STYLE = """<style>
@@ -79,7 +79,8 @@ def thumbnails():
         stain = np.array((1, 1, 0)) + rng.normal(0, (0.15, 0.15, 0.05))
         patches += [render(mean, rng, stain) for _ in range(4)]
     patches = torch.from_numpy(np.stack(patches)).permute(0, 3, 1, 2)
-    views = make_views(patches, view_parameters(16, seed=1, step=0), 2 * SIDE)
+    numbers = view_parameters(AUGMENTATIONS["demo"], seed=1, step=1, places=range(8), views=2)
+    views = make_views(patches, numbers, 2 * SIDE)
     addresses = []
     for view in views.permute(0, 2, 3, 1):
         file = io.BytesIO()
@@ -179,7 +180,7 @@ def road():
         label(560, 450, "Sentences of the demo's bank", "title"),
     ]
     for row, level in enumerate(LEVELS):
-        sentence = read_bank(DEMO_BANK)["levels"][level][EXAMPLES[level]][0]
+        sentence = read_bank_file(DEMO_BANK)["levels"][level][EXAMPLES[level]][0]
         parts.append(label(560, 470 + 17 * row, f"{level}: {sentence}", "small"))
     return parts
 

@@ -201,8 +201,8 @@ def check_same_cohort(folder, cohort, hashes, before):
         )
     if new.any():
         raise ValueError(
-            f"{cohort.root} is not the cohort of {folder}: {new.sum()} patches are new or renamed, or "
-            f"have another slide, patient, split or label, such as {cohort.name(new.argmax())}: "
+            f"{cohort.root} is not the cohort of {folder}: {new.sum()} patches are new or renamed, "
+            f"or have another slide, patient, split or label: {cohort.name(new.argmax())}, ...: "
             "restore the manifest, or give another --out to start anew"
         )
     if len(then) > len(now):

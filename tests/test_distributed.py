@@ -54,6 +54,9 @@ def _gradients(rank, world, flags, images, ids, mode):
         # projections do not start from the text here.
         for projection in model.projections.values():
             projection.reset_parameters()
+        # In float32 an untrained tower amplifies rounding, and a ReLU may flip with it.
+        model.tower.double()
+        images = images.double()
         if mode == "eval":
             for module in model.modules():
                 if isinstance(module, torch.nn.BatchNorm2d):
@@ -61,9 +64,6 @@ def _gradients(rank, world, flags, images, ids, mode):
             with torch.no_grad():
                 model(images)  # batch norm then keeps the averages of the global batch
             model.eval()
-        else:
-            model.tower.double()  # in float32, an untrained tower amplifies rounding
-            images = images.double()
         wrapped = train.wrap(model, config, world, torch.device("cpu"))
         z, projections = wrapped(images[mine])
         terms = hvc(projections, ids)

@@ -1,6 +1,7 @@
 """What the commands share: torchrun's processes, signals, and a user's mistake in one line."""
 
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -13,6 +14,8 @@ import torch
 import torch.distributed as dist
 
 _patient = None  # the group of all processes that waits for as long as it takes
+_store = None  # what all processes share
+_turn = 0  # of from_first()
 
 
 @contextmanager
@@ -62,7 +65,7 @@ def processes(timeout):
     In a training step, a process that is dead, stopped or stuck makes the others fail within
     `timeout` seconds. On gloo, the error says which rank it is.
     """
-    global _patient
+    global _patient, _store, _turn
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
@@ -86,6 +89,7 @@ def processes(timeout):
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     _patient = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    _store, _turn = store, 0
     try:
         yield rank, world, device
     except torch.OutOfMemoryError:
@@ -96,17 +100,29 @@ def processes(timeout):
             raise
         raise RuntimeError(f"{missing} is dead, stopped or stuck: see what it said") from error
     finally:
-        _patient = None
+        _patient = _store = None
         dist.destroy_process_group()
 
 
 def from_first(value):
-    """Rank 0's value, on every process; the others wait, however long rank 0 takes."""
+    """Rank 0's value, on every process; the others wait, however long rank 0 takes.
+
+    Through the store, so that rank 0 itself waits for nobody.
+    """
+    global _turn
     if not dist.is_initialized():
         return value
-    box = [value]
-    dist.broadcast_object_list(box, group=_patient)
-    return box[0]
+    if _store is None:  # not joined by processes()
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+    _turn += 1
+    key = f"from first {_turn}"
+    if dist.get_rank() == 0:
+        _store.set(key, pickle.dumps(value))
+        return value
+    _store.wait([key], timedelta(days=30))
+    return pickle.loads(_store.get(key))
 
 
 def add_up(x, only_first=False):

@@ -367,3 +367,23 @@ def test_a_contact_sheet(cohort_folder, tmp_path, monkeypatch):
     image = Image.open(tmp_path / "views.png")
     assert image.size == (5 * 164, 4 * 180)  # a patch and four views; two slides of two patches
     assert np.asarray(image)[20:178, 2:162].std() > 10
+
+
+def test_what_is_no_tile_is_not_indexed(tmp_path):
+    """macOS's `._` files, and formats of whole slides and arrays."""
+    root = tiles(tmp_path, ["amy/s/0.png"])
+    for name in ("._0.png", "0.h5", "0.pdf", "0.svs"):
+        (tmp_path / "amy/s" / name).write_bytes(b"")
+    assert len(tool.index(root, "{patient}/{slide}/*")) == 1
+    os.remove(tmp_path / "amy/s/0.png")
+    with pytest.raises(ValueError, match=r"whole slides .* are cut into tiles by TRIDENT"):
+        tool.index(root, "{patient}/{slide}/*")
+
+
+def test_a_manifest_of_read_only_data_is_written_elsewhere(tmp_path, monkeypatch):
+    root = tiles(tmp_path / "data", ["amy/s/0.png", "bob/t/1.png"])
+    out = str(tmp_path / "mine.csv")
+    pattern = ["--pattern", "{patient}/{slide}/*.png"]
+    command(monkeypatch, "index", root, *pattern, "--out", out, "--yes")
+    assert not (tmp_path / "data/manifest.csv").exists()
+    assert data.read_cohort(out).path(1) == str(tmp_path / "data/bob/t/1.png")

@@ -1,35 +1,33 @@
 """The data: a manifest becomes a cohort, a cohort batches of patches, a patch augmented views.
 
-    python data.py [FOLDER]    one batch: its rows, its ids, and its views as a picture
+    python data.py [FOLDER]    one batch: its patches, their ids, and its views as a picture
 
     manifest.csv -> Cohort -> hierarchical_batch: rows -> decode: patches -> make_views: views
 
 A cohort is a folder with a manifest.csv: columns path, patient and slide, and optionally label (of
 the patch), split (of the patient: train, val or test) and root (of the paths; default: the
-manifest's folder). Pretraining needs no labels. `python -m tools.cohort` writes, checks and shows
-manifests. Other levels than patch, slide and patient have a column each, except the finest, which
-is the image; what is said of patients here then holds for the coarsest.
+manifest's folder). `python -m tools.cohort` writes, checks and shows manifests. Other levels have
+a column each, except the finest, the image; what is said of patients holds for the coarsest.
 """
 
 import csv
-import functools
 import hashlib
 import math
 import os
 import re
 import sys
 import tempfile
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import chain
-from pathlib import Path
+from functools import partial
+from itertools import cycle, islice
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, ImageSequence
-from torchvision.transforms.v2.functional import autocontrast, solarize
+from torchvision.transforms.v2.functional import autocontrast
 from torchvision.utils import save_image
 
 from losses import LEVELS
@@ -39,95 +37,67 @@ SPLITS = ("train", "val", "test")
 
 def load_views(
     cohort,
-    steps,
-    patients,
-    counts,
-    augmentation,
-    sizes,
+    steps,  # a range; a run begins with step 1
+    patients,  # in a global batch
+    counts,  # views of a patch, patches of a slide, slides of a patient
+    augmentation,  # a name in AUGMENTATIONS
+    sizes,  # pixels at which a patch is decoded, and S
     seed=0,
     device="cpu",
-    share=(0, 1),
+    share=(0, 1),  # (rank, world): which part of the patients is wanted
     workers=2,
 ):
     """Yields one batch per step: (images [n, 3, S, S] in [0, 1], ids {level: [n]}).
 
-    steps: a range; a run begins with step 1. patients: in a global batch. counts: views of a patch,
-    patches of a slide, slides of a patient. sizes: pixels at which patches are decoded, and S.
-    share: (rank, world), which part of the patients is wanted. Rows are ordered by patient, slide,
-    patch and view. All randomness is a function of (seed, step, place in the batch): resuming needs
-    no state, and any number of processes makes the same batches.
+    Rows are ordered by patient, slide, patch and view. All randomness is a function of (seed, step,
+    place in the batch): resuming needs no state, and any number of processes makes the same batch.
     """
     rank, world = share
     places = range(rank * patients // world, (rank + 1) * patients // world)
     read_size, image_size = sizes
     views, *members = counts
-
-    def batches():
-        for step in steps:
-            yield hierarchical_batch(cohort, step, seed, patients, members, places).reshape(-1)
-
-    for step, (rows, patches) in zip(steps, load_batches(cohort, batches(), read_size, workers)):
-        n = len(rows) * views // len(places)  # views at each place
-        numbers = view_parameters(AUGMENTATIONS[augmentation], seed, step, places, n)
-        patches = patches.to(device, non_blocking=True)
-        images = make_views(patches, numbers, image_size, seed_of("noise", seed, step))
+    batches = (hierarchical_batch(cohort, step, seed, patients, members, places) for step in steps)
+    # Threads decode the next batches while the model trains on this one.
+    for step, (rows, patches) in zip(steps, load_batches(cohort, batches, read_size, workers)):
+        drawn = view_parameters(AUGMENTATIONS[augmentation], seed, step, places, math.prod(counts))
+        images = make_views(patches.to(device), drawn, image_size, seed_of("noise", seed, step))
+        # All views of a patch have its ids.
         ids = torch.from_numpy(cohort.ids(rows)).to(device)  # [patches, L]
         ids = dict(zip(cohort.levels, ids.repeat_interleave(views, dim=0).T))
         yield images.contiguous(memory_format=torch.channels_last), ids
 
 
 def seed_of(stream, *numbers):
-    """A seed in [0, 2^63) from a stream's name, which keeps streams apart, and some integers."""
-    words = " ".join([stream, *(str(int(number)) for number in numbers)])
+    """A seed in [0, 2^63). Random streams of different names share none, whatever the numbers."""
+    words = " ".join(map(str, [stream, *numbers]))
     return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big") >> 1
-
-
-# --------------------------------------------------------------------------------------- batches
 
 
 def hierarchical_batch(cohort, step, seed, patients, counts=(2, 2), places=None):
     """The patches of one batch: rows [patients, slides of a patient, patches of a slide].
 
-    counts: patches of a slide, slides of a patient. places: the part of the batch that is wanted.
-    A patient with too few slides contributes one of them twice, with different patches if it has
-    enough; the losses recognise repeats by id.
+    counts: patches of a slide, slides of a patient. places: the part of the batch that is wanted. A
+    patient with too few slides contributes one of them twice, with different patches if possible;
+    the losses recognise repeats by id.
     """
     # An epoch is one shuffle of all patients, cut into whole batches; the rest is left over.
     epoch, number = divmod(step - 1, len(cohort.present) // patients)
-    order = shuffle(len(cohort.present), seed, epoch)
-    batch = cohort.present[order[number * patients : (number + 1) * patients]]
+    order = np.random.default_rng(seed_of("epoch", seed, epoch)).permutation(cohort.present)
+    batch = order[number * patients : (number + 1) * patients]
     rows = []
     for place in range(patients) if places is None else places:
         rng = np.random.default_rng(seed_of("patches", seed, step, place))
-        rows.append(draw_below(cohort, rng, len(counts), batch[place], 1, counts))
-    return np.concatenate(rows)
-
-
-@functools.lru_cache(maxsize=2)
-def shuffle(n, seed, epoch):
-    """A permutation of n, made once an epoch."""
-    return np.random.default_rng(seed_of("epoch", seed, epoch)).permutation(n)
-
-
-def draw_below(cohort, rng, level, group, times, counts):
-    """Patches below one group of a level (1: slide), drawn `times` times: [times, ..., counts[0]].
-
-    Members are drawn without replacement if possible, otherwise cycling.
-    """
-    low, high = cohort.starts[level - 1][group : group + 2]
-    count = times * counts[level - 1]
-    if high - low >= count:
-        drawn = low + rng.choice(high - low, count, replace=False)
-    else:
-        drawn = low + np.resize(rng.permutation(high - low), count)
-    drawn = drawn.reshape(times, counts[level - 1])
-    if level == 1:
-        return drawn
-    rows = np.empty((times, *counts[level - 1 :: -1]), np.int64)
-    for member in np.unique(drawn):
-        places = drawn == member  # several where the member was drawn several times
-        rows[places] = draw_below(cohort, rng, level - 1, member, places.sum(), counts)
-    return rows
+        drawn = [batch[place]]
+        for level, count in reversed(list(enumerate(counts))):  # slides, then patches of these
+            # Each group deals its members from a shuffled deck, and again when that runs out.
+            decks = {}
+            for group in dict.fromkeys(drawn):
+                members = cohort.members[level][slice(*cohort.starts[level][group : group + 2])]
+                deck = rng.choice(members, min(len(drawn) * count, len(members)), replace=False)
+                decks[group] = cycle(deck.tolist())
+            drawn = [next(decks[group]) for group in drawn for _ in range(count)]
+        rows.append(drawn)
+    return np.reshape(rows, (-1, *counts[::-1]))
 
 
 # ------------------------------------------------------------------------------------------ views
@@ -137,7 +107,7 @@ STAINS = torch.tensor([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.5
 
 DEMO = {  # transform: (probability, lowest, highest)
     "crop": (1.0, 0.6, 1.0),  # share of the area that is kept, at an aspect between 3/4 and 4/3
-    "flip": (0.5, 0, 0),  # along each axis, independently
+    "flip": (0.5, -1, -1),  # along each axis, independently
     "rotate": (0.5, -180, 180),  # degrees
     "translate": (0.5, -0.1, 0.1),  # of the side
     "brightness": (0.5, 0.8, 1.2),  # factor
@@ -154,7 +124,7 @@ STRONG |= {  # with these the paper's list, each with probability 1/2 as in its 
     "rotate": (0.5, -10, 10),
     "autocontrast": (0.5, 1, 1),  # each channel stretched to [0, 1]
     "solarise": (0.5, 0.2, 0.2),  # threshold above which values are inverted
-    "sharpen": (0.5, 1, 1),
+    "sharpen": (0.5, 0.68, 0.68),  # width of the blur that is subtracted, as in torchvision
     "blur": (0.5, 1, 1),
     "noise": (0.5, 0.01, 0.1),
     "erase": (0.5, 0.02, 0.33),
@@ -162,56 +132,50 @@ STRONG |= {  # with these the paper's list, each with probability 1/2 as in its 
 AUGMENTATIONS = {
     "demo": DEMO,
     "strong-srh": STRONG,  # the channels of SRH are not colours, so nothing mixes them
-    # H&E varies in its stains, not in hue as such. On a white background a threshold of 0.2 would
-    # invert everything; 0.9 inverts the glass.
+    # H&E varies in its stains, not in hue. On white a threshold of 0.2 would invert everything.
     "strong": STRONG
     | {"stain": (0.5, 0.7, 1.3), "background": (0.5, -0.05, 0.05), "solarise": (0.5, 0.9, 0.9)},
-    "weak": {"flip": (0.5, 0, 0)},  # HiDisc's
+    "weak": {"flip": (0.5, -1, -1)},  # HiDisc's
 }
-NUMBERS = 64  # uniform random numbers a view; a new transform may take what is left of them
 READ_AT = 1.3  # pixels at which a patch is read, of those of a view: crops neither alias nor blur
 WINDOWS = 2**16  # places in the batch's field of noise where a view's window may begin
 
 
 def view_parameters(augmentation, seed, step, places, views):
-    """The random numbers behind the views of some places in a batch: {name: [n, ...]} on the CPU.
+    """The random numbers behind n views: {name: [n, ...]} on the CPU, neutral where not drawn.
 
-    views: how many at each place, so n = len(places) x views. A transform that is not drawn gets
-    its neutral value. Each place has its own generator, so a process draws for its patients alone.
+    views: how many at each place in the batch, n = len(places) x views. Each place has a generator
+    of its own, so a process draws for its own patients alone.
     """
-    numbers = []
-    for place in places:
-        generator = torch.Generator().manual_seed(seed_of("views", seed, step, place))
-        numbers.append(torch.rand(views, NUMBERS, generator=generator))
-    columns = iter(torch.cat(numbers).T)
+    seeds = [seed_of("views", seed, step, place) for place in places]
+    numbers = [np.random.default_rng(s).random((views, 64), np.float32) for s in seeds]
+    columns = iter(torch.from_numpy(np.concatenate(numbers)).T)  # 64 are more than are needed
 
-    def random(k=1):  # [n], or [n, k]
-        return next(columns) if k == 1 else torch.stack([next(columns) for _ in range(k)], dim=1)
+    def random(k=1):  # [n, k]
+        return torch.stack([next(columns) for _ in range(k)], dim=1)
 
-    def drawn(name, neutral, k=1):
+    def drawn(name, neutral, k=1):  # [n, k]
         probability, low, high = augmentation.get(name, (0, neutral, neutral))
-        chosen = random() < probability
-        values = low + (high - low) * random(k)
-        return torch.where(chosen if k == 1 else chosen[:, None], values, float(neutral))
+        return torch.where(random() < probability, low + (high - low) * random(k), float(neutral))
 
     # The crop's area is uniform; so is the log of its aspect, up to 4/3 and as far as it fits.
-    area = drawn("crop", 1)
-    widest = (-area.log()).clamp(max=math.log(4 / 3))
-    aspect = ((2 * random() - 1) * widest).exp()
-    size = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], dim=1)
-    flip_probability, _, _ = augmentation.get("flip", (0, 0, 0))
-    parameters = {"size": size}  # width and height of the crop as shares of the patch
-    parameters["centre"] = (2 * random(2) - 1) * (1 - size) + 2 * drawn("translate", 0, 2)
-    parameters["flip"] = 1 - 2 * (random(2) < flip_probability).float()
-    parameters["stain"] = drawn("stain", 1, 3)
-    parameters["background"] = drawn("background", 0, 3)
-    parameters["hole"] = random(2)  # where `erase` acts
-    parameters["window"] = (WINDOWS * random()).int()  # where the view's noise begins
-    for name in ("brightness", "contrast"):
-        parameters[name] = drawn(name, 1)
+    log_area = drawn("crop", 1).log()
+    log_aspect = (2 * random() - 1) * (-log_area).clamp(max=math.log(4 / 3))
+    size = torch.cat([log_area + log_aspect, log_area - log_aspect], dim=1).div(2).exp()
+    parameters = {
+        "size": size,  # width and height of the crop as shares of the patch
+        "centre": (2 * random(2) - 1) * (1 - size) + 2 * drawn("translate", 0, 2),
+        "flip": torch.cat([drawn("flip", 1), drawn("flip", 1)], dim=1),
+        "stain": drawn("stain", 1, 3),
+        "background": drawn("background", 0, 3),
+        "brightness": drawn("brightness", 1),
+        "contrast": drawn("contrast", 1),
+        "hole": random(2),  # where `erase` acts
+        "window": (WINDOWS * random()).int(),  # where the view's noise begins
+    }
     for name in ("rotate", "autocontrast", "solarise", "sharpen", "blur", "noise", "erase"):
         parameters[name] = drawn(name, 0)
-    return parameters
+    return {name: value.squeeze(1) for name, value in parameters.items()}  # [n, 1] -> [n]
 
 
 def make_views(images, parameters, size, noise_seed=0):
@@ -219,55 +183,54 @@ def make_views(images, parameters, size, noise_seed=0):
 
     images: [n, ...], as returned by decode(). parameters: of n V views, those of a patch adjacent.
     """
-    V = len(parameters["flip"]) // len(images)
-    out = torch.empty(len(images) * V, 3, size, size, device=images.device)
     # One field of white noise serves the batch; to draw noise for every pixel would be slow.
     generator = torch.Generator().manual_seed(noise_seed)
-    noise = torch.randn(3 * size * size + WINDOWS, generator=generator)
-    noise = noise.to(images.device, non_blocking=True)
+    noise = torch.randn(3 * size * size + WINDOWS, generator=generator).to(images.device)
     # A few patches at a time stay in a CPU's cache, several times as fast; a GPU takes them all.
-    some = len(images) if out.is_cuda else max(1, 2**18 // (V * 3 * size * size))
+    V = len(parameters["flip"]) // len(images)
+    some = len(images) if images.is_cuda else max(1, 2**18 // (V * 3 * size * size))
+    out = []
     for first in range(0, len(images), some):
-        part = slice(first * V, (first + some) * V)
-        mine = {name: value[part] for name, value in parameters.items()}
-        torch.clamp(augment(images[first : first + some], mine, size, noise), 0, 1, out=out[part])
-    return out
+        mine = {name: value[first * V : (first + some) * V] for name, value in parameters.items()}
+        out.append(augment(images[first : first + some], mine, size, noise))
+    return torch.cat(out)
 
 
 def augment(images, parameters, size, noise):
-    """`make_views` for a few patches: one transform after the other."""
+    """make_views() for a few patches: one transform after the other."""
     moved = {name: value.to(images.device, non_blocking=True) for name, value in parameters.items()}
     V = len(parameters["flip"]) // len(images)
     x = intensities(images)[:, None].expand(-1, V, -1, -1, -1).flatten(0, 1)
     x = resample(x, size, moved)
     if (parameters["stain"] != 1).any() or parameters["background"].any():
         x = stain_jitter(x, moved["stain"], moved["background"])
-    brightness = moved["brightness"][:, None, None, None]
-    contrast = moved["contrast"][:, None, None, None]
+    brightness, contrast = (moved[name].view(-1, 1, 1, 1) for name in ("brightness", "contrast"))
     x *= brightness * contrast
     x += x.mean(dim=(1, 2, 3), keepdim=True) * (1 / contrast - 1)
 
     # These change only the views for which they were drawn.
-    for name, transform in (
-        ("autocontrast", lambda x, rows: autocontrast(x)),
-        ("solarise", lambda x, rows: solarize(x, float(parameters["solarise"].max()))),
-        ("sharpen", lambda x, rows: sharpen(x)),
-        ("blur", lambda x, rows: blur(x, moved["blur"][rows])),
-        ("noise", lambda x, rows: add_noise(x, noise, moved["window"][rows], moved["noise"][rows])),
-        ("erase", lambda x, rows: erase(x, moved["erase"][rows], moved["hole"][rows])),
+    windows = noise.unfold(0, 3 * size * size, 1).unflatten(1, (3, size, size))
+    for name, transform, *inputs in (
+        ("autocontrast", autocontrast),
+        ("solarise", lambda x, at: torch.where(x < at.view(-1, 1, 1, 1), x, 1 - x), "solarise"),
+        ("sharpen", lambda x, sigma: 2 * x - blur(x, sigma), "sharpen"),
+        ("blur", blur, "blur"),
+        ("noise", lambda x, n, at: x + n.view(-1, 1, 1, 1) * windows[at], "noise", "window"),
+        ("erase", erase, "erase", "hole"),
     ):
         rows = parameters[name].nonzero()[:, 0]  # on the CPU: no waiting for a GPU
         if len(rows):
-            there = rows.to(x.device, non_blocking=True)
-            x.index_copy_(0, there, transform(x.index_select(0, there), rows))
-    return x
+            rows = rows.to(x.device, non_blocking=True)
+            changed = transform(x.index_select(0, rows), *(moved[key][rows] for key in inputs))
+            x.index_copy_(0, rows, changed)
+    return x.clamp_(0, 1)
 
 
 def intensities(images):
     """Pixels as returned by decode() -> float32 [n, 3, H, W] in [0, 1].
 
-    Two 16-bit planes [n, 2, H, W] are stimulated Raman histology: CH2 (lipid) and CH3 (protein and
-    DNA). They become the three channels CH3 - CH2 + 5000 / 65536, CH2 and CH3.
+    Two 16-bit planes are stimulated Raman histology: CH2 (lipid) and CH3 (protein and DNA). Its
+    channels are CH3 - CH2 + 5000 / 65536, CH2 and CH3.
     """
     if images.dtype == torch.uint8:
         return images.float().div(255)
@@ -282,10 +245,9 @@ def resample(x, size, parameters):
     scale = parameters["size"] * parameters["flip"]  # [n, 2]
     affine = turn.view(-1, 2, 2) * scale[:, None]  # output -> input coordinates, both in [-1, 1]
     place = (2 * torch.arange(size, device=x.device) + 1) / size - 1  # the centres of pixels
-    across = affine[:, :, 0, None] * place
-    down = affine[:, :, 1, None] * place + parameters["centre"][:, :, None]
-    grid = across[:, :, None, :] + down[:, :, :, None]  # [n, 2, size, size]
-    grid = grid.permute(0, 2, 3, 1)  # same layout as F.affine_grid, 30x faster
+    places = torch.stack(torch.meshgrid(place, place, indexing="xy")).flatten(1)  # [2, size x size]
+    grid = (affine @ places + parameters["centre"][:, :, None]).unflatten(2, (size, size))
+    grid = grid.permute(0, 2, 3, 1)  # as F.affine_grid's, several times as fast
     return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
 
@@ -295,28 +257,17 @@ def stain_jitter(x, factor, shift):
     x: [n, 3, H, W] in [0, 1]. factor, shift: [n, 3], neutral at 1 and 0.
     """
     stains = STAINS.to(x)
-    # [n, 3, 3]: density -> amounts of stain -> scaled amounts -> density
-    mix = torch.linalg.inv(stains) @ (factor[:, :, None] * stains)
+    mix = torch.linalg.inv(stains) @ (factor[:, :, None] * stains)  # [n, 3, 3]: to stains and back
     density = -x.clamp(min=1 / 255).log().flatten(2)  # [n, 3, HW]
     density = mix.transpose(1, 2) @ density + (shift @ stains)[:, :, None]
     return density.neg().exp().view_as(x)
 
 
-def sharpen(x):
-    """torchvision's adjust_sharpness(x, 2), 8 times as fast. x: [n, C, H, W] in [0, 1].
-
-    x + (x - blurred),  blurred = (sum of the 3 x 3 neighbours + 4 x) / 13; the border stays.
-    """
-    out = x.clone()
-    out[..., 1:-1, 1:-1] = (22 * x[..., 1:-1, 1:-1] - 9 * F.avg_pool2d(x, 3, stride=1)) / 13
-    return out.clamp_(0, 1)
-
-
 def blur(x, sigma):
     """Gaussian blur, 5 x 5, reflected at the border; sigma [n] in pixels. x: [n, C, H, W]."""
-    weight = torch.exp(-(torch.arange(3, device=x.device) ** 2) / (2 * sigma[:, None] ** 2))
-    weight = weight / (2 * weight.sum(dim=1, keepdim=True) - 1)  # [n, 3]
-    middle, inner, outer = weight.T[:, :, None, None, None]
+    distance = torch.arange(-2, 3, device=x.device)
+    weight = (-(distance**2) / (2 * sigma[:, None] ** 2)).softmax(dim=1)  # [n, 5]
+    outer, inner, middle, _, _ = weight.T[:, :, None, None, None]
     x = F.pad(x, (2, 2, 2, 2), mode="reflect")
     for _ in range(2):  # along the rows, then along the columns
         y = middle * x[..., 2:-2]
@@ -326,92 +277,67 @@ def blur(x, sigma):
     return x
 
 
-def add_noise(x, noise, start, deviation):
-    """Adds to each image a window of one field of white noise. start, deviation: [n]."""
-    windows = noise.unfold(0, x[0].numel(), 1)[start].view_as(x)
-    return torch.addcmul(x, windows, deviation[:, None, None, None])
-
-
 def erase(x, area, hole):
-    """Fills a square with the image's mean.
-
-    x: [n, C, H, W]. area: [n], the square's share of the image. hole: [n, 2] in [0, 1], its place.
-    """
+    """Fills a square with the image's mean. area [n]: the square's share; hole [n, 2]: where."""
     side = area.sqrt()[:, None]
     middle = side / 2 + hole * (1 - side)  # [n, 2]: the whole square lies inside
     place = (torch.arange(x.shape[-1], device=x.device) + 0.5) / x.shape[-1]
-    distance = (place - middle[:, :, None]).abs()  # [n, 2, W]
-    inside = (distance < side[:, :, None] / 2).to(x)
-    inside = (inside[:, 0, :, None] * inside[:, 1, None, :])[:, None]  # [n, 1, side, side]
-    return torch.lerp(x, x.mean(dim=(1, 2, 3), keepdim=True), inside)
+    near = (place - middle[:, :, None]).abs() < side[:, :, None] / 2  # [n, 2, W]
+    inside = near[:, 0, :, None] & near[:, 1, None, :]  # [n, H, W]
+    return torch.where(inside[:, None], x.mean(dim=(1, 2, 3), keepdim=True), x)
 
 
 def plain_view(images, size):
-    """The view used for evaluation: the whole patch, resized.
-
-    images: [n, ...], as returned by decode(). Returns float32 [n, 3, size, size] in [0, 1].
-    """
+    """The view used for evaluation: the whole patch, as float32 [n, 3, size, size] in [0, 1]."""
     x = intensities(images)
-    if x.shape[-1] == size:
-        return x
     x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
     return x.clamp(0, 1)
 
 
-# -------------------------------------------------------------------------------------- decoding
-
-BITS_PER_SAMPLE = 258  # TIFF's tag
-
-
 def load_batches(cohort, batches, size, workers=2, ahead=3):
-    """Decodes patches in the background. Yields (rows, images [n, ...] as of decode()) in order.
+    """Decodes batches of rows in the background. Yields (rows [n], images [n, ...]) in their order.
 
-    batches: arrays of rows. size: as in decode(), which raises. ahead: batches in preparation.
-    Threads, not processes: Pillow decodes outside the interpreter's lock, and threads share the
-    cohort instead of copying it.
+    size: as in decode(), which raises. ahead: batches in preparation.
     """
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        queue = deque()
-        for rows in chain(batches, [None] * ahead):
-            if rows is not None:
-                queue.append((rows, [pool.submit(decode, cohort.path(row), size) for row in rows]))
-            if queue and (len(queue) > ahead or rows is None):
-                rows, images = queue.popleft()
-                images = [image.result() for image in images]
-                deep = [image.dtype == np.uint16 for image in images]
-                if any(deep) and not all(deep):
-                    paths = [cohort.path(rows[deep.index(one)]) for one in (False, True)]
-                    raise ValueError(f"{' has 8 bits, '.join(paths)} has 16: make a cohort of each")
-                yield rows, torch.from_numpy(np.stack(images))
+    read = partial(decode, size=size)
+    with ThreadPoolExecutor(max(1, workers)) as pool:  # Pillow decodes outside Python's lock
+        jobs = ((rows, pool.map(read, map(cohort.path, rows))) for rows in map(np.ravel, batches))
+        queue = deque(islice(jobs, ahead))
+        while queue:
+            queue.extend(islice(jobs, 1))
+            rows, images = queue.popleft()
+            images = list(images)
+            depths = {image.dtype: cohort.path(row) for row, image in zip(rows, images)}
+            if len(depths) > 1:
+                paths = " and ".join(depths.values())
+                raise ValueError(f"{paths}: one has 8 bits and one 16; make a cohort of each")
+            yield rows, torch.from_numpy(np.stack(images))
 
 
 def decode(path, size=None):
     """The pixels of an image file: uint8 [3, size, size], transparency on white.
 
-    A TIFF of two 16-bit frames, as in OpenSRH, gives uint16 [2, size, size]. The short side is
-    resized to `size` and the middle square kept; without a size, [C, H, W] as stored. Raises
-    ValueError with the path for a damaged file, and for any other layout of more than 8 bits.
+    A TIFF of two 16-bit frames, as in OpenSRH, gives uint16 [2, size, size]. The middle square is
+    resized to `size`; without a size, [C, H, W] as stored. Raises ValueError with the path for a
+    damaged file, and for any other layout of more than 8 bits.
     """
     try:
         with Image.open(path) as image:
-            deep = image.mode[0] in "IF"
-            # Pillow reads colours of 16 bits as if they had 8: what it will unpack says so.
-            deep |= bool(re.search(r";16|65535", str(image.tile)))
+            # Pillow would cut 16-bit colours to 8 bits without a word; the file's layout tells.
+            deep = image.mode[0] in "IF" or re.search(";16|65535", str([t[3] for t in image.tile]))
             if image.format == "TIFF":
-                deep |= image.n_frames > 1 or max(image.tag_v2.get(BITS_PER_SAMPLE, (8,))) > 8
+                deep = deep or image.n_frames > 1 or max(image.tag_v2.get(258, (8,))) > 8  # bits
             if deep:
                 return two_planes(image, size)
             if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                image = image.convert(image.mode.upper())  # La, premultiplied grey, becomes LA
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image.convert("RGBA"))
             elif size:
                 image.draft("RGB", (size, size))  # a JPEG is decoded smaller, never below `size`
             return fit(image.convert("RGB"), size).transpose(2, 0, 1)
     except Exception as error:  # a damaged file also makes Pillow raise KeyError and TypeError
-        raise ValueError(
-            f"{path} cannot be read ({error}): restore it, or take its line out of the manifest; "
-            "a run goes on without it"
-        ) from error
+        raise ValueError(f"{path} cannot be read ({error}): restore it or drop its line") from error
 
 
 def two_planes(image, size):
@@ -423,18 +349,14 @@ def two_planes(image, size):
             f"{len(frames)} frames of {' and '.join(sorted(layouts))}; only 8-bit images and two "
             "16-bit frames (I;16) of one size are understood"
         )
-    planes = np.stack(frames)
-    if size and frames[0].size != (size, size):  # as float32, which Pillow can resize
-        planes = [fit(Image.fromarray(plane.astype(np.float32)), size) for plane in planes]
-        planes = np.stack(planes).clip(0, 65535).round()
-    return planes.astype(np.uint16)
+    # As floats: Pillow does not resize 16-bit integers.
+    planes = [fit(Image.fromarray(np.float32(frame)), size) for frame in frames]
+    return np.stack(planes).round().clip(0, 65535).astype(np.uint16)
 
 
 def fit(image, size):
     """A Pillow image -> array: the middle square at size x size; without a size, as it is."""
-    if size and image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image)
+    return np.asarray(ImageOps.fit(image, (size, size)) if size else image)
 
 
 def short_side(cohort, number=100):
@@ -456,9 +378,8 @@ def short_side(cohort, number=100):
 class Cohort:
     """n patches in a hierarchy of L levels, fine to coarse, as arrays that all threads share.
 
-    A million patches take about 100 MB. The members of a group are adjacent: patches are sorted by
-    slide, slides by patient. After select() the ids of patches, slides, patients and classes are
-    unchanged; rows restart at 0.
+    A million patches take about 100 MB. Patches are sorted by slide, slides by patient. After
+    select() all ids (of patches, slides, patients, classes) are unchanged; rows restart at 0.
     """
 
     root: str
@@ -472,21 +393,23 @@ class Cohort:
     patch: np.ndarray  # [n] int32: the id of each patch, its row in the whole cohort
 
     def __post_init__(self):
-        # Group g of a level owns the members starts[l][g]:starts[l][g + 1] of the level below.
+        # Group g of level l + 1 owns members[l][starts[l][g] : starts[l][g + 1]], as far as they
+        # have patches here: the rows of a slide, the slides of a patient.
+        ids = self.ids(np.arange(len(self)))
+        self.members = [np.arange(len(self)), *map(np.unique, ids[:, 1:].T)]
         self.starts = []
-        for parent, names in zip(self.parents, self.group_names):
-            self.starts.append(np.searchsorted(parent, np.arange(len(names) + 1)))
-        self.patient = self.ids(np.arange(len(self)))[:, -1].copy()  # [n]
+        for parent, members, names in zip(self.parents, self.members, self.group_names):
+            self.starts.append(np.searchsorted(parent[members], np.arange(len(names) + 1)))
+        self.patient = ids[:, -1].copy()  # [n]
         self.split = self.patient_split[self.patient]  # [n], an index into SPLITS
-        self.present = np.unique(self.patient)  # the patients that have patches here
+        self.present = self.members[-1]  # the patients that have patches here
 
     def __len__(self):
         return len(self.names)
 
     def __str__(self):
-        counts = [len(np.unique(column)) for column in self.ids(np.arange(len(self))).T]
-        parts = [f"{count} {plural(level)}" for count, level in zip(counts, self.levels)]
-        return ", ".join(reversed(parts))
+        counts = [f"{len(ids)} {plural(level)}" for ids, level in zip(self.members, self.levels)]
+        return ", ".join(reversed(counts))
 
     def name(self, row):
         """The path of a patch as the manifest spells it."""
@@ -517,10 +440,7 @@ class Cohort:
         """The patches of the patients in a split. Raises ValueError when there are none."""
         rows = np.flatnonzero(self.split == SPLITS.index(split))
         if len(rows) == 0:
-            raise ValueError(
-                f"{self.root}: no patient is in the split {split!r}: add patients, or a column "
-                "split to the manifest"
-            )
+            raise ValueError(f"{self.root}: no patient is in the split {split!r}: add patients")
         return self.select(rows)
 
 
@@ -533,19 +453,14 @@ def read_cohort(root, levels=LEVELS, val_fraction=0.2):
     """A folder with a manifest.csv, or another manifest (.csv) -> Cohort.
 
     levels: fine to coarse; each but the first is a column. val_fraction: share of the patients held
-    out where there is no split column. Raises FileNotFoundError, and ValueError with file and line
-    for a missing column, an empty field, bytes that are not UTF-8, an open quote, a path that
-    leaves the folder, a path twice, a slide under two patients, and a patient in two splits.
+    out if there is no column split. Raises FileNotFoundError, and ValueError for a faulty line.
     """
-    root = os.fspath(root)
-    manifest = root if root.lower().endswith(".csv") else os.path.join(root, "manifest.csv")
+    is_file = os.fspath(root).lower().endswith(".csv")
+    manifest = os.path.abspath(root if is_file else os.path.join(root, "manifest.csv"))
     if not os.path.exists(manifest):
-        raise FileNotFoundError(
-            f"{manifest} does not exist: name the cohort's folder with --data; "
-            "python -m tools.cohort index makes a manifest"
-        )
-    folder = os.path.dirname(os.path.abspath(manifest))
-    return build_cohort(folder, read_manifest(manifest, levels), levels, val_fraction)
+        raise FileNotFoundError(f"{manifest} does not exist: name the cohort or run tools.cohort")
+    entries = read_manifest(manifest, levels)
+    return build_cohort(os.path.dirname(manifest), entries, levels, val_fraction)
 
 
 def read_manifest(manifest, levels=LEVELS):
@@ -554,84 +469,80 @@ def read_manifest(manifest, levels=LEVELS):
     groups: names, coarse to fine. What has no column is "". Raises ValueError as read_cohort().
     """
     needed = ["path", *levels[:0:-1]]
-    header = []
-    with open(manifest, encoding="utf-8-sig", errors="replace") as file:
-        for number, line in enumerate(file, 1):  # line by line: a quote cannot swallow the next
-            where = f"{manifest}, line {number}"
-            try:
-                fields = [field.strip() for field in next(csv.reader([line], strict=True), [])]
-            except csv.Error as error:
-                raise ValueError(f"{where}: mend its quotes ({error}): {line.strip()}") from error
-            if "\ufffd" in line:  # what stands for bytes that are not UTF-8
-                raise ValueError(f"{where}: {line.strip()!r} is not UTF-8: save it as CSV UTF-8")
-            if number == 1:
-                header = fields
-                missing = ", ".join(column for column in needed if column not in header)
-                if missing or levels[0] in header:
-                    raise ValueError(
-                        f"{where}: {line.strip()!r} has no column {missing or 'to spare'}: name "
-                        f"{', '.join(needed)} in small letters, separated by commas, in UTF-8; the "
-                        f"finest level, {levels[0]}, is the image and has no column"
-                    )
-            elif fields and len(fields) != len(header):
-                raise ValueError(f"{where}: {len(fields)} fields, but {len(header)} columns")
-            elif fields:
-                field = dict(zip(header, fields))
-                more = [field.get(column, "") for column in ("label", "split", "root")]
-                yield where, field["path"], [field[level] for level in needed[1:]], *more
+    for number, line in enumerate(open(manifest, "rb"), 1):
+        where = f"{manifest}, line {number}"
+        try:  # line by line, so that an open quote cannot swallow the next ones
+            line = line.decode("utf-8-sig").strip()
+            fields = [field.strip() for field in next(csv.reader([line], strict=True), [])]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: {line!r} is not UTF-8: save it as CSV UTF-8") from error
+        except csv.Error as error:
+            raise ValueError(f"{where}: mend the quotes of {line!r} ({error})") from error
+        if number == 1:
+            header = fields
+            missing = ", ".join(column for column in needed if column not in header)
+            if missing or levels[0] in header:
+                raise ValueError(
+                    f"{where}: {line!r} has no column {missing or 'missing'}: the finest level, "
+                    f"{levels[0]}, is the image and has no column; use small letters and commas"
+                )
+        elif fields and len(fields) != len(header):
+            raise ValueError(f"{where}: {len(fields)} fields, but {len(header)} columns")
+        elif fields:
+            field = defaultdict(str, zip(header, fields))
+            groups = [field[level] for level in needed[1:]]
+            yield where, field["path"], groups, field["label"], field["split"], field["root"]
 
 
 def build_cohort(root, entries, levels=LEVELS, val_fraction=0.2):
-    """What `read_manifest` yields -> Cohort. root: the folder, unless the entries name another."""
+    """What read_manifest() yields -> Cohort. root: the folder, unless the entries name another."""
     names = {}  # path: None; a dict, whose keys keep their order and are found at once
-    parent_of = [{} for _ in levels[1:]]  # fine to coarse: {slide: its patient}, {patient: ""}
-    split_of = {}  # {patient: split}
-    slides, labels, roots = [], [], set()
+    above = {level: {} for level in levels[:0:-1]}  # {"patient": {name: split}, "slide": ...}
+    slides, labels, kinds = [], [], set()
     for where, path, groups, label, split, other in entries:
         check_entry(where, path, groups, split)
         if path.encode() in names:
             raise ValueError(f"{where}: the path {path!r} appears a second time")
-        for level, parents, name, parent in zip(
-            levels[:0:-1], reversed(parent_of), groups, ["", *groups]
-        ):
-            if parents.setdefault(name, parent) != parent:
+        for level, name, parent in zip(above, groups, [split, *groups]):  # of a patient, its split
+            before = above[level].setdefault(name, parent)
+            if before != parent:
                 raise ValueError(
-                    f"{where}: {level} {name!r} belongs to {parent!r} here and to "
-                    f"{parents[name]!r} above; rename one (tools.cohort index --nested does)"
+                    f"{where}: {level} {name!r} belongs to {parent!r} here and to {before!r} above"
+                    "; rename one (tools.cohort index --nested does), or put all of it in one"
                 )
-        if split_of.setdefault(groups[0], split) != split:
-            raise ValueError(
-                f"{where}: {levels[-1]} {groups[0]!r} is in the splits {split_of[groups[0]]!r} "
-                f"and {split!r}; put all of its patches in one split"
-            )
         names[path.encode()] = None
         slides.append(sys.intern(groups[-1]))  # one string for all patches of a slide
         labels.append(sys.intern(label))
-        roots.add(other)
+        kinds.add((other, bool(split)))
+        if len(kinds) > 1 or not os.path.isabs(other or os.sep):
+            raise ValueError(f"{where}: all lines need one absolute root, all or none a split")
     if not names:
         raise ValueError(f"{root}: the cohort has no patches: list one in each line")
-    if len(roots) > 1:
-        raise ValueError(f"{root}: the column root must be the same in every line")
 
     # From the order of appearance to the order of names: patients first, then their slides.
-    parents, group_names, number = [], [], {"": 0}
-    for above in reversed(parent_of):
-        ordered = sorted(above, key=lambda name: (number[above[name]], name))
-        parents.insert(0, np.array([number[above[name]] for name in ordered], np.int32))
+    parents, group_names, number = [], [], dict.fromkeys(["", *SPLITS], 0)
+    for group_of in above.values():
+        ordered = sorted(group_of, key=lambda name: (number[group_of[name]], name))
+        parents.insert(0, np.array([number[group_of[name]] for name in ordered], np.int32))
         group_names.insert(0, ordered)
         number = {name: i for i, name in enumerate(ordered)}
     slide = np.array([number[name] for name in slides], np.int32)
     order = np.argsort(slide, kind="stable")
     classes = sorted(set(labels) - {""})
     class_of = {"": -1} | {name: c for c, name in enumerate(classes)}
+    other, has_split = kinds.pop()
+    patients, split_of = group_names[-1], above[levels[-1]]
+    split = hash_split(patients, val_fraction)
+    if has_split:
+        split = np.array([SPLITS.index(split_of[name]) for name in patients], np.int8)
     return Cohort(
-        root=roots.pop() or root,
+        root=other or root,
         levels=tuple(levels),
         names=np.array(list(names))[order],
         parents=[slide[order], *parents[:-1]],  # nothing is above the patients
         group_names=group_names,
         label=np.array([class_of[label] for label in labels], np.int32)[order],
-        patient_split=splits_of(root, group_names[-1], split_of, val_fraction),
+        patient_split=split,
         classes=classes,
         patch=np.arange(len(names), dtype=np.int32),
     )
@@ -642,43 +553,20 @@ def check_entry(where, path, groups, split):
     for name in (path, *groups):
         if not name:
             raise ValueError(f"{where}: only label, split and root may be empty")
-        if name != name.strip() or len(name.splitlines()) > 1:
-            raise ValueError(f"{where}: rename {name!r}: no blank at its ends, no line break")
-        if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
-            raise ValueError(f"{where}: rename {name!r}: its bytes are not UTF-8")
-    if (
-        path != os.path.normpath(path)
-        or path[:2] == ".."
-        or re.match(r"/|\w:", path)
-        or "\\" in path
-    ):
-        raise ValueError(
-            f"{where}: {path!r} must be a plain path inside the cohort's folder, such as a/b.png: "
-            "no .., no ., no backslash, no drive"
-        )
+        if re.search(r"^\s|\s$|[\n\r\ud800-\udfff]", name):
+            raise ValueError(f"{where}: rename {name!r}: UTF-8 without outer blanks or line breaks")
+    # A part that is empty, . or .. would leave the folder, or give a file two names.
+    if re.search(r"(^|/)\.{0,2}(/|$)|^\w:|\\", path):
+        raise ValueError(f"{where}: {path!r} must be a plain path inside the root, as a/b.png")
     if split and split not in SPLITS:
         raise ValueError(f"{where}: the split {split!r} is none of {', '.join(SPLITS)}")
 
 
-def splits_of(root, patients, split_of, val_fraction):
-    """[P] int8, indices into SPLITS: as the manifest says, or by hash where it says nothing."""
-    without = [name for name in patients if not split_of[name]]
-    if len(without) == len(patients):
-        return hash_split(patients, val_fraction)
-    if without:
-        raise ValueError(f"{root}: some patients have a split, but {without[0]!r} has none")
-    return np.array([SPLITS.index(split_of[name]) for name in patients], np.int8)
-
-
 def hash_split(patients, val_fraction=0.2):
-    """[P] int8, 0 (train) or 1 (val), by the hash of P patients' names: alike on every machine.
-
-    If chance leaves nobody in val (train), the patient of the lowest (highest) hash goes there.
-    """
-    digests = [hashlib.sha256(name.encode()).hexdigest() for name in patients]
-    value = np.array([int(digest[:12], 16) / 2**48 for digest in digests])  # in [0, 1)
-    split = (value < val_fraction).astype(np.int8)
-    if len(patients) > 1 and val_fraction > 0:
+    """[P] int8, 0 (train) or 1 (val), by the hashes of P patients' names: alike on any machine."""
+    value = np.array([int(hashlib.sha256(name.encode()).hexdigest()[:12], 16) for name in patients])
+    split = (value < val_fraction * 2**48).astype(np.int8)
+    if len(patients) > 1 and val_fraction > 0:  # neither is empty by chance
         split[value.argmin()] = 1
         split[value.argmax()] = 0
     return split
@@ -686,24 +574,20 @@ def hash_split(patients, val_fraction=0.2):
 
 def main():
     with tempfile.TemporaryDirectory() as folder:
-        root = folder if len(sys.argv) == 1 else sys.argv[1]
-        if root == folder:  # 2 patients x 2 slides x 3 patches of coloured noise
-            lines = ["path,patient,slide"]
-            for p, s, b in np.ndindex(2, 2, 3):
-                lines.append(f"{p}-{s}-{b}.png,patient-{p},slide-{p}-{s}")
-                noise = np.random.default_rng(b).integers(60, size=(64, 64, 3), dtype=np.uint8)
-                image = Image.fromarray(noise + np.uint8([100 + 90 * p, 100 + 90 * s, 150]))
-                image.save(os.path.join(folder, f"{p}-{s}-{b}.png"))
-            Path(folder, "manifest.csv").write_text("\n".join(lines))
-        cohort = read_cohort(root, val_fraction=0)
-        patients = min(2, len(cohort.present))
-        images, _ = next(load_views(cohort, range(1, 2), patients, (4, 2, 2), "strong", (128, 96)))
-    print(f"{cohort}; one batch:")
-    for row in hierarchical_batch(cohort, 1, 0, patients).reshape(-1):
-        ids = dict(zip(cohort.levels, cohort.ids(np.array([row]))[0].tolist()))
-        print(f"row {row}: {ids}, {cohort.name(row)}")
+        lines = ["path,patient,slide"]
+        for slide, colour in enumerate(("indigo", "purple", "crimson", "brown")):
+            for patch in range(3):
+                lines.append(f"{slide}-{patch}.png,patient-{slide // 2},slide-{slide}")
+                noise = Image.effect_noise((8, 8), 90).resize((64, 64))
+                ImageOps.colorize(noise, colour, "white").save(f"{folder}/{slide}-{patch}.png")
+        open(f"{folder}/manifest.csv", "w").write("\n".join(lines))
+        cohort = read_cohort(sys.argv[1] if len(sys.argv) > 1 else folder, val_fraction=0)
+        views = load_views(cohort, [1], min(2, len(cohort.present)), (4, 2, 2), "demo", (128, 96))
+        images, ids = next(views)
     save_image(images, "views.png", nrow=4)
-    print(f"views.png: images {list(images.shape)}, the four views of a patch in each row")
+    print(f"{cohort}; views.png shows one batch, {list(images.shape)}, with a patch in each row:")
+    for row, *groups in zip(*(column[::4].tolist() for column in ids.values())):
+        print(f"row {row}, slide and patient {groups}: {cohort.name(row)}")
 
 
 if __name__ == "__main__":

@@ -501,7 +501,7 @@ def keep(step, config, rank, cohort, model, optimizer, facts, log, signals, stop
             if z is None:  # a signal came; the resumed run embeds again
                 return False
             result = probe(z, needed, next(model.parameters()).device)
-        log.write(step=step, probe=result)
+        log.write(step=step, probe=from_first(result))
     return True
 
 

@@ -43,7 +43,7 @@ from model import HLSS, image_tower, load_run
 from tools.weights import load_clip
 
 HERE = Path(__file__).parent
-LINES = HERE / "study.jsonl"
+LINES, PROMPTS = HERE / "study.jsonl", HERE / "classes.json"
 CENTRE = {"seeds": 5, "told": FACTORS, "patients": 40, "signature": 0.0, "start": "clip"}
 FOUR = ["cellularity", "nuclear_size", "vessels", "necrosis"]
 SETTINGS = {  # what differs from the centre; 40 patients a class are 96 to train on, 20 are 16
@@ -67,8 +67,7 @@ ARMS = {
 }
 WEIGHTS = (0.3, 1.0, 3.0)  # of AR: one for all, chosen on the cohorts of two other seeds
 TUNING = (100, 101)
-# Student's t of a 95% interval over n seeds, at place n.
-T95 = (0, 0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+T95 = (0, 0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, by n
 
 
 def tuning_jobs(lines):
@@ -102,10 +101,9 @@ def run(folder, job):
     began = time.perf_counter()
     setting, seed, arm, weight = job
     world = CENTRE | SETTINGS.get(setting, {})
-    options = {name: world[name] for name in ("patients", "signature")} | {"seed": seed}
-    name = "-".join(str(value) for value in options.values())
-    tissue = os.path.join(folder, f"tissue-{name}")
-    tissue = made_once(tissue, lambda path: write_demo(path, **options))
+    options = {"patients": world["patients"], "signature": world["signature"], "seed": seed}
+    tissue = os.path.join(folder, "-".join(["tissue", *map(str, options.values())]))
+    made_once(tissue, lambda path: write_demo(path, **options))
     clip = clip_of(folder, seed, world["told"])
     state = load_clip(clip)
     attributes, true_bank = open_bank(str(DEMO_BANK), state, "", LEVELS)
@@ -122,12 +120,9 @@ def run(folder, job):
         model = HLSS(tower, own_bank, "simclr").eval()
     else:
         paths = ["--data", tissue, "--clip", clip, "--bank", bank, "--out", out]
-        flags = (
-            f"{ARMS[arm]} --align-weight {weight} --seed {seed} --start {world['start']} "
-            "--steps 500"
-        )
+        flags = f"{ARMS[arm]} --align-weight {weight} --seed {seed} --start {world['start']}"
+        flags += " --steps 500 --probe-every 0 --amp"
         command = [sys.executable, "train.py", *paths, *flags.split()]
-        command += ["--probe-every", "0", "--amp"]
         with open(os.path.join(out, "output.txt"), "w") as file:
             subprocess.run(command, cwd=HERE.parent, stdout=file, stderr=file, check=True)
         model, _ = load_run(out)
@@ -143,11 +138,10 @@ def measure(z, cohort, own_bank, true_bank, attributes, clip):
     """{level: {metric: value}} of an encoder on the held-out patients, and "r2" of each factor."""
     splits = probe_splits(cohort)
     train, held_out = splits[0]
-    own_scores = torch.cat([z @ t.T for t in own_bank.values()], dim=1)
+    own_scores = z @ torch.cat(list(own_bank.values())).T
     predictions = predict(["knn200", "linear"], z, cohort, splits)
     predictions |= predict(["attributes"], own_scores, cohort, splits)
-    prompts = str(HERE / "classes.json")
-    predictions["zero-shot"] = zero_shot(prompts, z[held_out], cohort.classes, clip)
+    predictions["zero-shot"] = zero_shot(PROMPTS, z[held_out], cohort.classes, clip)
     found = assess(predictions, cohort, splits, resamples=0)
 
     truth = read_truth(HERE)
@@ -156,18 +150,14 @@ def measure(z, cohort, own_bank, true_bank, attributes, clip):
     error = np.square(read - factors[held_out]).mean(axis=0) / factors[held_out].var(axis=0)
     line = {"r2": dict(zip(FACTORS, (1 - error).round(4).tolist()))}
     for level, groups in zip(LEVELS, cohort.ids(held_out).T):
-        line[level] = {
-            kind: round(probe["levels"][level]["accuracy"], 4) for kind, probe in found.items()
-        }
-        scores = (z[held_out] @ true_bank[level].T).numpy()
-        areas = []
-        ceilings = []
-        for score, name in zip(scores.T, attributes[level]):
+        probes = {kind: probe["levels"][level]["accuracy"] for kind, probe in found.items()}
+        areas = []  # of the words, and at most
+        for score, name in zip((z[held_out] @ true_bank[level].T).numpy().T, attributes[level]):
             sign, factor = truth[name][0], FACTORS.index(truth[name][1:])
-            values = factors[held_out, factor]
-            areas.append(truth_auc(score, values, groups, sign))
-            ceilings.append(truth_auc(read[:, factor], values, groups))
-        line[level] |= {"auc": round(np.mean(areas), 4), "ceiling": round(np.mean(ceilings), 4)}
+            truths = factors[held_out, factor], groups
+            areas.append([truth_auc(score, *truths, sign), truth_auc(read[:, factor], *truths)])
+        probes |= dict(zip(("auc", "ceiling"), np.mean(areas, axis=0).tolist()))
+        line[level] = {name: round(value, 4) for name, value in probes.items()}
     return line
 
 
@@ -180,17 +170,13 @@ def read_lines():
 
 def values(lines, setting, arm, metric, level="slide"):
     """{seed: value} of an arm. "auc" and "ceiling" are means over the levels."""
-    found = {}
-    for line in lines:
-        if (line["setting"], line["arm"]) == (setting, arm):
-            levels = LEVELS if metric in ("auc", "ceiling") else [level]
-            found[line["seed"]] = float(np.mean([line[level][metric] for level in levels]))
-    return found
+    levels = LEVELS if metric in ("auc", "ceiling") else [level]
+    mine = [line for line in lines if (line["setting"], line["arm"]) == (setting, arm)]
+    return {line["seed"]: float(np.mean([line[at][metric] for at in levels])) for line in mine}
 
 
 def difference(one, other):
-    """The mean of one - other over the seeds that both have, and its 95% interval, as three
-    numbers. Infinite where there are fewer than two."""
+    """(mean, low, high) of one - other over the seeds that both have; open if they are under 2."""
     paired = [one[seed] - other[seed] for seed in one.keys() & other.keys()]
     if len(paired) < 2:
         return float("nan"), -np.inf, np.inf
@@ -208,8 +194,7 @@ def chosen_weight(lines):
 
 
 def comparisons(lines):
-    """All that a verdict rests on: dicts with verdict, setting, claim, difference and holds, which
-    is "yes", "no" or "open"."""
+    """All that the verdicts rest on, as dicts; what "holds" is "yes", "no" or "open"."""
     rows = []
 
     def compare(verdict, setting, arm, metric, other, other_metric=None, above=0.0):
@@ -230,7 +215,6 @@ def comparisons(lines):
         compare(*words, "attributes", "HiDisc", "linear", above=-0.01)
         for other, above in (("HiDisc", 0), ("HiDisc + AR, control", 0), ("start", -0.01)):
             compare(*words, "auc", other, above=above)
-        for other in ("start", "HiDisc", "HiDisc + AR, control"):
             compare(*words, "zero-shot", other)
     return rows
 
@@ -263,8 +247,7 @@ def show(lines):
         mean, low, high = (100 * number for number in row["difference"])
         where = f"{row['setting']}: {row['claim']}"
         print(f"{row['holds']:>5}  {mean:+5.1f} ({low:+5.1f} to {high:+5.1f})  {where}")
-    print(verdict(rows, "accuracy"))
-    print(verdict(rows, "words"))
+    print(verdict(rows, "accuracy"), verdict(rows, "words"), sep="\n")
 
 
 def run_all(folder, make_jobs):
@@ -272,8 +255,8 @@ def run_all(folder, make_jobs):
     lines = read_lines()
     done = {(line["setting"], line["seed"], line["arm"], line["weight"]) for line in lines}
     jobs = [job for job in make_jobs(lines) if job not in done]
-    told = {job: (CENTRE | SETTINGS.get(job[0], {}))["told"] for job in jobs}
-    clips = dict.fromkeys((job[1], tuple(told[job])) for job in jobs)
+    told = {name: (CENTRE | changes)["told"] for name, changes in SETTINGS.items()}
+    clips = dict.fromkeys((seed, tuple(told.get(setting, FACTORS))) for setting, seed, *_ in jobs)
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         waiting = [pool.submit(clip_of, folder, *clip) for clip in clips]
         for clip in tqdm(as_completed(waiting), "CLIPs", len(waiting), unit="CLIP"):
@@ -285,9 +268,8 @@ def run_all(folder, make_jobs):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("--folder", default="runs/study", help="for cohorts and CLIPs")
     parser.add_argument("--table", action="store_true", help="no runs: what the lines say")
     args = parser.parse_args()

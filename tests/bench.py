@@ -441,6 +441,7 @@ def main():
     unknown = set(args.sections) - set(SECTIONS)
     if unknown:
         parser.error(f"no section {', '.join(unknown)}: take of {', '.join(SECTIONS)}")
+    out = Path(args.out).absolute()
     torch.set_num_threads(1)
     found = []
     print(f"{'':46}{'ours':>10} {'':9}{'beside':>10}{'ratio':>9}  {'what is beside':24}aim")
@@ -448,8 +449,8 @@ def main():
         for one in SECTIONS[name]():
             found.append({"section": name} | one)
             tqdm.write(line_of(one))
-    os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
-    Path(args.out).write_text(json.dumps(found, indent=1))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

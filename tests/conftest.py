@@ -1,6 +1,4 @@
-"""What several tests share: a small cohort, a small untrained CLIP, and a way to run a function
-on several
-processes."""
+"""What several tests share: a small cohort, a small CLIP, a function on several processes."""
 
 import os
 import sys
@@ -14,9 +12,8 @@ import torch.multiprocessing as mp
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 torch.set_num_threads(2)
-mp.set_forkserver_preload(
-    ["train"]
-)  # new processes start as copies of one that has imported it: it takes seconds
+# New processes start as copies of one that has imported it: that takes seconds.
+mp.set_forkserver_preload(["train"])
 
 
 def manifest(folder, lines, header="path,patient,slide,label"):

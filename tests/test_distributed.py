@@ -80,8 +80,8 @@ def _gradients(rank, world, flags, images, ids, mode):
     return result
 
 
-@pytest.mark.parametrize(("mode", "tolerance"), [("eval", 1e-6), ("train", 1e-6)])
-def test_1_2_and_4_processes_train_as_one(flags, mode, tolerance):
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_1_2_and_4_processes_train_as_one(flags, mode, tolerance=1e-6):
     """Same global batch. In training mode, batch norm is over all processes. hlss is aligned as in
     the paper, hidisc by regression.
 
@@ -220,8 +220,7 @@ def test_a_constant_map_gives_no_nan():
     assert all((y.abs() < 1e-2).all() for y in on_processes(2, _constant))
 
 
-STEPS = 20
-DEMO_STEPS = ["--steps", str(STEPS), "--lr", "2.5e-4"]  # the demo's first 20
+DEMO_STEPS = ["--steps", "20", "--lr", "2.5e-4"]  # the demo's first 20
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +251,7 @@ def test_1_2_and_4_processes_train_alike(demo, tmp_path, align):
                 os.remove(newest(str(out)))
         losses[name] = [line["loss"] for line in log_of(str(out)) if "loss" in line]
     for name, values in losses.items():
-        assert len(values) == STEPS
+        assert len(values) == 11  # steps 1 to 10, and 20
         worst = max(abs(a - b) for a, b in zip(values, losses["1"]))
         print(f"{name} processes: largest difference of the loss from one process {worst:.1e}")
         assert worst < 1e-3  # of a loss of about 10: roundings grow from step to step
@@ -420,4 +419,4 @@ def test_torchrun_starts_again_by_itself(flags):
     assert code == 0, errors
     assert "hlss from step 0 on 2" in output
     assert output.count("hlss from step") == 2
-    assert [line["step"] for line in log_of(out)] == [0, *range(1, 31), 30]
+    assert [line["step"] for line in log_of(out)] == [*range(11), 20, 30, 30]

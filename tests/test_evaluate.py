@@ -214,17 +214,12 @@ def test_probe_of_perfect_and_of_blind_embeddings(cohort_folder):
     cohort = read_cohort(cohort_folder)
     perfect = F.one_hot(torch.from_numpy(cohort.label).long(), 4).float()
     result = evaluate.probe(perfect, cohort)
-    assert all(
-        result["knn20"]["levels"][level]["accuracy"] == 1 for level in ("patch", "slide", "patient")
-    )
+    levels = result["knn20"]["levels"]
+    assert [levels[level]["accuracy"] for level in LEVELS] == [1, 1, 1]
     assert result["knn200"]["k"] == 72
-    assert [result["knn20"]["levels"][level]["n"] for level in ("patch", "slide", "patient")] == [
-        48,
-        16,
-        8,
-    ]
+    assert [levels[level]["n"] for level in LEVELS] == [48, 16, 8]
     no_bootstrap = {"n", "left_out", "accuracy", "mca"}
-    assert set(result["knn20"]["levels"]["patch"]) == no_bootstrap
+    assert set(levels["patch"]) == no_bootstrap
     blind = evaluate.probe(torch.ones_like(perfect) / 2, cohort)["knn200"]["levels"]
     assert blind["patch"]["mca"] == 0.25
     text = "\n".join(evaluate.table({"perfect": result}))
@@ -425,9 +420,8 @@ def test_embeddings_are_enough_for_a_probe_of_ones_own(evaluated, run):
     y = torch.from_numpy(data["label"]).long()
     scores = evaluate.logistic(z[train_rows], y[train_rows], z[held_out], len(data["classes"]))
     right = scores.numpy().argmax(axis=1) == data["label"][held_out]
-    assert (
-        right.mean() == read_metrics(evaluated)["probes"]["linear"]["levels"]["patch"]["accuracy"]
-    )
+    linear = read_metrics(evaluated)["probes"]["linear"]["levels"]
+    assert right.mean() == linear["patch"]["accuracy"]
 
     assert data["patients"][data["patient"][0]] in data["path"][0]
     vectors = torch.load(newest(run), weights_only=True)["model"]["bank_slide"].numpy()
@@ -460,22 +454,41 @@ def test_all_text_of_the_embeddings_is_text(run, cohort_folder, tmp_path, monkey
     assert new in (tmp_path / "report.html").read_text("utf-8")
 
 
-def test_two_processes_write_the_same_embeddings_and_the_same_numbers(run, tmp_path):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    written = []
-    for processes in (1, 2):
-        out = tmp_path / str(processes)
-        subprocess.run(
-            [*torchrun, f"--nproc_per_node={processes}", "evaluate.py", run, "--out", out],
+def test_two_processes_give_the_same_table_numbers_and_embeddings(run, cohort_folder, tmp_path):
+    """As `python evaluate.py` alone does. There is work for both: six batches of patches, and two
+    of kNN queries."""
+    header, *lines = Path(cohort_folder, "manifest.csv").read_text().splitlines()
+    turned = [header]
+    for line in lines:
+        path, rest = line.split(",", 1)
+        for turn in list(Image.Transpose)[:6]:
+            name = f"{path[:-4].replace('/', '-')}-{turn.name}.png"
+            Image.open(Path(cohort_folder, path)).transpose(turn).save(tmp_path / name)
+            turned.append(f"{name},{rest}")
+    (tmp_path / "manifest.csv").write_text("\n".join(turned))
+
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    found = []
+    for launcher in ([], torchrun):
+        out = tmp_path / f"{len(found)}"
+        process = subprocess.run(
+            [sys.executable, *launcher, "evaluate.py", run, "--data", tmp_path, "--out", out],
             cwd=ROOT,
             check=True,
             capture_output=True,
-            env=environment,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
             timeout=150,
         )
-        written.append([(out / "embeddings.npz").read_bytes(), read_metrics(out)["probes"]])
-    assert written[0] == written[1]
+        *table, last = process.stdout.splitlines()
+        assert last == f"all is in {out}/report.html"
+        found.append([table, read_metrics(out)["probes"], (out / "embeddings.npz").read_bytes()])
+    assert found[0] == found[1]
+    assert found[0][1]["knn20"]["levels"]["patch"]["n"] == 6 * 48
+    assert [line.split()[:3] for line in found[0][0][2:4]] == [
+        ["step", "4", "knn200"],
+        ["step", "4", "knn20"],
+    ]
 
 
 def test_a_crash_while_writing_leaves_what_was_there(run, tmp_path, monkeypatch):
@@ -702,9 +715,8 @@ def test_against_itself_and_leaving_out_patients(run, cohort_folder, tmp_path, m
     flags = ["--data", tmp_path, "--against", run, "--protocol", "lopo", "--out", tmp_path]
     command(monkeypatch, run, *flags)
     metrics = read_metrics(tmp_path)
-    assert (
-        metrics["probes"]["attributes"]["levels"]["patient"]["n"] == 8
-    )  # all, not only those of a split
+    patients = metrics["probes"]["attributes"]["levels"]["patient"]
+    assert patients["n"] == 8  # all, not only those of a split
     gains = set()
     for probe in metrics["probes"].values():
         gains |= {probe["levels"][at]["accuracy_gain"] for at in ("patch", "slide")}

@@ -26,6 +26,15 @@ RECIPES = {  # name: the flags of its training
 }
 
 
+BALANCED = """
+from data import hierarchical_batch, read_cohort
+cohort = read_cohort("cohort").restrict("train")
+for step in range(1, 9):
+    rows = hierarchical_batch(cohort, step, 0, 4, balance=True)
+    print(sorted(cohort.label[rows[:, 0, 0]].tolist()))
+"""
+
+
 def run(fork, *words):
     """The output of one of the fork's commands."""
     command = [sys.executable, *words]
@@ -53,17 +62,19 @@ def test_a_fork_trains_to_a_table_and_is_evaluated(name, clip_file, tmp_path):
     state = torch.load(fork / "run" / "step-0000004.pt", weights_only=True)
     line = json.loads((fork / "run" / "log.jsonl").read_text().splitlines()[1])
     metrics = json.loads((fork / "run" / "metrics.json").read_text())
+    centroid = metrics["probes"].get("centroid", {"levels": {"patient": {}}})
     there = {
         "level": {"hvc_region", "ha_region"} <= set(line) and metrics["levels"][1] == "region",
         "loss": line.get("uniformity", 1) < 0,
         "head": "projections.shared.2.weight" in state["model"],
         "tower": "tower.conv3.weight" in state["model"],
         "tissue": state["attributes"]["slide"] == ["preserved air spaces", "solid tumour nests"],
-        "probe": "accuracy"
-        in metrics["probes"].get("centroid", {}).get("levels", {}).get("patient", {}),
+        "probe": "accuracy" in centroid["levels"]["patient"],
         "balance": state["config"].get("balance_classes"),
     }
     assert there[name]
+    if name == "balance":  # four patients, one of each class, in every batch
+        assert run(fork, "-c", BALANCED) == "[0, 1, 2, 3]\n" * 8
 
 
 def test_every_recipe_is_here_and_short():

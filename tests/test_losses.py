@@ -201,8 +201,10 @@ def test_to_standardise_is_batch_norm_without_parameters():
     x = 0.02 * unit(16, 5) + 0.3
     norm = torch.nn.BatchNorm1d(5, affine=False, eps=1e-8).double().train()
     torch.testing.assert_close(standardise(x), norm(x), rtol=0, atol=1e-12)
-    narrow = standardise(0.003 * torch.randn(1000, 1, dtype=torch.float64))  # as of many cosines
-    assert narrow.var().item() == pytest.approx(1, rel=3e-3)
+    narrow = 0.003 * standardise(unit(1000, 2), eps=0)  # as many cosines vary
+    variance = standardise(narrow).var(dim=0, correction=0)
+    expected = torch.full((2,), 9e-6 / (9e-6 + 1e-8), dtype=torch.float64)  # 0.9989
+    torch.testing.assert_close(variance, expected, rtol=0, atol=1e-9)
 
 
 def test_scores_that_are_those_of_the_teacher_cost_nothing_whatever_their_offset_and_scale():

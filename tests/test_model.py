@@ -5,9 +5,11 @@ import functools
 
 import open_clip
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import on_processes
 
 from losses import LEVELS, ha, hvc
 from model import (
@@ -21,6 +23,7 @@ from model import (
     main,
     make_tower,
     resize_positions,
+    share_batch_norm,
     text_tower,
 )
 from tools.weights import load_clip
@@ -313,22 +316,20 @@ def test_a_network_that_cannot_train_at_that_size_is_refused_in_a_line(name, siz
         make_tower(config, {}, None, size)
 
 
-def saved(tmp_path, network, **how):
-    path = str(tmp_path / "weights.pt")
-    torch.save(network.state_dict(), path, **how)
-    return path
-
-
 def test_weights_of_another_network_are_refused_and_of_this_one_read(tmp_path):
+    path = str(tmp_path / "weights.pt")
     for name in ("resnet34", "resnet50"):
-        path = saved(tmp_path, torchvision.models.get_model(name))
-        with pytest.raises(ValueError, match=r"weights.pt for resnet18: layer1[^\n]*another"):
+        torch.save(torchvision.models.get_model(name).state_dict(), path)
+        with pytest.raises(
+            ValueError, match=r"weights.pt for resnet18: layer1[^\n]*another[^\n]*$"
+        ):
             backbone_tower("resnet18", {}, path)
-    network = torchvision.models.resnet18()
-    for zipped in (True, False):  # as since torch 1.6, and as before
-        path = saved(tmp_path, network, _use_new_zipfile_serialization=zipped)
+    before_torch_1_6 = functools.partial(torch.save, _use_new_zipfile_serialization=False)
+    for save in (torch.save, before_torch_1_6, safetensors.torch.save_file):
+        network = torchvision.models.resnet18()
+        save(network.state_dict(), path)
         tower = backbone_tower("resnet18", {}, path)
-        assert torch.equal(tower.conv1.weight, network.conv1.weight)
+        assert torch.equal(tower.layer4[1].conv2.weight, network.layer4[1].conv2.weight)
 
 
 @pytest.mark.parametrize(
@@ -350,8 +351,9 @@ def test_what_is_almost_a_clip_is_refused_in_a_line(name, change, message):
     deep = name.startswith(("ls", "mlp"))
     name = f"visual.transformer.resblocks.0.{name}" if deep else f"visual.{name}"
     state[name] = change(state.get(name))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         image_tower(state)
+    assert "\n" not in str(error.value)
 
 
 def test_a_text_tower_without_a_projection_is_refused():
@@ -361,20 +363,25 @@ def test_a_text_tower_without_a_projection_is_refused():
         text_tower(state)
 
 
-def test_a_forks_buffer_does_not_become_a_level(tmp_path):
-    hlss = model().eval()
-    hlss.register_buffer("bank_extra", torch.ones(2, 32))
-    path = write_run(tmp_path, model())
-    checkpoint = torch.load(path)
-    checkpoint["model"] = hlss.state_dict()
-    torch.save(checkpoint, path)
-    with pytest.raises(RuntimeError, match="bank_extra"):  # unknown to this class, not a level
-        load_run(str(path))
+def test_a_forks_buffer_does_not_become_a_level(tmp_path, monkeypatch):
+    class Fork(HLSS):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.register_buffer("bank_extra", torch.zeros(2, 32))
+
+    monkeypatch.setattr("model.HLSS", Fork)
+    hlss = Fork(model().tower, bank())
+    hlss.bank_extra += 1
+    again, _ = load_run(str(write_run(tmp_path, hlss)))
+    assert again.levels == tuple(again.bank) == LEVELS
+    assert torch.equal(again.bank_extra, hlss.bank_extra)
 
 
 def test_the_file_shows_its_stage(capsys):
     main()
-    assert "images [16, 3, 64, 64] -> z [16, 64], each of length 1.000" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "images [16, 3, 64, 64] -> z [16, 64], each of length 1.000" in printed
+    assert "slide    bank [10, 64], p [16, 10]; norm(z t^T): True" in printed
 
 
 def test_a_bank_of_another_clip_is_refused():
@@ -383,6 +390,35 @@ def test_a_bank_of_another_clip_is_refused():
             image_tower(small_clip("resnet").state_dict()),
             {level: torch.eye(48) for level in LEVELS},
         )
+
+
+# ------------------------------------------------------------------------- batch norm of processes
+
+FAR = {  # from zero, where E[x^2] - E[x]^2 cancels
+    "constant": torch.full((8, 4, 16, 16), 20.3),
+    "narrow": 10 + 0.01 * torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(2)),
+    "bf16": (10 + torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(3))).bfloat16(),
+}
+
+
+def _normed(rank, world):
+    net = torch.nn.Sequential(torch.nn.BatchNorm2d(4))
+    share_batch_norm(net)
+    with torch.autocast("cpu", torch.bfloat16):
+        return {name: net(x.chunk(world)[rank]).detach() for name, x in FAR.items()}
+
+
+def test_a_shared_batch_norm_is_exact_far_from_zero():
+    shares = on_processes(2, _normed)
+    for name, x in FAR.items():
+        ours = torch.cat([share[name] for share in shares])
+        exact = torch.nn.BatchNorm2d(4).double()(x.double())
+        error = (ours - exact).abs().max().item()
+        assert ours.dtype == x.dtype
+        if name == "bf16":  # torch's is rounded to bf16 too
+            assert error <= (torch.nn.BatchNorm2d(4)(x) - exact).abs().max().item()
+        else:
+            assert error < 1e-4
 
 
 # ----------------------------------------------------------------------------- a run's checkpoints

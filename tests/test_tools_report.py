@@ -224,7 +224,7 @@ def browse(tmp_path, html):
 def test_the_picture_and_the_matrices_are_those_of_the_numbers(out, tmp_path):
     page = browse(tmp_path, report.draw(out).read_text("utf-8"))
     metrics = json.loads((out / "metrics.json").read_text())
-    knn200 = metrics["probes"]["knn200"]["slide"]
+    knn200 = metrics["probes"]["knn200"]["levels"]["slide"]
     drawing = section(page, "results").split("</figure>")[1]
     assert "<figcaption>slide, n = 16<" in drawing
     assert drawing.count('class="value"') == drawing.count('class="other"') == 4
@@ -283,30 +283,65 @@ def shown(out, monkeypatch, capsys, *names):
     return capsys.readouterr().out.splitlines()
 
 
+def attributes_of(level, scores):
+    return f"{level:>9}: {report.top(scores.mean(axis=0, dtype=float), NAMES[level])}"
+
+
 def test_show_prints_the_top_attributes(out, monkeypatch, capsys):
-    """Of a patch, and of the mean over a patient's or a slide's patches."""
+    """Of a patch, and of the mean over a patient's or a slide's patches; then the notes."""
     _, data = report.read_results(out)
     path = data["path"][7]
-    best = NAMES["patch"][data["scores_patch"][7].argmax()]
     lines = shown(out, monkeypatch, capsys, path, "normal-02", "normal-02-1")
-    expected = [f"patch {path}", "patient normal-02", "slide normal-02-1"]
-    assert [lines[0], lines[4], lines[8]] == expected
-    assert lines[1].startswith(f"    patch: {best} ")
-    with pytest.raises(SystemExit):
+    expected = []
+    members = {
+        f"patch {path}": data["path"] == path,
+        "patient normal-02": data["patients"][data["patient"]] == "normal-02",
+        "slide normal-02-1": data["slides"][data["slide"]] == "normal-02-1",
+    }
+    assert [member.sum() for member in members.values()] == [1, 6, 3]
+    for head, member in members.items():
+        scores = {level: data[f"scores_{level}"][member] for level in LEVELS}
+        expected += [head, *(attributes_of(level, scores[level]) for level in LEVELS)]
+    assert lines == [*expected, "note: a <note>"]
+
+
+def test_show_needs_the_embeddings_alone(out, monkeypatch, capsys):
+    (out / "metrics.json").unlink()
+    (out / "config.json").unlink()
+    assert len(shown(out, monkeypatch, capsys, "normal-02")) == 1 + 3
+    (out / "embeddings.npz").unlink()
+    with pytest.raises(SystemExit, match="2"):
+        shown(out, monkeypatch, capsys, "normal-02")
+    assert "has no embeddings.npz: run python evaluate.py RUN" in capsys.readouterr().err
+
+
+def test_show_says_which_names_there_are(out, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
         shown(out, monkeypatch, capsys, "nobody")
     said = capsys.readouterr().err
-    assert "has no such patch, slide, patient; try patch images/high_grade-00/0-0.png, " in said
+    assert said.startswith(f"error: --show nobody: {out} has no such patch, slide, patient; ")
+    known = "patch images/high_grade-00/0-0.png, slide high_grade-00-0, patient high_grade-00"
+    assert said.endswith(f"try {known}\n")
 
 
 def test_a_patient_and_a_slide_of_one_name_are_shown_apart(out, monkeypatch, capsys):
-    metrics, data = report.read_results(out)
+    """Each by its own patches: here the slide is another patient's."""
+    _, data = report.read_results(out)
+    assert data["patients"][data["patient"][data["slide"] == 0]].tolist() == ["high_grade-00"] * 3
+    slide, patient = data["slide"] == 0, data["patients"][data["patient"]] == "normal-02"
     data["slides"][0] = "normal-02"
     np.savez(out / "embeddings.npz", **data)
     lines = shown(out, monkeypatch, capsys, "normal-02")
     assert [lines[0], lines[4]] == ["slide normal-02", "patient normal-02"]
+    assert lines[1] == attributes_of("patch", data["scores_patch"][slide])
+    assert lines[5] == attributes_of("patch", data["scores_patch"][patient])
+
+
+def test_a_run_without_a_bank_has_no_words_to_show(out, monkeypatch, capsys):
+    _, data = report.read_results(out)
     for level in LEVELS:
         data[f"attributes_{level}"] = np.array([], str)
+        data[f"scores_{level}"] = np.zeros((len(data["z"]), 0), np.float32)
     np.savez(out / "embeddings.npz", **data)
-    assert shown(out, monkeypatch, capsys, "normal-02") == [
-        "this run has no words: it was trained without a bank"
-    ]
+    said = ["this run has no words: it was trained without a bank"]
+    assert shown(out, monkeypatch, capsys, "normal-02") == said

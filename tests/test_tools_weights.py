@@ -164,15 +164,15 @@ HUGGING_FACE = {  # transformers' names of the two activations
 }
 
 
-def hugging_face_clip(activation):
-    """A small CLIPModel of transformers, as PLIP is one, with random weights: heads of 64 channels,
-    images of 64 pixels, texts of 16 tokens of which 99 ends a text."""
+def hugging_face_clip(activation, heads=(1, 2)):
+    """A small CLIPModel of transformers, as PLIP is one, with random weights: heads of text and
+    images, which are of 64 pixels, texts of 16 tokens of which 99 ends a text."""
     torch.manual_seed(0)
     sizes = {"num_hidden_layers": 2, "hidden_act": activation}
-    text = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 1}
+    text = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": heads[0]}
     text |= {"vocab_size": 100, "max_position_embeddings": 16}
     text |= {"bos_token_id": 98, "eos_token_id": 99, "pad_token_id": 0}
-    vision = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 2}
+    vision = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": heads[1]}
     vision |= {"image_size": 64, "patch_size": 16}
     config = CLIPConfig(text_config=text | sizes, vision_config=vision | sizes, projection_dim=32)
     clip = CLIPModel(config).eval()
@@ -227,6 +227,23 @@ def test_a_clip_of_hugging_face_is_the_same_in_embeddings_and_gradients(save, ac
     for name, gradient in ours.items():
         error = (gradient - expected[name]).norm() / expected[name].norm()
         assert error < 1e-4, name
+
+
+def test_config_json_tells_the_heads_and_the_activation(tmp_path):
+    """8 and 4 heads of 16 channels: 128 / 64 and 64 / 64 would be silently wrong."""
+    theirs = hugging_face_clip("gelu", heads=(4, 8))
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    theirs.config.to_json_file(tmp_path / "config.json")
+    state = load_clip(str(tmp_path / "model.safetensors"))  # without --activation
+    assert (state["heads"], state["activation"]) == ({"visual": 8, "text": 4}, "gelu")
+    images = torch.randn(3, 3, 64, 64)
+    out = theirs(pixel_values=images, input_ids=TEXTS)
+    z = F.normalize(image_tower(state)(images), dim=1)
+    t = F.normalize(text_tower(state)(TEXTS), dim=1)
+    torch.testing.assert_close(z, out.image_embeds, atol=1e-4, rtol=0)
+    torch.testing.assert_close(t, out.text_embeds, atol=1e-4, rtol=0)
+    del state["heads"]
+    assert (F.normalize(image_tower(state)(images), dim=1) - z).abs().max() > 1e-3
 
 
 def test_a_part_of_a_clip_of_hugging_face_is_refused(tmp_path):

@@ -67,6 +67,15 @@ def test_one_view_is_refused(capsys):
     )
 
 
+def test_draw_is_fine_to_coarse(flags):
+    """3 views of a patch, 1 patch of a slide, 2 slides of a patient; 4 patients."""
+    config, _, cohort, _, facts = built([*flags, "--draw", "3,1,2"])
+    batches = train.make_batches(config, cohort.restrict("train"), facts, 0, 0, 1, CPU)
+    _, ids = next(iter(batches))
+    for level, groups, size in zip(LEVELS, (8, 8, 4), (3, 3, 6)):
+        assert ids[level].unique(return_counts=True)[1].tolist() == [size] * groups
+
+
 def test_the_learning_rate_climbs_and_falls():
     config = train.Config(steps=100, lr=1.0)
     rates = [train.learning_rate(step, config) for step in range(1, 101)]

@@ -3,9 +3,8 @@
     python -m tools.report runs/demo                         draws runs/demo/report.html again
     python -m tools.report runs/demo --show high_grade-01    a patient's, slide's or patch's words
 
-It shows what is there: metrics.json and embeddings.npz, which evaluate.py wrote to the folder, the
-log.jsonl and config.json of the run, and the patches. Tables, curves and maps are made here; the
-picture of the results and the confusion matrices by report.html, out of the same numbers.
+It shows metrics.json and embeddings.npz of the folder, the run's log.jsonl and config.json, and
+patches. report.html draws the picture of the results and the confusion matrices, the rest is here.
 """
 
 import argparse
@@ -31,12 +30,13 @@ UNDRAWN = ("step", "probe", "images_per_s", "memory_mib", "seconds_left")  # of 
 MARKS = 7  # of report.html, for classes on the maps; more classes share them
 
 
-def read_results(out):
-    """metrics.json as a dict, embeddings.npz as {name: array}; FileNotFoundError without them."""
-    for name in ("metrics.json", "embeddings.npz"):
+def read_results(out, needed=("metrics.json", "embeddings.npz")):
+    """metrics.json as a dict, embeddings.npz as {name: array}; FileNotFoundError without one."""
+    for name in needed:
         if not Path(out, name).exists():
             raise FileNotFoundError(f"{out} has no {name}: run python evaluate.py RUN --out {out}")
-    metrics = json.loads(Path(out, "metrics.json").read_text("utf-8"))
+    path = Path(out, "metrics.json")
+    metrics = json.loads(path.read_text("utf-8")) if path.exists() else {}
     with np.load(Path(out, "embeddings.npz")) as file:
         return metrics, dict(file)
 
@@ -86,10 +86,10 @@ def html_table(rows):
     for row in rows:
         line = ""
         for key in keys:
-            show = percent if key in SHARES else plain
-            text = show(row.get(key))
+            cell = percent if key in SHARES else plain
+            text = cell(row.get(key))
             if f"{key}_interval" in row:
-                text += f" ({show(row[f'{key}_interval']).strip()})"
+                text += f" ({cell(row[f'{key}_interval']).strip()})"
             line += f"<td>{escape(text)}</td>"
         lines.append(line)
     return f'<div class="scroll"><table><tr>{"</tr><tr>".join(lines)}</tr></table></div>'
@@ -103,14 +103,13 @@ def figure(caption, height, svg):
 
 def results(metrics):
     """All numbers of all probes at all levels, and what each probe says of each patient: tables."""
-    rows = []
-    patients = []
+    rows, patients = [], []
     for kind, probe in metrics["probes"].items():
         patients += [{"probe": kind, **row} for row in probe.get("patients", [])]
         for level, numbers in probe["levels"].items():
             kept = {key: value for key, value in numbers.items() if key not in DRAWN}
             rows.append({"probe": kind, "level": level, **kept})
-    return html_table(rows), html_table(patients)
+    return {"results": html_table(rows), "patients": html_table(patients)}
 
 
 def curves(log, levels):
@@ -130,8 +129,7 @@ def curves(log, levels):
     drawings = ""
     for term, lines in points.items():
         every = np.concatenate(list(lines.values()))
-        low = every.min(axis=0)  # step, value
-        high = every.max(axis=0)
+        low, high = every.min(axis=0), every.max(axis=0)  # step, value
         svg = '<path class="axis" d="M4 8V150H330"/>'
         for level, line in lines.items():
             colour = levels.index(level) if level in levels else 0
@@ -163,8 +161,7 @@ def maps(metrics, data, levels, most=300):
     own. Hovering shows its name and its first patch.
     """
     rows = metrics["rows"]
-    z = data["z"][rows]
-    label = data["label"][rows]
+    z, label = data["z"][rows], data["label"][rows]
     axes = np.linalg.eigh(np.cov(z.T, bias=True))[1][:, :-3:-1]
     drawings = ""
     for level in levels:
@@ -193,11 +190,9 @@ def gallery(metrics, data, levels, most=12):
     rows = np.array(metrics["rows"])
     cards = ""
     for row in rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)]:
-        lines = [data["path"][row]]
-        for level in levels:
-            lines.append(top(data[f"scores_{level}"][row], data[f"attributes_{level}"], 3))
+        words = [top(data[f"scores_{at}"][row], data[f"attributes_{at}"], 3) for at in levels]
         image = thumbnail(metrics, data, row, 96)
-        text = "<br>".join(escape(line) for line in lines)
+        text = "<br>".join(escape(line) for line in [data["path"][row], *words])
         cards += f'<div class="card"><img alt="" src="{image}"><p>{text}</p></div>'
     return cards
 
@@ -206,17 +201,14 @@ def draw(out):
     """Draw the page of a folder that evaluate.py wrote to; returns the page's path."""
     metrics, data = read_results(out)
     levels = metrics["levels"]
-    table, patients = results(metrics)
     path = Path(metrics["run"], "config.json")
-    config = {"evaluation": metrics["command"]}  # command is that of training
-    if path.exists():
-        config |= json.loads(path.read_text("utf-8"))
+    config = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    config = {"evaluation": metrics["command"]} | config  # its command is that of training
     sections = {
         "title": escape(f"{metrics['run']}, step {metrics['step']}"),
         "notes": "".join(f'<p class="note">{escape(note)}</p>' for note in metrics["notes"]),
         "json": json.dumps(metrics | {"rows": len(metrics["rows"])}).replace("<", "\\u003c"),
-        "results": table,
-        "patients": patients,
+        **results(metrics),
         "curves": curves(read_log(Path(metrics["run"], "log.jsonl")), levels),
         "maps": maps(metrics, data, levels),
         "gallery": gallery(metrics, data, levels),
@@ -232,14 +224,11 @@ def draw(out):
 
 
 def show(out, wanted):
-    """Prints the top attributes of patients, slides or patches, from embeddings.npz alone.
-
-    A name that is both a patient and another one's slide is printed once for each.
-    """
-    metrics, data = read_results(out)
-    finest, *coarser = metrics["levels"]
-    names = {finest: data["path"]} | {at: data[plural(at)][data[at]] for at in coarser}
-    if not len(data[f"attributes_{finest}"]):
+    """Prints the top attributes of every patient, slide and patch of a name, one after another."""
+    metrics, data = read_results(out, needed=["embeddings.npz"])
+    levels = [key.removeprefix("scores_") for key in data if key.startswith("scores_")]
+    names = {levels[0]: data["path"]} | {at: data[plural(at)][data[at]] for at in levels[1:]}
+    if not len(data[f"attributes_{levels[0]}"]):
         print("this run has no words: it was trained without a bank")
         return
     for name in wanted:
@@ -250,9 +239,9 @@ def show(out, wanted):
         for place in places:
             print(f"{place} {name}")
             for level in names:
-                scores = data[f"scores_{level}"][names[place] == name].mean(axis=0)
+                scores = data[f"scores_{level}"][names[place] == name].mean(axis=0, dtype=float)
                 print(f"{level:>9}: {top(scores, data[f'attributes_{level}'])}")
-    for note in metrics["notes"]:
+    for note in metrics.get("notes", []):
         print(f"note: {note}")
 
 
@@ -260,13 +249,12 @@ def main():
     parser = argparse.ArgumentParser(description="Draw a run's report.html again, or show words.")
     parser.add_argument("run", help="a folder that evaluate.py wrote to")
     words = "print the top attributes of these patients, slides or paths instead"
-    parser.add_argument("--show", nargs="+", default=[], metavar="NAME", help=words)
+    parser.add_argument("--show", nargs="+", metavar="NAME", help=words)
     args = parser.parse_args()
     with user_errors():
         if args.show:
-            show(args.run, args.show)
-        else:
-            print(f"the page is {draw(args.run)}")
+            return show(args.run, args.show)
+        print(f"the page is {draw(args.run)}")
 
 
 if __name__ == "__main__":

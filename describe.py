@@ -290,7 +290,7 @@ def generate(
     idle = 0  # replies in a row that brought nothing
 
     def request(level, names, count):
-        """Asks once: for `count` names, or for the sentences of some names. Saves what is good."""
+        """Asks once, for `count` names or for sentences of some names, and saves what passes."""
         nonlocal idle
         bar.set_description(f"{level} {'sentences' if names else 'names'}")
         reply = answer(prompt_for(content, level, names, count))
@@ -440,6 +440,7 @@ def ask(endpoint, model, prompt, key="", timeout=600, tries=3, wait=2):
 
 
 def run_check(args):
+    """`check`: prints what a program can measure; exits with 1 if there are problems."""
     content = read_bank_file(args.bank)
     tokenizer = Tokenizer(read_merges(args.vocab)) if args.vocab else None
     findings, problems = check_bank(content, args.attributes, tokenizer, sentences=args.sentences)
@@ -448,6 +449,7 @@ def run_check(args):
 
 
 def run_generate(args):
+    """`generate`: has a model fill a bank file, or go on with it."""
     tokenizer = Tokenizer(read_merges(args.vocab)) if args.vocab else None
     answer = functools.partial(ask, args.endpoint, args.model, key=os.getenv("OPENAI_API_KEY", ""))
     counts = (args.attributes, args.sentences, args.batch)
@@ -461,6 +463,7 @@ def run_generate(args):
 
 
 def run_encode(args):
+    """`encode`: writes a bank.pt."""
     state = load_clip(args.clip, args.activation)
     content = read_bank_file(args.bank)
     _, bank = open_bank(args.bank, state, args.vocab, content["levels"])

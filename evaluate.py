@@ -14,6 +14,8 @@ import argparse
 import os
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from tempfile import TemporaryFile
 
 import numpy as np
 import torch
@@ -85,11 +87,12 @@ def attribute_targets(z, bank, cohort):
     """
     ids = dict(zip(cohort.levels, cohort.ids(np.arange(len(cohort))).T))
     targets, own = {}, {}
-    for level, scores in attribute_scores(z, bank).items():
-        mean, first = group_mean(standardise(scores).numpy(), ids[level])
+    for level, cosines in attribute_scores(z, bank).items():
+        scores = standardise(cosines)
+        mean, first = group_mean(scores.numpy(), ids[level])
         targets[level] = torch.zeros(ids[level].max() + 1, scores.shape[1])
         targets[level][ids[level][first]] = standardise(torch.from_numpy(mean)).float()
-        own[level] = (standardise(scores) - targets[level][ids[level]]).square().mean().item()
+        own[level] = (scores - targets[level][ids[level]]).square().mean().item()
     if place()[0] == 0:
         own = ", ".join(f"{level} {value:.2f}" for level, value in own.items())
         print(f"an ar term is about 2 for unrelated scores; the teacher itself has {own}")
@@ -151,7 +154,7 @@ def logistic(train_x, train_labels, x, classes):
     classes - 1; a class without a training row gets 0. Warns if L-BFGS has not converged.
     """
     present, target = train_labels.unique(return_inverse=True)
-    cost = len(train_x) * train_x.shape[1] * classes / 100  # C m: divided by it, the sum is a mean
+    cost = len(train_x) * train_x.shape[1] * classes / 100  # C m: divided by it, a sum is a mean
     centre, axes = preconditioner(train_x.double(), classes, cost)
     turned = (train_x.double() - centre) @ axes
 
@@ -255,7 +258,7 @@ def predict(kinds, features, cohort, splits, device="cpu"):
 def group_mean(values, groups):
     """The mean of each group of rows [G, K], and the first row of each group [G].
 
-    values: [n, K]. groups: [n] integers; the G groups are in the order of these.
+    values: [n, K]. groups: [n] integers; the G groups are in ascending order.
     """
     options = {"return_index": True, "return_inverse": True, "return_counts": True}
     _, first, index, size = np.unique(groups, **options)
@@ -339,7 +342,7 @@ def estimate(name, values):
 def assess_level(predictions, labels, groups, patient, counts, classes):
     """The metrics of one probe at one level, as `assess` describes them.
 
-    predictions: probabilities [n, C], and those of the other encoder if there is one. groups: [n],
+    predictions: probabilities [n, C], one array per encoder, the second to gain over. groups: [n],
     the slide or patient of each patch, or its own number. patient: [n], a column of counts.
     """
     probabilities, label, first, left_out = pool(predictions[0], labels, groups)
@@ -367,11 +370,11 @@ def assess_level(predictions, labels, groups, patient, counts, classes):
 
 
 def assess(predictions, cohort, splits, resamples=RESAMPLES, other=None):
-    """{probe: {"levels": {level: metrics}, "k": of kNN, "patients": [what it says of each]}}.
+    """{probe: {"levels": {level: metrics}, "k": of kNN, "patients": [each one's prediction]}}.
 
-    predictions: {kind: probabilities [n, C] of the held-out rows}, from predict(). other: those of
-    another encoder, to gain over. metrics: n and left_out (slides or patients with several labels);
-    if n > 0 accuracy and mca; with resamples also intervals, macro one-vs-rest auc, recall by class
+    predictions: {kind: probabilities [n, C] of the held-out rows}, from predict(). other: the same
+    for another encoder, to gain over. metrics: n, left_out (groups with several labels); if n > 0
+    accuracy and mca; with resamples also intervals, macro one-vs-rest auc, recall by class
     and confusion (rows: true, columns: predicted).
     """
     rows = np.concatenate([held_out for _, held_out in splits])
@@ -414,7 +417,7 @@ def table(results):
     width = 2 + max(len(f"{name} {kind}") for name in results for kind in results[name])
     lines = [" " * width + "".join(f"{level:>16}" for level in levels)]
     lines.append(" " * width + f"{'acc':>9}{'MCA':>7}" * len(levels))
-    notes = {}  # a dict, to have each once
+    notes = []
     for name, probes in results.items():
         for kind, result in probes.items():
             heads = {"": f"{name} {kind}", "_interval": "  95%"}
@@ -427,14 +430,14 @@ def table(results):
                     lines.append((head.ljust(width) + "".join(f"{c:>16}" for c in cells)).rstrip())
             k = result.get("k")
             if k != NEIGHBOURS.get(kind):
-                notes[f"{kind}: all {k} labelled training patches vote, for there are no more"] = 1
+                notes.append(f"{kind}: only {k} labelled training patches, and all of them vote")
             scored = [f"{m['n']} {plural(level)}" for level, m in result["levels"].items()]
-            notes[f"scored: {', '.join(scored)}"] = 1
+            notes.append(f"scored: {', '.join(scored)}")
             for level, m in result["levels"].items():
                 if m["left_out"]:
                     of_all = f"{level}: {m['left_out']} of {m['n'] + m['left_out']}"
-                    notes[f"{of_all} left out, having patches of several labels"] = 1
-    return lines + [f"  {note}" for note in notes]
+                    notes.append(f"{of_all} left out, having patches of several labels")
+    return lines + [f"  {note}" for note in dict.fromkeys(notes)]
 
 
 # ---------------------------------------------------------------------------------------- words
@@ -466,7 +469,7 @@ def class_attributes(scores, names, cohort, rows, number=5):
         return []
     found = []
     for level in cohort.levels:
-        # Patients are what is independent, whatever the level of the words.
+        # Patients are the independent unit, whatever the level of the words.
         mean, label, *_ = pool(scores[level][rows].numpy(), labels, cohort.patient[rows])
         if len(np.unique(label)) < 2:
             return []
@@ -525,7 +528,7 @@ def reader_notes(protocol, checkpoint, cohort, rows, probes, words):
 
 
 def size_notes(cohort, checkpoint):
-    """A warning where patches are of another size than those of the run."""
+    """A warning if the patches differ in size from the run's, in a list."""
     side, before = short_side(cohort)[0], checkpoint["short_side"]
     note = f"patches are {side} pixels wide and the run's were {before}: another magnification?"
     return [note] if side != before else []
@@ -537,7 +540,8 @@ def run_probes(args, encoders, z, cohort, splits, device):
     with_words = all(any(kept["attributes"].values()) for _, kept in encoders.values())
     predictions = []
     for name, (model, kept) in encoders.items():
-        found = predict([*NEIGHBOURS, "linear"], z[name], cohort, splits, device)
+        on_z = [kind for kind in PROBES if kind != "attributes"]
+        found = predict(on_z, z[name], cohort, splits, device)
         if with_words:
             scores = torch.cat(list(attribute_scores(z[name], model.bank).values()), dim=1)
             found |= predict(["attributes"], scores, cohort, splits, device)
@@ -553,28 +557,44 @@ def embed_folder(folder, path, model, checkpoint, workers):
 
     Unreadable files are listed and left out; the exit code is then 1.
     """
-    open(path, "ab").close()  # what cannot be written fails before the work
+    out = os.path.dirname(os.path.abspath(path))
+    os.makedirs(out, exist_ok=True)
+    TemporaryFile(dir=out).close()  # what cannot be written fails before the work
     cohort = index(folder, "(?P<patient>.+)")  # each image a patient of its own: nothing is pooled
-    broken = []
-    for row in tqdm(range(len(cohort)), "read", leave=False, disable=place()[0] > 0):
-        try:
-            decode(cohort.path(row), checkpoint["read_size"])
-        except ValueError as error:
-            broken.append(row)
-            tqdm.write(f"left out: {error}")
-    cohort = cohort.select(np.setdiff1d(np.arange(len(cohort)), broken))
+    broken = unreadable(cohort, checkpoint["read_size"], workers)
+    cohort = cohort.select(~broken)
     z = embed(model, cohort, checkpoint["read_size"], checkpoint["image_size"], workers=workers)
     if place()[0] == 0:
         scores = attribute_scores(z, model.bank)
         write_arrays(path, cohort, z, scores, checkpoint["attributes"])
         print(f"{len(z)} images are in {path}: path, z, and scores and attributes of each level")
         print(*size_notes(cohort, checkpoint), sep="\n")
-    if broken:
+    if broken.any():
         raise SystemExit(1)
 
 
-def folder_of(args, data):
-    """Where results go: --out, the run's folder, or one below it for other data or protocols.
+def unreadable(cohort, size, workers):
+    """Which patches cannot be read, [n] bool, printing why. The processes share the work."""
+    rank, world = place()
+
+    def is_broken(row):
+        try:
+            decode(cohort.path(row), size)
+        except ValueError as error:
+            tqdm.write(f"left out: {error}")
+            return True
+        return False
+
+    broken = torch.zeros(len(cohort), dtype=torch.int32)
+    rows = range(rank, len(cohort), world)
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        found = tqdm(pool.map(is_broken, rows), "read", len(rows), leave=False, disable=rank > 0)
+        broken[rank::world] = torch.tensor(list(found), dtype=torch.int32)
+    return add_up(broken).bool().numpy()
+
+
+def folders_of(args, data):
+    """The run's folder, and where results go: --out, or there, or below it for other data.
 
     Raises ValueError if it holds results of other data or of another protocol.
     """
@@ -629,7 +649,7 @@ def evaluate(args, device):
         return embed_folder(*args.embed, model, checkpoint, args.workers)
     data = os.path.abspath(args.data or config["data"])
     cohort = read_cohort(data, config["levels"].split(","), config["val_fraction"])
-    run, out = folder_of(args, data)
+    run, out = folders_of(args, data)
     splits = probe_splits(cohort, args.protocol)
 
     # Embeddings of the run, and of what --against names.

@@ -158,7 +158,7 @@ def ar(z, bank, targets):
     Only which images score higher in an attribute counts, not the attribute's offset or scale. z:
     [n, D], L2-normalised; it receives the gradient. bank: {level: [K_l, D]}, frozen. targets:
     {level: a_l [n, K_l]}, the teacher's standardised scores of each row's patch, slide or patient.
-    Mean and variance are those of the rows of all processes. Returns {"ar_patch": scalar, ...}:
+    Mean and variance are taken over the rows of all processes. Returns {"ar_patch": scalar, ...}:
     about 2 for unrelated scores. Only at patch level can it reach 0, since the patches of a slide
     share one target.
 
@@ -204,8 +204,8 @@ def gather(x):
 class _Gather(torch.autograd.Function):
     """all_gather with the full gradient.
 
-    My row is a column in the loss of every process, so its gradient is the sum of what all of them
-    send back. torch's own all_gather returns constants and would lose the other processes' part.
+    My row is a column in every process's loss, so its gradient is the sum of what all of them send
+    back. torch's own all_gather returns constants and would lose the other processes' part.
     """
 
     @staticmethod

@@ -6,7 +6,6 @@ Shapes: N images or texts of L tokens, S pixels a side, D dimensions of the embe
 attributes of level l.
 """
 
-import copy
 import os
 from collections import OrderedDict
 
@@ -132,8 +131,9 @@ def check_tower(tower, name):
     """Raises ValueError unless a tower turns images of its size into z. Nothing is computed."""
     size = tower.image_size
     try:
-        trial = copy.deepcopy(tower).to("meta").train()  # as in training, on shapes alone
-        z = trial(torch.empty(2, 3, size, size, device="meta"))
+        shapes = {name: value.to("meta") for name, value in tower.state_dict().items()}
+        images = torch.empty(2, 3, size, size, device="meta")
+        z = torch.func.functional_call(tower.train(), shapes, images)
     except Exception as error:
         raise ValueError(
             f"{name} does not take images of {size} pixels ({error}): try --image-size 224"
@@ -485,7 +485,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """
 
     def _check_input_dim(self, x):
-        """Any number of dimensions: this class replaces those of 1, 2 and 3."""
+        """Accepts any number of dimensions: this class replaces BatchNorm1d, 2d and 3d."""
 
     def forward(self, x):
         """x: [N, C, ...], the rows of this process -> the same shape and type."""
@@ -493,18 +493,20 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(x)
         values = float32(x)
         others = [d for d in range(x.dim()) if d != 1]
-        moments = torch.stack(torch.var_mean(values, others, correction=0))  # [2, C]
+        moments = torch.stack(torch.var_mean(values, others, correction=0)).double()  # [2, C]
         variances, means = gather(moments[None]).unbind(dim=1)  # [W, C] each
         mean = means.mean(dim=0)
         var = (variances + (means - mean).square()).mean(dim=0)
 
         count = x.numel() // len(mean) * len(means)
         self.num_batches_tracked += 1
-        self.running_mean.lerp_(mean.detach(), self.momentum)
-        self.running_var.lerp_(var.detach() * count / (count - 1), self.momentum)
+        unbiased = var.detach() * count / (count - 1)
+        self.running_mean.lerp_(mean.detach().to(self.running_mean), self.momentum)
+        self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
         shape = [-1 if d == 1 else 1 for d in range(x.dim())]
-        factor = (self.weight * (var + self.eps).rsqrt()).view(shape)
-        return ((values - mean.view(shape)) * factor + self.bias.view(shape)).to(x.dtype)
+        factor = (self.weight * (var + self.eps).rsqrt()).to(values).view(shape)
+        centred = values - mean.to(values).view(shape)
+        return (centred * factor + self.bias.view(shape)).to(x.dtype)
 
 
 def share_batch_norm(model):

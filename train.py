@@ -13,6 +13,7 @@ import os
 import time
 import warnings
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
@@ -184,7 +185,7 @@ MAY_CHANGE = (  # when a run is resumed, without making it another one
 
 
 def parse_config(argv=None):
-    """Flags -> Config: the defaults, then the preset, then what was typed."""
+    """Flags -> Config: the defaults, then the preset, then the flags."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
     preset = "other defaults; tcga and opensrh are for 60,000 steps on GPUs"
@@ -239,18 +240,21 @@ def check_config(config):
 def train(config, rank=0, world=1, device=CPU):
     """Trains to the end, or to a SIGTERM, SIGINT or SIGUSR1. Returns whether it reached the end."""
     # The cohort, the model, the optimizer, and the step to resume from.
-    lock = runs.lock_folder(config.out, rank)  # until this function returns
-    files = find_files(config, rank)  # {"data": path, "clip": path, "bank": path}
-    cohort = read_cohort(files["data"], config.level_names, config.val_fraction)
+    lock = runs.lock_folder(config.out) if rank == 0 else nullcontext()
+    folder = from_first(None if rank else config.data or demo_tissue())  # others wait for rank 0
+    cohort = read_cohort(folder, config.level_names, config.val_fraction)
     train_cohort = cohort.restrict("train")
+    patients = min(config.patients, len(train_cohort.present))  # in a global batch
+    files = {"data": folder} | find_text(config, rank)  # {"data", "clip", "bank"}: paths
     model, facts = build_model(config, files, cohort, rank, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=True)
     first = resume(config, files, model, optimizer, facts, cohort)
-    targets = teach(config, files, model, train_cohort, device)  # {level: [G_l, K_l]}, or {}
+    targets = teach(config, files, model, facts, train_cohort, device)  # {level: [G_l, K_l]}
     wrapped = wrap(model, config, world, device)
     log = runs.Log(config.out, first, rank)
-    batches = make_batches(config, train_cohort, facts, first, rank, world, device)
-    introduce(config, files, first, rank, world, device, cohort)
+    batches = make_batches(config, train_cohort, patients, facts, first, rank, world, device)
+    if rank == 0:
+        introduce(config, files, first, world, device, cohort, train_cohort, patients)
 
     durations = deque(maxlen=10)  # seconds of each step
     bar = tqdm(total=config.steps, initial=first, desc="train", unit="step", disable=rank > 0)
@@ -305,21 +309,15 @@ def train(config, rank=0, world=1, device=CPU):
     return True
 
 
-# ------------------------------------------------------ what it calls, in the order of the calls
+# ---------------------------------------------------------- its helpers, in the order of the calls
 
 
-def find_files(config, rank):
-    """{"data", "clip", "bank"}: paths. Rank 0 makes or downloads what is missing, others wait."""
-    with_text = bool(config.clip or not config.backbone)
-    files = None
-    if rank == 0:
-        if config.data:
-            read_cohort(config.data, config.level_names)  # before anything that takes long
-        files = {"data": config.data or demo_tissue(), "clip": "", "bank": ""}
-        if with_text:
-            files["bank"] = find_bank(config.bank)
-            is_demo = config.clip in ("", "demo")
-            files["clip"] = demo_clip() if is_demo else find_clip(config.clip)
+def find_text(config, rank):
+    """{"clip", "bank"}: paths, empty without text. Rank 0 makes or downloads what is missing."""
+    files = {"clip": "", "bank": ""}
+    if rank == 0 and (config.clip or not config.backbone):
+        files["bank"] = find_bank(config.bank)
+        files["clip"] = demo_clip() if config.clip in ("", "demo") else find_clip(config.clip)
     return from_first(files)
 
 
@@ -396,8 +394,8 @@ def resume(config, files, model, optimizer, facts, cohort):
     return step
 
 
-def teach(config, files, model, cohort, device):
-    """What --align regression holds the attribute scores to, {level: [G_l, K_l]}, on the device.
+def teach(config, files, model, facts, cohort, device):
+    """What --align regression holds the attribute scores to, {level: [G_l, K_l]}; otherwise {}.
 
     The teacher is the CLIP's image tower as published, whatever the run itself starts from.
     """
@@ -405,7 +403,7 @@ def teach(config, files, model, cohort, device):
         return {}
     tower = image_tower(load_clip(files["clip"], config.activation))
     teacher = HLSS(tower, model.bank, "simclr").to(device, memory_format=torch.channels_last)
-    read_size = min(short_side(cohort)[0], round(READ_AT * tower.image_size))
+    read_size = min(facts["short_side"], round(READ_AT * tower.image_size))
     z = embed(teacher, cohort, read_size, tower.image_size, workers=config.workers)
     return {level: t.to(device) for level, t in attribute_targets(z, model.bank, cohort).items()}
 
@@ -424,11 +422,10 @@ def wrap(model, config, world, device):
     return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
 
-def make_batches(config, cohort, facts, first, rank, world, device):
+def make_batches(config, cohort, patients, facts, first, rank, world, device):
     """The batches from step first + 1 on. Raises ValueError if processes cannot share them."""
-    # Every batch holds P patients, of each 2 slides, of each 2 patches, of each 2 views. It is the
-    # same on any number of processes; this one makes its share of the patients.
-    patients = patients_of(config, cohort)
+    # Every patient contributes 2 slides x 2 patches x 2 views, so row 0 has one positive at patch
+    # level and seven at patient level. All processes share one batch; this one makes its part.
     if patients % world:
         raise ValueError(
             f"--patients {patients} cannot be shared evenly by {world} processes: use a multiple "
@@ -448,18 +445,9 @@ def make_batches(config, cohort, facts, first, rank, world, device):
     )
 
 
-def patients_of(config, cohort):
-    """How many patients a global batch holds: at most those that there are to train on."""
-    return min(config.patients, len(cohort.present))
-
-
-def introduce(config, files, first, rank, world, device, cohort):
+def introduce(config, files, first, world, device, cohort, train_cohort, patients):
     """Writes config.json, and prints what to know before the loop begins."""
-    if rank > 0:
-        return
     runs.describe(config.out, vars(config) | files, world, device)
-    train_cohort = cohort.restrict("train")
-    patients = patients_of(config, train_cohort)
     n = patients * math.prod(config.counts)
     lows = [f"{at} {low:.2f}" for at, low in zip(config.level_names, floors(config.counts))]
     print(

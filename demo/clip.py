@@ -1,6 +1,6 @@
 """The demo's CLIP: small, and trained in a minute or two on captioned demo tissue, into one file.
 
-captions.json holds what is said: for each factor phrases for where it is low and where it is high,
+captions.json holds the language: for each factor phrases for low and for high values,
 frames that phrases stand in, and fillers. These are words of the demo's bank. Its sentences are
 not, so that the CLIP must read sentences that it never saw, as a real one does.
 """
@@ -46,7 +46,7 @@ def learn_merges(texts):
 
 
 def caption(signs, rng):
-    """A text on one or two factors that are clearly low or high, or "tissue"; and what it says.
+    """A caption of one or two factors that are clearly low or high, or "tissue"; and its meaning.
 
     signs: [7], of one patch: -1 where a factor is low, 1 where it is high, 0 where it is not told.
     What it says is the same, but 0 for the factors that it does not name. rng: random.Random.

@@ -43,9 +43,9 @@ def demo_clip():
 
 
 def cached(name, make):
-    """Something of the demo's, made in runs/cache on first use; says so."""
+    """The path of a file or folder in runs/cache, made on first use, which is announced."""
     path = os.path.join(CACHE, name)
     if not os.path.exists(path):
-        print(f"making the demo's {name}, once, in {CACHE}: a minute on two cores")
+        print(f"making the demo's {name}, once, in {CACHE}")
         os.makedirs(CACHE, exist_ok=True)
     return made_once(path, make)

@@ -103,11 +103,20 @@ def test_names_may_have_dots_quotes_and_commas(tmp_path):
     assert cohort.classes == ['3" nail']
 
 
+@pytest.mark.parametrize("end", ["\r", "\n", "\r\n"])
+def test_any_line_ends_are_read(tmp_path, end):
+    lines = ["\ufeffpath,patient,slide", "a.png,amy,s1", "b.png,bob,s2", ""]
+    (tmp_path / "manifest.csv").write_bytes(end.join(lines).encode())
+    assert str(data.read_cohort(tmp_path)) == "2 patients, 2 slides, 2 patches"
+
+
 def test_a_manifest_that_is_not_utf_8_is_named(tmp_path):
     """As Excel saves it, unless one asks for CSV UTF-8."""
     lines = "path,patient,slide\r\na.png,amy,s1\r\nb.png,M\u00fcller,s2\r\n"
     (tmp_path / "manifest.csv").write_bytes(lines.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"line 3: b'b\.png,M.*ller,s2.*is not UTF-8: save it as"):
+    with pytest.raises(
+        ValueError, match=r"manifest\.csv, line 3: 'b.png,M.ller,s2' is not UTF-8: save"
+    ):
         data.read_cohort(tmp_path)
     (tmp_path / "manifest.csv").write_bytes(lines.encode("utf-8-sig"))  # CSV UTF-8
     assert data.read_cohort(tmp_path).group_names[-1] == ["M\u00fcller", "amy"]
@@ -714,14 +723,9 @@ def test_blur_solarising_and_autocontrast_are_torchvisions():
     torch.testing.assert_close(views(autocontrast=(1, 1))[0], stretched, atol=1e-4, rtol=0)
 
 
-def test_sharpening_is_almost_torchvisions():
-    """Both take a blur away; theirs is 3 x 3 and spares the border."""
-    _, low, high = data.AUGMENTATIONS["strong"]["sharpen"]
-    ours = (views(sharpen=(low, high))[0] - SOURCE)[..., 1:-1, 1:-1]
-    theirs = (TF.adjust_sharpness(SOURCE, 2) - SOURCE)[..., 1:-1, 1:-1]
-    assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.1)
-    both = torch.stack([ours.flatten(), theirs.flatten()])
-    assert torch.corrcoef(both)[0, 1] > 0.97  # of white noise, which shows the difference most
+def test_sharpening_is_torchvisions():
+    ours = views(sharpen=(1, 1))[0]
+    torch.testing.assert_close(ours, TF.adjust_sharpness(SOURCE, 2), atol=1e-5, rtol=0)
 
 
 def test_blur_noise_and_erasing():

@@ -224,7 +224,7 @@ def test_probe_of_perfect_and_of_blind_embeddings(cohort_folder):
     assert blind["patch"]["mca"] == 0.25
     text = "\n".join(evaluate.table({"perfect": result}))
     assert "100.0  100.0" in text
-    assert "all 72 labelled training patches vote" in text
+    assert "knn200: only 72 labelled training patches, and all of them vote" in text
 
 
 def test_a_few_patients_have_no_interval():
@@ -643,7 +643,10 @@ def test_a_folder_is_embedded_without_a_manifest(
     with np.load(tmp_path / "again.npz") as file:
         np.testing.assert_allclose(file["z"], found["z"], atol=1e-6)
     (folder / "c.png").unlink()
-    assert "nowhere" in refusal(monkeypatch, capsys, run, "--embed", folder, "nowhere/z.npz")
+    flags = ["--embed", folder, folder / "b.bmp/a/z.npz"]  # fails before the work
+    assert "Not a directory" in refusal(monkeypatch, capsys, run, *flags)
+    command(monkeypatch, run, "--embed", folder, tmp_path / "new/folder/z.npz")
+    assert (tmp_path / "new/folder/z.npz").exists()
 
     # The same in a notebook.
     model, checkpoint = load_run(run)

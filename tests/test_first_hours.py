@@ -100,7 +100,7 @@ def test_a_backbone_starts_from_a_file(flags, tmp_path):
     theirs = torchvision.models.resnet18().state_dict()
     torch.save(theirs, tmp_path / "theirs.pt")
     config = train.parse_config([*flags, *LIGHT, "--backbone-weights", str(tmp_path / "theirs.pt")])
-    files = train.find_files(config, 0)
+    files = {"data": config.data} | train.find_text(config, 0)
     model, _ = train.build_model(config, files, evaluate.read_cohort(config.data), 0, train.CPU)
     ours = model.tower.state_dict()
     assert set(theirs) - set(ours) == {"fc.weight", "fc.bias"}
@@ -193,7 +193,7 @@ def test_ctrl_c_leaves_no_half_of_a_clip(tmp_path):
     command = [sys.executable, os.path.join(ROOT, "train.py")]
     cache = tmp_path / "runs/cache"
     cache.mkdir(parents=True)
-    manifest(cache / "tissue", ["x.png,amy,s,a"])
+    manifest(cache / "tissue", ["x.png,amy,1,a", "y.png,bob,2,a"])
     threads = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen(command, cwd=tmp_path, env=threads, **pipes)

@@ -59,8 +59,8 @@ def imports(path):
 def test_the_sizes():
     """Lines as `ruff format` lays them out, which CI checks. Ceilings, not aims."""
     print("\n".join(f"{lines(path):5} {module(path)}" for path in [*STAGES, *ROOMS]))
-    assert max(lines(path) for path in STAGES) <= 720
-    assert sum(lines(path) for path in STAGES) <= 3180
+    assert max(lines(path) for path in STAGES) <= 740
+    assert sum(lines(path) for path in STAGES) <= 3195
     assert sum(lines(path) for path in ROOMS) <= 2310
 
 

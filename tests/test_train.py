@@ -70,7 +70,7 @@ def test_one_view_is_refused(capsys):
 def test_draw_is_fine_to_coarse(flags):
     """3 views of a patch, 1 patch of a slide, 2 slides of a patient; 4 patients."""
     config, _, cohort, _, facts = built([*flags, "--draw", "3,1,2"])
-    batches = train.make_batches(config, cohort.restrict("train"), facts, 0, 0, 1, CPU)
+    batches = train.make_batches(config, cohort.restrict("train"), 1, facts, 0, 0, 1, CPU)
     _, ids = next(iter(batches))
     for level, groups, size in zip(LEVELS, (8, 8, 4), (3, 3, 6)):
         assert ids[level].unique(return_counts=True)[1].tolist() == [size] * groups
@@ -145,16 +145,16 @@ def test_by_default_hlss_is_the_papers_and_the_others_are_without_words():
 def built(flags):
     """What train.py builds before it trains: (config, files, cohort, model, facts)."""
     config = train.parse_config(flags)
-    files = train.find_files(config, 0)
-    cohort = read_cohort(files["data"], config.level_names)
+    files = {"data": config.data} | train.find_text(config, 0)
+    cohort = read_cohort(config.data, config.level_names)
     return config, files, cohort, *train.build_model(config, files, cohort, 0, CPU)
 
 
 def targets_of(flags):
     """What train.py holds the attribute scores to, with the cohort that trains, and the model."""
-    config, files, cohort, model, _ = built([*flags, "--align", "regression"])
+    config, files, cohort, model, facts = built([*flags, "--align", "regression"])
     cohort = cohort.restrict("train")
-    return train.teach(config, files, model, cohort, CPU), cohort, model
+    return train.teach(config, files, model, facts, cohort, CPU), cohort, model
 
 
 def test_the_targets_are_the_standardised_scores_of_the_clip_that_training_began_with(flags):
@@ -256,7 +256,7 @@ def test_a_finished_run_shows_its_table_again(flags, capsys):
 
 def test_the_default_bank_is_found_from_any_folder(cohort_folder, clip_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    files = train.find_files(train.Config(data=cohort_folder, clip=clip_file), 0)
+    files = train.find_text(train.Config(data=cohort_folder, clip=clip_file), 0)
     assert files["bank"] == os.path.join(ROOT, "demo/attributes.json")
     with pytest.raises(FileNotFoundError, match=r"--bank nowhere\.json is neither here nor"):
         train.find_bank("nowhere.json")

@@ -60,14 +60,11 @@ def read_whole(path, remedy="take the one before"):
         raise ValueError(f"{path} is damaged, or another file ({error}): {remedy}") from error
 
 
-def lock_folder(folder, rank=0):
+def lock_folder(folder):
     """A file lock on a run's folder, which is made; released when the file is closed.
 
-    Removes our own unfinished files. Raises ValueError if another process trains here. Ranks other
-    than 0 get a lock on nothing.
+    Removes our own unfinished files. Raises ValueError if another process trains here.
     """
-    if rank > 0:
-        return open(os.devnull)
     os.makedirs(folder, exist_ok=True)
     lock = open(os.path.join(folder, "lock"), "a+")
     try:
@@ -115,6 +112,7 @@ def describe(folder, settings, world, device):
 
 
 def checkpoint_path(folder, step):
+    """Where the checkpoint of a step is."""
     return os.path.join(folder, f"step-{step:07d}.pt")
 
 
@@ -268,6 +266,7 @@ class Log:
                 os.fsync(file.fileno())
 
     def has_probe(self, step):
+        """Whether the probe after a step is in the log."""
         return any("probe" in line for line in self.lines if line["step"] == step)
 
     def probes(self):

@@ -1,25 +1,19 @@
-"""The manifest of a cohort: make it, check it, look at it.
+"""Write and check a cohort's manifest, ROOT/manifest.csv. `python data.py ROOT` draws a batch.
 
-    python -m tools.cohort index ROOT --pattern '{label}/{patient}/{slide}/*.png'
-    python -m tools.cohort opensrh ROOT      make it from OpenSRH's own JSON
-    python -m tools.cohort check ROOT        decode every patch, say which cannot be used, and why
-    python -m tools.cohort show ROOT         draw a patient's patches and their views
-
-The first two write ROOT/manifest.csv, or with --out another file: all that training reads of it.
+python -m tools.cohort index ROOT --pattern '{label}/{patient}/{slide}/*.png'
+python -m tools.cohort opensrh ROOT      write it from OpenSRH's own JSON
+python -m tools.cohort check ROOT        decode every patch, say which cannot be used, and why
 """
 
 import argparse
 import csv
-import hashlib
 import json
 import os
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate
 
 import numpy as np
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import data
@@ -28,49 +22,54 @@ from tools.processes import user_errors
 TILES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".jp2")
 
 
-def write_manifest(path, cohort, rows, with_split):
-    """Writes a manifest of these rows, complete or not at all; outside the root, it names that."""
-    root = os.path.abspath(cohort.root)
-    elsewhere = os.path.dirname(os.path.abspath(path)) != root
-    columns = ["path", *reversed(cohort.levels[1:])]
-    columns += ["label"] * bool(cohort.classes) + ["split"] * with_split + ["root"] * elsewhere
-    with open(f"{path}.part", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            line = {"path": cohort.name(row), "split": data.SPLITS[cohort.split[row]], "root": root}
-            writer.writerow(line | belonging(cohort, row))
-    os.replace(f"{path}.part", path)
+def index(root, pattern, label_level="", nested=False, partial=False, levels=data.LEVELS):
+    """The image files below a folder -> Cohort: patient, slide, label and split are in their paths.
 
-
-def belonging(cohort, row):
-    """What a patch belongs to: {"patient": "amy", "slide": "1", "label": "tumour", or ""}."""
-    label = [*cohort.classes, ""][cohort.label[row]]  # -1, for none, is the last
-    return dict(zip(reversed(cohort.levels), cohort.groups_of(row)), label=label)
-
-
-def words(cohort, row):
-    """The same as words: "patient amy, slide 1, label tumour"."""
-    return ", ".join(f"{level} {name}" for level, name in belonging(cohort, row).items() if name)
+    Without {slide} in the pattern, each patient is one slide. label_level: what must have one
+    label, as "patient". nested: slides of different patients share names. partial: leaves out files
+    that the pattern does not match. Raises ValueError, with examples, for what is ambiguous.
+    """
+    expression = path_pattern(pattern, levels)
+    entries, others, labels = [], [], {}
+    for path in image_files(root):
+        match = expression.fullmatch(path)
+        if not match:
+            others.append(path)
+            continue
+        names = match.groupdict("")
+        groups, name = [], ""  # coarse to fine
+        for level in levels[:0:-1]:
+            name = names.get(level, name)
+            groups.append(f"{groups[-1]}/{name}" if nested and groups else name)
+        label = names.get("label", "")
+        entries.append((path, path, groups, label, names.get("split", ""), ""))
+        group = dict(zip(levels[:0:-1], groups)).get(label_level, path)  # this has one label
+        other, example = labels.setdefault(group, (label, path))
+        if label != other:
+            raise ValueError(f"{root}: one {label_level} has two labels: {example} and {path}")
+    if not entries or (others and not partial):
+        raise ValueError(
+            f"{root}: '{pattern}' matches {len(entries)} image files and not {len(others)} others"
+            + "".join(f"\n    {path}" for path in others[:3])
+            + f"\nMend the pattern{', or leave those out with --partial' if entries else ''}"
+        )
+    if others:
+        print(f"left out: {len(others)} image files that do not match, as {others[0]}")
+    return data.build_cohort(root, entries, levels)
 
 
 def path_pattern(pattern, levels=data.LEVELS):
     """'{label}/{patient}/{slide}/*.png' -> a regular expression with groups of these names.
 
-    {name} matches within a folder or file name, and a second time only what it matched before; *
-    matches there too, and ** across folders. A pattern that has groups (?P<name>...) is taken as
-    the regular expression that it is. Raises ValueError unless it names the coarsest level.
+    {name} and * match within a folder or file name, ** across folders. A pattern that has groups
+    (?P<name>...) is taken as it is. Raises ValueError unless it names the coarsest level.
     """
     expression = pattern
     if "(?P<" not in pattern:
-        expression = ""
-        for part in re.split(r"(\{\w+\}|\*\*|\*)", pattern):
-            if part.startswith("{"):
-                name = part[1:-1]
-                again = f"(?P<{name}>" in expression
-                expression += f"(?P={name})" if again else f"(?P<{name}>[^/]+?)"
-            else:
-                expression += {"**": ".*", "*": "[^/]*"}.get(part, re.escape(part))
+        expression = re.escape(pattern).replace(r"\*\*", ".*").replace(r"\*", "[^/]*")
+        expression = re.sub(r"\\\{(\w+)\\\}", r"(?P=\1)", expression)
+        for name in set(re.findall(r"\(\?P=(\w+)\)", expression)):  # where it stands first
+            expression = expression.replace(f"(?P={name})", f"(?P<{name}>[^/]+?)", 1)
     try:
         compiled = re.compile(expression)
     except re.error as error:
@@ -85,101 +84,46 @@ def path_pattern(pattern, levels=data.LEVELS):
 
 
 def image_files(root):
-    """The paths of all tiles below a folder, relative to it, in order.
-
-    Linked folders are followed, and each is read once. Names with a leading dot are left out.
-    """
-    if not os.path.isdir(root):
-        raise FileNotFoundError(f"{root} is no folder")
+    """The paths of all tiles below a folder, relative to it, in order; each linked folder once."""
     paths, seen = [], set()
     for folder, folders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
+        if os.path.realpath(folder) in seen:
             folders.clear()  # os.walk goes no deeper here
             continue
-        seen.add(real)
+        seen.add(os.path.realpath(folder))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             if name.lower().endswith(TILES) and not name.startswith("."):
                 paths.append(os.path.relpath(os.path.join(folder, name), root))
-    return paths
-
-
-def index(root, pattern, label_level="", nested=False, partial=False, levels=data.LEVELS):
-    """The image files below a folder -> Cohort: patient, slide, label and split are in their paths.
-
-    Without {slide} in the pattern, a patient is one slide, which has the patient's name.
-    label_level: what has one label, as "patient"; by default the patch. nested: slides of several
-    patients share names (1, 2, ...) and are different slides. partial: leaves out the files that
-    the pattern does not match. Raises ValueError, with examples, for such files, for nothing at
-    all, for a slide under two patients, and for two labels within one slide or patient.
-    """
-    expression = path_pattern(pattern, levels)
-    matches = {path: expression.fullmatch(path) for path in image_files(root)}
-    if not matches:
+    if not paths:
         raise ValueError(
             f"{root}: no tile is below it ({', '.join(TILES)}); whole slides (.svs, .ndpi, .mrxs) "
             "are cut into tiles by TRIDENT, TIAToolbox or hs2p"
         )
-    found = {path: match.groupdict("") for path, match in matches.items() if match}
-    others = [path for path in matches if path not in found]
-    if not found or (others and not partial):
-        examples = "".join(f"\n    {path}" for path in others[:3])
-        remedy = ", or leave those out with --partial" if found else ""
-        raise ValueError(
-            f"{root}: '{pattern}' matches {len(found)} image files and not {len(others)} others"
-            f"{examples}\nMend the pattern{remedy}"
-        )
-    if others:
-        print(f"left out: {len(others)} image files that do not match, as {others[0]}")
-    entries = []
-    for path, names in found.items():
-        groups = []  # coarse to fine
-        for level in levels[:0:-1]:
-            groups.append(names[level] if level in names else groups[-1])
-        if nested:
-            groups = list(accumulate(groups, "{}/{}".format))
-        entries.append((path, path, groups, names.get("label", ""), names.get("split", ""), ""))
-    cohort = data.build_cohort(root, entries, levels)
-    check_labels(cohort, label_level)
-    return cohort
-
-
-def check_labels(cohort, level):
-    """Raises ValueError, with examples, where one patient or one slide has two labels."""
-    if level not in cohort.levels[1:]:
-        return
-    groups = cohort.ids(np.arange(len(cohort)))[:, cohort.levels.index(level)]  # never decreasing
-    mixed = np.flatnonzero((np.diff(groups) == 0) & (np.diff(cohort.label) != 0))
-    if len(mixed):
-        examples = [f"{cohort.name(row)} and {cohort.name(row + 1)}" for row in mixed[:3]]
-        raise ValueError(f"{cohort.root}: one {level} has two labels: {'; '.join(examples)}")
-
-
-CUT_REMEDY = r"""{name} ends where the rest of the pattern first fits. Where that is too early, say
-how long a name is in a regular expression, as for TCGA:
-    --pattern '(?P<label>[^/]+)/(?P<slide>(?P<patient>TCGA-\w{2}-\w{4})[^_]*)_.*'
-If it is right as it is: --yes"""
+    return paths
 
 
 def check_patients(cohort):
     """Raises ValueError where a pattern has probably not found the patients."""
     counts = np.bincount(cohort.patient)
     level, name = cohort.levels[-1], cohort.group_names[-1][counts.argmax()]
-    doubt = ""
     if len(counts) < len(cohort.classes):
         doubt = f"fewer {data.plural(level)} ({len(counts)}) than classes ({len(cohort.classes)})"
     elif 2 * counts.max() > len(cohort):
         doubt = f"{level} {name} has {counts.max()} of the {len(cohort)} patches"
-    if doubt:
-        raise ValueError(f"nothing is written: {doubt}.\n{CUT_REMEDY}")
+    else:
+        return
+    raise ValueError(
+        f"nothing is written: {doubt}. Confirm it with --yes, or mend the pattern: {{name}} ends "
+        "where the rest first fits, unless a regular expression says how long it is, as for TCGA:\n"
+        r"    --pattern '(?P<label>[^/]+)/(?P<slide>(?P<patient>TCGA-\w{2}-\w{4})[^_]*)_.*'"
+    )
 
 
 def opensrh(root):
-    """OpenSRH (Jiang et al. 2022) as released -> Cohort, with its split.
+    """OpenSRH (Jiang et al. 2022) as released -> Cohort, with its split; or ValueError.
 
-    Tumour patches of tumour patients, normal patches of normal patients. Raises ValueError for
-    other content than was released.
+    Tumour patches of tumour patients, normal patches of normal patients.
     """
     files = [os.path.join(root, "meta", f"{name}.json") for name in ("opensrh", "train_val_split")]
     entries = []
@@ -198,31 +142,48 @@ def opensrh(root):
     return data.build_cohort(root, entries)
 
 
-# ----------------------------------------------------------------------------------- check and show
+def belonging(cohort, row):
+    """What a patch belongs to: {"patient": "amy", "slide": "1", "label": "tumour", or ""}."""
+    label = [*cohort.classes, ""][cohort.label[row]]  # -1, for none, is the last
+    return dict(zip(reversed(cohort.levels), cohort.groups_of(row)), label=label)
 
 
-def summary(cohort):
-    """What a person wants to see of a cohort before training on it, as lines."""
-    lines = [f"{cohort}, {len(cohort.classes)} classes"]
+def write_manifest(path, cohort, rows, with_split):
+    """Writes a manifest of these rows, whole or not at all; outside the root, it names that."""
+    root = os.path.abspath(cohort.root)
+    elsewhere = os.path.dirname(os.path.abspath(path)) != root
+    columns = ["path", *reversed(cohort.levels[1:])]
+    columns += ["label"] * bool(cohort.classes) + ["split"] * with_split + ["root"] * elsewhere
+    with open(f"{path}.part", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            line = {"path": cohort.name(row), "split": data.SPLITS[cohort.split[row]], "root": root}
+            writer.writerow(line | belonging(cohort, row))
+    os.replace(f"{path}.part", path)
+    print(f"{path} is written: {len(rows)} patches")
+
+
+def print_summary(cohort):
+    """What to know of a cohort before training on it."""
+    print(f"{cohort}, {len(cohort.classes)} classes")
     for level, group, starts in zip(cohort.levels, cohort.levels[1:], cohort.starts):
-        counts = np.diff(starts)
-        spread = f"{counts.min()} to {counts.max()}, median {np.median(counts):.0f}"
-        lines.append(f"{data.plural(level)} a {group}: {spread}")
-    people = data.plural(cohort.levels[-1])
-    parts = [(data.plural(cohort.levels[0]), cohort.patch, cohort.split >= 0)]
+        n = np.diff(starts)
+        print(f"{data.plural(level)} a {group}: {n.min()} to {n.max()}, median {np.median(n):.0f}")
+    patches, *_, people = map(data.plural, cohort.levels)
+    parts = [(patches, cohort.patch, cohort.split >= 0)]
     for i, split in enumerate(data.SPLITS):
         parts.append((f"{people} in {split}", cohort.patient, cohort.split == i))
     for name, ids, there in parts:
-        counts = [f"{len(np.unique(ids[there]))}"]
+        counts = [f"{name}: {len(np.unique(ids[there]))}"]
         for c, kind in [*enumerate(cohort.classes), (-1, "without a label")]:
             n = len(np.unique(ids[there & (cohort.label == c)]))
             counts += [f"{kind} {n}"] * (n > 0)
-        lines.append(f"{name}: {', '.join(counts)}")
-    return lines
+        print(", ".join(counts))
 
 
 def look(path):
-    """(shape, hash of the pixels) of a patch; or a str, what is wrong: "truncated: " and so on."""
+    """("3 x 96 x 96", hash of the pixels) of a patch; or what is wrong: "truncated: ..."."""
     if not os.path.exists(path):
         return "missing: no such file"
     try:
@@ -235,53 +196,7 @@ def look(path):
     spread = pixels.std(axis=(1, 2)).max()
     if spread < least:
         return f"constant: standard deviation {spread:.1f}, less than {least}"
-    return pixels.shape, hashlib.sha256(pixels.tobytes()).digest()
-
-
-def check(cohort, workers=2):
-    """Decodes every patch. Returns {row: why it cannot be used}, and remarks on the others."""
-    paths = [cohort.path(row) for row in range(len(cohort))]
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        looks = list(tqdm(pool.map(look, paths), "check", len(paths), unit="patch", leave=False))
-    problems = {row: found for row, found in enumerate(looks) if isinstance(found, str)}
-    good = {row: found for row, found in enumerate(looks) if row not in problems}
-    remarks = []
-    sizes = Counter(shape for shape, _ in good.values())
-    if len(sizes) > 1:
-        usual = " x ".join(map(str, sizes.most_common(1)[0][0]))
-        remarks.append(f"remark: {len(sizes)} sizes, mostly {usual} (channels, height, width)")
-    first = {}  # {hash: the first row that has it}
-    pairs = [(first.setdefault(pixels, row), row) for row, (_, pixels) in good.items()]
-    twins = [(one, two) for one, two in pairs if cohort.patient[one] != cohort.patient[two]]
-    if twins:
-        names = " and ".join(map(cohort.name, twins[0]))
-        remarks.append(f"remark: {len(twins)} images equal another patient's, as {names}")
-    return problems, remarks
-
-
-def contact_sheet(cohort, augmentation, views=4, seed=0, size=160):
-    """A Pillow image: two slides of a patient, two patches of each, and views beside each patch."""
-    # Pixels: a column for the patch as it is, one for each view.
-    counts = [views] + [2] * (len(cohort.levels) - 1)
-    sizes = 2 * size, size
-    drawn, ids = next(data.load_views(cohort, [1], 1, counts, augmentation, sizes, seed))
-    rows = ids[cohort.levels[0]][::views].tolist()
-    _, patches = next(data.load_batches(cohort, [rows], size))
-    plain = data.plain_view(patches, size)[:, None]
-    sheet = np.concatenate([plain, drawn.unflatten(0, (-1, views))], axis=1)  # [R, 1 + V, 3, H, W]
-
-    # One image: room for a line of text above each, then rows and columns side by side.
-    sheet = np.pad(sheet, ((0, 0), (0, 0), (0, 0), (18, 2), (2, 2)), constant_values=1)
-    sheet = sheet.transpose(0, 3, 1, 4, 2).reshape(len(rows) * (size + 20), -1, 3)
-    image = Image.fromarray((255 * sheet).round().astype(np.uint8))
-    draw = ImageDraw.Draw(image)
-    for i, row in enumerate(rows):
-        text = f"{words(cohort, row)}, {cohort.name(row)}"
-        draw.text((4, i * (size + 20) + 4), text, fill="black")
-    return image
-
-
-# ----------------------------------------------------------------------------------------- commands
+    return " x ".join(map(str, pixels.shape)), hash(pixels.tobytes())
 
 
 def run_index(args):
@@ -289,85 +204,80 @@ def run_index(args):
     path = args.out or os.path.join(args.root, "manifest.csv")
     if not path.endswith(".csv") or (os.path.exists(path) and not args.overwrite):
         raise ValueError(f"{path} is no .csv, or it is there already: --overwrite replaces it")
-    levels = args.levels.split(",")
     if args.command == "opensrh":
         cohort, with_split = opensrh(args.root), True
     else:
-        options = args.label_level, args.nested, args.partial, levels
-        cohort = index(args.root, args.pattern, *options)
-        with_split = "split" in path_pattern(args.pattern, levels).groupindex
-        for row in np.unique(np.linspace(0, len(cohort) - 1, 4).astype(int)):
-            print(f"{cohort.name(row)} -> {words(cohort, row)}")
-    print(*summary(cohort), sep="\n")
+        flags = args.label_level, args.nested, args.partial, args.levels
+        cohort = index(args.root, args.pattern, *flags)
+        with_split = "split" in path_pattern(args.pattern, args.levels).groupindex
+    for row in np.unique(np.linspace(0, len(cohort) - 1, 4).astype(int)):
+        groups = [f"{level} {name}" for level, name in belonging(cohort, row).items() if name]
+        print(f"{cohort.name(row)} -> {', '.join(groups)}")
+    print_summary(cohort)
     if args.command == "index" and not args.yes:
         check_patients(cohort)
     write_manifest(path, cohort, range(len(cohort)), with_split)
-    print(f"{path} is written")
 
 
 def run_check(args):
     """`check`: list what cannot be used, write a manifest without it; exit code 1 if some is."""
-    cohort = data.read_cohort(args.root, args.levels.split(","))
+    cohort = data.read_cohort(args.root, args.levels)
     folder = args.root if os.path.isdir(args.root) else os.path.dirname(args.root)
     path = os.path.join(folder, args.clean)
     if args.clean and (not path.endswith(".csv") or os.path.exists(path)):
         raise ValueError(f"--clean {args.clean}: name a file NAME.csv that is not there yet")
-    problems, remarks = check(cohort, args.workers)
-    print(*summary(cohort), *remarks, sep="\n")
-    for row, problem in problems.items():
-        print(f"{cohort.name(row)}: {problem}")
-    counts = Counter(problem.partition(":")[0] for problem in problems.values())
-    by_kind = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+    print_summary(cohort)
+    paths = [cohort.path(row) for row in range(len(cohort))]
+    with ThreadPoolExecutor(max(1, args.workers)) as pool:
+        looks = list(tqdm(pool.map(look, paths), "check", len(paths), unit="patch", leave=False))
+    good, problems, sizes, twins, first = [], Counter(), Counter(), [], {}
+    for row, found in enumerate(looks):
+        if isinstance(found, str):
+            print(f"{cohort.name(row)}: {found}")
+            problems[found.partition(":")[0]] += 1
+            continue
+        good.append(row)
+        sizes[found[0]] += 1
+        one = first.setdefault(found, row)  # with the same pixels
+        if cohort.patient[one] != cohort.patient[row]:
+            twins.append(f"{cohort.name(one)} and {cohort.name(row)}")
+    if len(sizes) > 1:
+        usual = sizes.most_common(1)[0][0]
+        print(f"remark: {len(sizes)} sizes, mostly {usual} (channels, height, width)")
+    if twins:
+        print(f"remark: {len(twins)} images equal another patient's, as {twins[0]}")
+    by_kind = ", ".join(f"{count} {kind}" for kind, count in problems.items())
     print(f"cannot be used: {by_kind or 'none'}")
     if args.clean:
-        good = [row for row in range(len(cohort)) if row not in problems]
         by_hash = (cohort.patient_split == data.hash_split(cohort.group_names[-1])).all()
         write_manifest(path, cohort, good, with_split=not by_hash)  # a hash needs no column
-        print(f"{path} holds the other {len(good)}")
     raise SystemExit(1 if problems else 0)
-
-
-def run_show(args):
-    """`show`: draw views."""
-    cohort = data.read_cohort(args.root, args.levels.split(","))
-    contact_sheet(cohort, args.augmentation, seed=args.seed).save(args.out)
-    print(f"{args.out}: each row is a patch, as it is and in four views")
 
 
 def main():
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name, run, text):
-        sub = commands.add_parser(name, help=text)
-        sub.set_defaults(run=run)
-        sub.add_argument("root", help="the cohort's folder, or to check and show its manifest.csv")
-        sub.add_argument("--levels", default=",".join(data.LEVELS), help="as in train.py")
-        if run == run_index:
-            out = "elsewhere than ROOT/manifest.csv, as for read-only data"
-            sub.add_argument("--out", default="", metavar="FILE.csv", help=out)
-            sub.add_argument("--overwrite", action="store_true", help="replace it if it is there")
-        return sub.add_argument
-
-    command("opensrh", run_index, "write a manifest from OpenSRH as released")
-    flag = command("index", run_index, "write a manifest from a folder tree")
-    pattern = "how paths are made: '{label}/{patient}/{slide}/*.png', or a regular expression with "
-    pattern += "such groups; split may be one; without slide, each patient is one slide"
-    flag("--pattern", required=True, help=pattern)
+    every = argparse.ArgumentParser(add_help=False)
+    every.add_argument("root", help="the cohort's folder; for check, or its manifest.csv")
+    every.add_argument("--levels", default=",".join(data.LEVELS), help="as in train.py")
+    write = argparse.ArgumentParser(add_help=False, parents=[every])
+    write.add_argument("--out", metavar="FILE.csv", help="elsewhere, as for read-only data")
+    write.add_argument("--overwrite", action="store_true", help="replace it if it is there")
+    commands.add_parser("opensrh", parents=[write], help="write it from OpenSRH as released")
+    flag = commands.add_parser("index", parents=[write], help="write it from a tree").add_argument
+    text = "as '{label}/{patient}/{slide}/*.png', or a regular expression; slide may be left out"
+    flag("--pattern", required=True, help=text)
     flag("--label-level", default="", metavar="LEVEL", help="what must have one label, as patient")
     flag("--nested", action="store_true", help="slides of different patients share names: 1, 2")
     flag("--partial", action="store_true", help="leave out images that the pattern does not match")
     flag("--yes", action="store_true", help="write it although its patients seem wrong")
-    flag = command("check", run_check, "decode every patch; exit with 1 if some cannot be used")
+    flag = commands.add_parser("check", parents=[every], help="decode every patch").add_argument
     flag("--clean", metavar="NAME.csv", default="", help="write a manifest without them, beside it")
     flag("--workers", type=int, default=os.cpu_count(), help="decoding threads")
-    flag = command("show", run_show, "draw a patient, two slides, their patches and their views")
-    flag("--out", default="views.png", help="the picture to write")
-    flag("--augmentation", choices=data.AUGMENTATIONS, default="demo", help="as in train.py")
-    flag("--seed", type=int, default=0, help="another seed: another patient and other views")
     args = parser.parse_args()
-    args.run(args)
+    args.levels = args.levels.split(",")
+    (run_check if args.command == "check" else run_index)(args)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import tifffile
+import torch
 from PIL import Image
 from test_train import log_of
 
@@ -46,6 +47,7 @@ def write_opensrh(root, patients=3, slides=2, patches=3, size=40):
                 "slide_id": slide,
                 "tumor_patches": [],
                 "normal_patches": [],
+                "nondiagnostic_patches": [f"studies/{patient}/{slide}/patches/blank.tif"],
             }
             own = "normal_patches" if kind == "normal" else "tumor_patches"
             for b in range(patches):
@@ -73,6 +75,50 @@ def test_opensrh_as_released(tmp_path, monkeypatch):
     ]  # slides of all patients are called 1 and 2
     assert str(cohort.restrict("val")) == "2 patients, 4 slides, 12 patches"
     assert not any(b"other-kind" in name for name in cohort.names)
+
+
+def test_opensrh_as_its_own_loaders_read_it(tmp_path):
+    """Only the patients of the split, by the patient's class; [2, H, W] is CH2 and CH3."""
+    root = write_opensrh(tmp_path)
+    file = tmp_path / "meta/opensrh.json"
+    meta = json.loads(file.read_text())
+    meta["NIO_900"] = {"patient_id": "NIO_900", "class": "lowgrade", "slides": {"1": {}}}
+    meta["NIO_000"]["slides"]["1"]["slide_class"] = "normal"  # as FastGlioma adds
+    file.write_text(json.dumps(meta))
+    cohort = tool.opensrh(root)
+    assert str(cohort) == "6 patients, 12 slides, 36 patches"
+    assert cohort.name(0) == "studies/NIO_000/1/patches/NIO_000-1-0.tif"
+    assert cohort.classes[cohort.label[0]] == "hgg"
+    assert (cohort.split == 0).sum() == 24
+    pixels = tifffile.imread(cohort.path(0))
+    assert pixels.shape == (2, 40, 40)
+    assert (data.decode(cohort.path(0)) == pixels).all()
+    ch2 = data.intensities(torch.from_numpy(pixels)[None])[0, 1]
+    assert np.allclose(ch2, pixels[0] / 65536)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},  # forty frames of 40 x 2
+        {"photometric": "minisblack", "planarconfig": "contig"},  # one frame of two samples
+    ],
+)
+def test_opensrh_with_channels_last_is_refused_and_mended(tmp_path, how):
+    root = write_opensrh(tmp_path)
+    first = tmp_path / "studies/NIO_000/1/patches/NIO_000-1-0.tif"
+    tifffile.imwrite(first, np.moveaxis(tifffile.imread(first), 0, -1), **how)
+    assert tifffile.imread(first).shape == (40, 40, 2)
+    with pytest.raises(ValueError, match=r"NIO_000-1-0\.tif is no TIFF .*\[2, H, W\]"):
+        tool.opensrh(root)
+    tifffile.imwrite(first, tifffile.imread(first).transpose(2, 0, 1))  # as the error says
+    assert len(tool.opensrh(root)) == 36
+
+
+def test_opensrh_without_its_images_is_for_the_check_to_say(tmp_path):
+    root = write_opensrh(tmp_path)
+    shutil.rmtree(tmp_path / "studies")
+    assert len(tool.opensrh(root)) == 36
 
 
 def test_opensrh_of_another_form_is_refused(tmp_path):

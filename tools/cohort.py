@@ -2,7 +2,7 @@
 
 python -m tools.cohort index ROOT --pattern '{label}/{patient}/{slide}/*.png'
 python -m tools.cohort opensrh ROOT      write it from OpenSRH's own JSON
-python -m tools.cohort check ROOT        decode every patch, say which cannot be used, and why
+python -m tools.cohort check ROOT        decode every patch, say which fail and why (exit code 1)
 """
 
 import argparse
@@ -121,25 +121,32 @@ def check_patients(cohort):
 
 
 def opensrh(root):
-    """OpenSRH (Jiang et al. 2022) as released -> Cohort, with its split; or ValueError.
+    """OpenSRH (Jiang et al. 2022) as its own loaders read it -> Cohort, with its split.
 
-    Tumour patches of tumour patients, normal patches of normal patients.
+    Tumour patches of tumour patients, normal patches of normal ones; the label is the patient's
+    class, not a slide's slide_class. Raises ValueError for other content than was released.
     """
     files = [os.path.join(root, "meta", f"{name}.json") for name in ("opensrh", "train_val_split")]
     entries = []
     try:
         patients, splits = (json.load(open(path, encoding="utf-8")) for path in files)
-        split_of = {patient: split for split, names in splits.items() for patient in names}
-        for patient, facts in patients.items():
-            label, split = facts["class"], split_of[patient]
-            kind = "normal_patches" if label == "normal" else "tumor_patches"
-            for slide, patches in facts["slides"].items():
-                groups = (patient, f"{patient}/{slide}")  # slides of all are called 1, 2, ...
-                for path in patches[kind]:
-                    entries.append((f"{files[0]}, {patient}", path, groups, label, split, ""))
+        for split in ("train", "val"):  # a patient in neither is left out
+            for patient in splits[split]:
+                label = patients[patient]["class"]
+                kind = "normal_patches" if label == "normal" else "tumor_patches"
+                for slide, patches in patients[patient]["slides"].items():
+                    groups = (patient, f"{patient}/{slide}")  # slides of all are called 1, 2, ...
+                    for path in patches[kind]:
+                        entries.append((f"{files[0]}, {patient}", path, groups, label, split, ""))
     except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{' and '.join(files)} are not OpenSRH's ({error!r})") from error
-    return data.build_cohort(root, entries)
+    cohort = data.build_cohort(root, entries)
+    if str(look(cohort.path(0))).startswith("unreadable"):
+        raise ValueError(
+            f"{cohort.path(0)} is no TIFF of two 16-bit frames, CH2 and CH3, read as [2, H, W]: "
+            "write [H, W, 2] anew with tifffile.imwrite(path, pixels.transpose(2, 0, 1))"
+        )
+    return cohort
 
 
 def belonging(cohort, row):
@@ -264,7 +271,8 @@ def main():
     write = argparse.ArgumentParser(add_help=False, parents=[every])
     write.add_argument("--out", metavar="FILE.csv", help="elsewhere, as for read-only data")
     write.add_argument("--overwrite", action="store_true", help="replace it if it is there")
-    commands.add_parser("opensrh", parents=[write], help="write it from OpenSRH as released")
+    text = "write it from OpenSRH as released: TIFFs read as [2, H, W] by tifffile, not [H, W, 2]"
+    commands.add_parser("opensrh", parents=[write], help=text, description=text)
     flag = commands.add_parser("index", parents=[write], help="write it from a tree").add_argument
     text = "as '{label}/{patient}/{slide}/*.png', or a regular expression; slide may be left out"
     flag("--pattern", required=True, help=text)

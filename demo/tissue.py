@@ -3,13 +3,14 @@
     python -m demo.tissue OUT
 
 writes an ordinary cohort (images and manifest.csv) and beside it factors.csv: the seven numbers
-behind each image.
+behind each image. The patches of a slide lie on a grid, over which two of the factors drift.
 """
 
 import argparse
-import csv
-import io
+import math
 import os
+from functools import partial
+from itertools import product
 
 import numpy as np
 from PIL import Image
@@ -27,6 +28,8 @@ CLASSES = {  # the mean of each factor
     "spindle": (0.55, 0.45, 0.30, 0.80, 0.40, 0.25, 0.80),
 }
 STAIN_SPREAD = (0.17, 0.17, 0.05)  # of both strengths and the hue: standard deviation over slides
+SMOOTH = np.isin(FACTORS, ("cellularity", "necrosis"))  # those that drift over a slide
+PATCH_SPREAD = np.where(SMOOTH, 0.03, 0.06)  # standard deviation of each factor over patches
 
 
 def draw_nuclei(x, y, rng, direction, factors):
@@ -35,45 +38,36 @@ def draw_nuclei(x, y, rng, direction, factors):
     x, y: the coordinates of all pixels, [size, size]. factors: {name: number in [0, 1]}.
     """
     size = len(x)
-    pleomorphism = factors["pleomorphism"]
-    elongation = factors["elongation"]
+    pleomorphism, elongation = factors["pleomorphism"], factors["elongation"]
     n = rng.poisson((6 + 54 * factors["cellularity"]) * (size / 64) ** 2)
     radius = 1.6 + 2.6 * factors["nuclear_size"]
     radius = radius * np.exp(rng.normal(0, 0.05 + 0.55 * pleomorphism, n))
-    stretch = 1 + 4 * elongation * rng.uniform(0.8, 1.2, n)
+    stretch = np.sqrt(1 + 4 * elongation * rng.uniform(0.8, 1.2, n))
     angle = direction + rng.normal(0, 0.15 + 0.9 * (1 - elongation), n)
-    darkness = np.exp(rng.normal(0, 0.05 + 0.4 * pleomorphism, n)).astype(np.float32)
+    darkness = np.exp(rng.normal(0, 0.05 + 0.4 * pleomorphism, n))
     x0, y0 = rng.uniform(0, size, (2, n))
 
-    # The squared distance of a pixel from a centre, in units of the radii, is a quadratic form:
-    # a (x - x0)^2 + b (x - x0)(y - y0) + c (y - y0)^2. One matrix product gives it for all.
-    cos = np.cos(angle)
-    sin = np.sin(angle)
-    long = 1 / (radius**2 * stretch)
-    short = stretch / radius**2
-    a = cos**2 * long + sin**2 * short
-    b = 2 * cos * sin * (long - short)
-    c = sin**2 * long + cos**2 * short
-    constant = a * x0**2 + b * x0 * y0 + c * y0**2
-    form = np.stack([a, b, c, -2 * a * x0 - b * y0, -2 * c * y0 - b * x0, constant], axis=1)
-    powers = np.stack([x * x, x * y, y * y, x, y, np.ones_like(x)]).reshape(6, -1)
-    distance = form.astype(np.float32) @ powers  # [n, size * size]
-    nuclei = np.clip(1.8 - distance, 0, 1) * darkness[:, None]
-    return nuclei.max(axis=0, initial=0).reshape(size, size)
+    # Ellipse by ellipse: how far each pixel is from the centre, in radii along it and across it.
+    cos, sin = np.cos(angle), np.sin(angle)
+    nuclei = np.zeros_like(x)
+    ellipses = np.stack([x0, y0, cos, sin, radius * stretch, radius / stretch, darkness], axis=1)
+    for x0, y0, cos, sin, long, short, dark in ellipses.astype(np.float32):
+        along = ((x - x0) * cos + (y - y0) * sin) / long
+        across = ((y - y0) * cos - (x - x0) * sin) / short
+        nuclei = np.maximum(nuclei, dark * np.clip(1.8 - along**2 - across**2, 0, 1))
+    return nuclei
 
 
 def render(factors, rng, stain=(1.0, 1.0, 0.0), size=64, scanner=1.0):
     """One patch of tissue, uint8 [size, size, 3].
 
     factors: seven numbers in [0, 1], as FACTORS. stain: strength of haematoxylin and of eosin, and
-    shift of hue. scanner: a factor on the density, [size, size] or a number. Nuclei are soft
-    ellipses of haematoxylin, fibres a warped sine of eosin, vessels rings about a lumen, necrosis a
-    pale blob.
+    shift of hue. scanner: a factor on the density, [size, size] or a number.
     """
     factors = dict(zip(FACTORS, factors))
     y, x = np.mgrid[:size, :size].astype(np.float32)
 
-    # Fibres, in the direction that long nuclei follow.
+    # Fibres: a warped sine of eosin, in the direction that long nuclei follow.
     direction = rng.uniform(0, np.pi)
     along = x * np.cos(direction) + y * np.sin(direction)
     across = y * np.cos(direction) - x * np.sin(direction)
@@ -116,6 +110,18 @@ def fine_sine(rng, share, size=64):
     return 1 + share * np.sin(wave * (x * np.cos(angle) + y * np.sin(angle)))
 
 
+def drift(grid, rng, amplitude=0.15):
+    """What each place on a slide adds to the factors, [patches, 7]: its mean over the slide is 0.
+
+    Each factor of SMOOTH follows half a wave in a direction and phase of its own; the others stay.
+    grid: the column and row of each patch, [patches, 2].
+    """
+    place = (grid - grid.mean(axis=0)) / max(1, np.ptp(grid, axis=0).max())
+    angle, phase = rng.uniform(0, 2 * np.pi, (2, 7))
+    wave = np.sin(np.pi * place @ np.stack([np.cos(angle), np.sin(angle)]) + phase)
+    return amplitude * SMOOTH * (wave - wave.mean(axis=0))
+
+
 def write_demo(out, patients=40, held_out=16, slides=3, patches=8, signature=0.0, seed=0):
     """Write a cohort: so many patients a class, slides a patient, patches a slide. Returns `out`.
 
@@ -125,43 +131,38 @@ def write_demo(out, patients=40, held_out=16, slides=3, patches=8, signature=0.0
     share of the density: a shortcut for whoever only tells patients apart.
     """
     rng = np.random.default_rng(seed)
-    F = len(FACTORS)
+    # A near-square grid of patches: 4 x 2 for eight.
+    columns = math.ceil(patches / math.isqrt(patches))
+    grid = np.array([(b % columns, b // columns) for b in range(patches)])
     factor_rows = [["path", *FACTORS]]
-    manifest_rows = [["path", "patient", "slide", "label", "split"]]
-    total = len(CLASSES) * patients * slides * patches
-    bar = tqdm(total=total, desc="demo tissue", unit="patch")
-    for label, mean in CLASSES.items():
-        for p in range(patients):
-            patient = f"{label}-{p:02d}"
-            split = "val" if p < held_out else "train"
-            os.makedirs(os.path.join(out, "images", patient), exist_ok=True)
-            patient_offset = rng.normal(0, 0.12, F)
-            patient_stain = np.array((1, 1, 0)) + rng.normal(0, (0.15, 0.15, 0.05))
-            scanner = fine_sine(rng, signature)
-            for s in range(slides):
-                slide_offset = patient_offset + rng.normal(0, 0.05, F)
-                stain = patient_stain + rng.normal(0, (0.07, 0.07, 0.02))
-                for b in range(patches):
-                    centre = CLASSES["normal"] if rng.random() < 0.2 else mean
-                    factors = np.clip(centre + slide_offset + rng.normal(0, 0.06, F), 0, 1)
-                    path = f"images/{patient}/{s}-{b}.png"
-                    image = Image.fromarray(render(factors, rng, stain, scanner=scanner))
-                    image.save(os.path.join(out, path))
-                    factor_rows.append([path, *factors.round(4)])
-                    manifest_rows.append([path, patient, f"{patient}-{s}", label, split])
-                    bar.update()
+    manifest_rows = [["path", "patient", "slide", "label", "split", "x", "y"]]
+    bar = tqdm(total=len(CLASSES) * patients * slides * patches, desc="demo tissue", unit="patch")
+    for label, p in product(CLASSES, range(patients)):
+        patient = f"{label}-{p:02d}"
+        split = "val" if p < held_out else "train"
+        os.makedirs(os.path.join(out, "images", patient), exist_ok=True)
+        patient_offset = rng.normal(0, 0.12, 7)
+        patient_stain = np.array((1, 1, 0)) + rng.normal(0, (0.15, 0.15, 0.05))
+        scanner = fine_sine(rng, signature)
+        for s in range(slides):
+            slide_offset = patient_offset + rng.normal(0, 0.05, 7)
+            stain = patient_stain + rng.normal(0, (0.07, 0.07, 0.02))
+            for b, offset in enumerate(slide_offset + drift(grid, rng)):
+                centre = CLASSES["normal" if rng.random() < 0.2 else label]
+                factors = np.clip(centre + offset + rng.normal(0, PATCH_SPREAD), 0, 1)
+                path = f"images/{patient}/{s}-{b}.png"
+                image = Image.fromarray(render(factors, rng, stain, scanner=scanner))
+                image.save(os.path.join(out, path))
+                factor_rows.append([path, *factors.round(4)])
+                x, y = 64 * grid[b]
+                manifest_rows.append([path, patient, f"{patient}-{s}", label, split, x, y])
+                bar.update()
     bar.close()
     # The manifest comes last: where it is, everything is.
-    write_csv(os.path.join(out, "factors.csv"), factor_rows)
-    write_csv(os.path.join(out, "manifest.csv"), manifest_rows)
+    for name, rows in (("factors.csv", factor_rows), ("manifest.csv", manifest_rows)):
+        save = partial(np.savetxt, X=rows, fmt="%s", delimiter=",")
+        write_whole(os.path.join(out, name), save)
     return out
-
-
-def write_csv(path, rows):
-    """Write a table, whole or not at all."""
-    text = io.StringIO()
-    csv.writer(text).writerows(rows)
-    write_whole(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def main():

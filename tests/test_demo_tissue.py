@@ -12,7 +12,7 @@ from PIL import Image
 
 from data import SPLITS, read_cohort
 from demo.prepare import made_once
-from demo.tissue import CLASSES, FACTORS, fine_sine, main, render, write_demo
+from demo.tissue import CLASSES, FACTORS, drift, fine_sine, main, render, write_demo
 
 
 def test_demo_tissue_shows_its_factors():
@@ -68,6 +68,48 @@ def test_so_many_patients_of_each_class_are_held_out(held_out, tmp_path):
     in_val = cohort.names[cohort.split == SPLITS.index("val")].astype(str)
     assert {name.split("/")[1] for name in in_val} == expected
     assert (cohort.split == SPLITS.index("train")).sum() == len(CLASSES) * (3 - held_out)
+
+
+# ------------------------------------------------------------------------------ places on a slide
+
+
+@pytest.mark.parametrize(("patches", "columns"), [(1, 1), (2, 2), (3, 3), (7, 4), (8, 4), (10, 4)])
+def test_the_patches_of_a_slide_lie_on_a_grid(patches, columns, tmp_path):
+    write_demo(str(tmp_path), patients=1, held_out=0, slides=1, patches=patches)
+    assert len(read_cohort(str(tmp_path))) == 4 * patches
+    slides = {}
+    for row in csv.DictReader(open(tmp_path / "manifest.csv")):
+        slides.setdefault(row["slide"], []).append((int(row["x"]), int(row["y"])))
+    expected = [(64 * (b % columns), 64 * (b // columns)) for b in range(patches)]
+    assert list(slides.values()) == [expected] * 4
+
+
+def test_two_factors_drift_over_a_slide():
+    """A smooth wave of mean 0: neighbours differ by less than places that are far apart."""
+    grid = np.array([(x, y) for y in range(8) for x in range(8)])
+    rng = np.random.default_rng(0)
+    waves = np.stack([drift(grid, rng) for _ in range(100)])
+    smooth = [FACTORS.index("cellularity"), FACTORS.index("necrosis")]
+    assert not np.delete(waves, smooth, axis=2).any()
+    waves = waves[..., smooth].reshape(100, 8, 8, 2)
+    np.testing.assert_allclose(waves.mean(axis=(1, 2)), 0, atol=1e-12)
+    assert np.abs(waves[:, :, 1:] - waves[:, :, :-1]).max() < 0.15 * np.pi / 7
+    assert 0.05 < waves.std() < 0.15
+    assert abs(np.corrcoef(waves.reshape(-1, 2).T)[0, 1]) < 0.2
+    assert not drift(np.array([[0, 0]]), rng).any()
+
+
+def test_the_drift_is_in_the_truth(tmp_path):
+    """Within a slide the two factors vary more than the rest, of which noise alone is left."""
+    write_demo(str(tmp_path), patients=8, held_out=0, slides=2, patches=8)
+    with open(tmp_path / "factors.csv") as file:
+        rows = [[float(row[f]) for f in FACTORS] for row in csv.DictReader(file)]
+    slides = np.array(rows).reshape(-1, 8, len(FACTORS))
+    steps = np.abs(np.diff(slides.reshape(-1, 2, 4, len(FACTORS)), axis=1))[:, 0]
+    assert np.median(steps, axis=(0, 1))[FACTORS.index("fibres")] > 0.04
+    ends = slides[:, [0, 4]].mean(axis=1) - slides[:, [3, 7]].mean(axis=1)  # left and right
+    spread = np.median(np.abs(ends), axis=0)
+    assert spread[FACTORS.index("necrosis")] > 1.5 * spread[FACTORS.index("nuclear_size")]
 
 
 # ---------------------------------------------------------------------- the signature of a patient

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data import SPLITS, decode, load_batches, plain_view, plural, read_cohort, short_side
 from describe import check_sentences, encode_bank, read_json, tokenizer_of
-from losses import attributes_used, standardise
+from losses import attributes_used
 from model import load_run, text_tower
 from tools import report, runs
 from tools.cohort import index
@@ -77,28 +77,6 @@ def attribute_scores(z, bank):
     return {level: z @ t.cpu().T for level, t in bank.items()}
 
 
-def attribute_targets(z, bank, cohort):
-    """What `losses.ar` holds the attribute scores to: {level: [G_l, K_l]}, one row for each id.
-
-        a_l = standardise(mean over each patch, slide or patient of standardise(z t_l^T))
-
-    z: [n, D], the teacher's embeddings of plain views of the cohort. Prints the teacher's own loss
-    over the cohort, below which a student need not fall.
-    """
-    ids = dict(zip(cohort.levels, cohort.ids(np.arange(len(cohort))).T))
-    targets, own = {}, {}
-    for level, cosines in attribute_scores(z, bank).items():
-        scores = standardise(cosines)
-        mean, first = group_mean(scores.numpy(), ids[level])
-        targets[level] = torch.zeros(ids[level].max() + 1, scores.shape[1])
-        targets[level][ids[level][first]] = standardise(torch.from_numpy(mean)).float()
-        own[level] = (scores - targets[level][ids[level]]).square().mean().item()
-    if place()[0] == 0:
-        own = ", ".join(f"{level} {value:.2f}" for level, value in own.items())
-        print(f"an ar term is about 2 for unrelated scores; the teacher itself has {own}")
-    return targets
-
-
 # --------------------------------------------------------------------------------------- probes
 
 
@@ -126,24 +104,6 @@ def knn(train_z, train_labels, z, classes, ks=(200, 20), temperature=0.07):
     return add_up(probabilities, only_first=True)
 
 
-def preconditioner(x, classes, cost):
-    """The centre [D] and new axes [D, D] in which the loss of `logistic` is round at its start.
-
-    Embeddings share a large mean and hardly vary along most directions: the loss is then a long
-    narrow valley, in which L-BFGS takes thousands of steps. At w = 0 every class has the
-    probability 1 / classes, and along an eigenvector of the covariance of x the loss curves by
-
-        spread / classes + 1 / cost
-
-    where spread is the eigenvalue and 1 / cost comes from the penalty. Each eigenvector divided by
-    the root of its curvature is an axis here, so all curvatures are 1. x: [m, D], float64.
-    """
-    centre = x.mean(dim=0)
-    spread, directions = torch.linalg.eigh((x - centre).T.cov(correction=0))
-    axes = directions / (spread.clamp(min=0) / classes + 1 / cost).sqrt()
-    return centre, axes
-
-
 def logistic(train_x, train_labels, x, classes):
     """Class probabilities [n, classes] by logistic regression, solved to convergence.
 
@@ -155,20 +115,28 @@ def logistic(train_x, train_labels, x, classes):
     """
     present, target = train_labels.unique(return_inverse=True)
     cost = len(train_x) * train_x.shape[1] * classes / 100  # C m: divided by it, a sum is a mean
-    centre, axes = preconditioner(train_x.double(), classes, cost)
-    turned = (train_x.double() - centre) @ axes
+
+    # Embeddings hardly vary along most directions, so the loss is a long narrow valley, in which
+    # L-BFGS takes thousands of steps. At w = 0 it curves by variance / classes + 1 / cost along
+    # each eigenvector of the covariance; on axes divided by the root of that, it is round.
+    rows = train_x.double()
+    centre = rows.mean(dim=0)
+    rows -= centre
+    variance, axes = torch.linalg.eigh(rows.T @ rows / len(rows))  # [D], [D, D]
+    axes = axes / (variance.clamp(min=0) / classes + 1 / cost).sqrt()
+    for part in rows.split(4096):  # in place: memory holds the rows once
+        part.copy_(part @ axes)
 
     # The unknowns: w = axes v, and b, which takes up the centre too. [classes, D] is the layout in
     # which both products of a step are fast.
-    v = turned.new_zeros(len(present), train_x.shape[1] + 1, requires_grad=True)
+    v = rows.new_zeros(len(present), rows.shape[1] + 1, requires_grad=True)
     tolerance = {"tolerance_grad": 1e-7, "tolerance_change": 1e-14}
     lbfgs = torch.optim.LBFGS([v], max_iter=1000, line_search_fn="strong_wolfe", **tolerance)
 
     def closure():
         lbfgs.zero_grad()
-        w, b = v[:, :-1], v[:, -1]
-        penalty = (w @ axes.T).square().sum() / (2 * cost)
-        loss = F.cross_entropy(F.linear(turned, w, b), target) + penalty
+        penalty = (v[:, :-1] @ axes.T).square().sum() / (2 * cost)
+        loss = F.cross_entropy(F.linear(rows, v[:, :-1], v[:, -1]), target) + penalty
         loss.backward()
         return loss
 
@@ -188,15 +156,14 @@ def zero_shot(path, z, classes, clip, activation="", vocab=""):
     scale of the encoder's own clip, a source of `load_clip`. Raises ValueError for other classes.
     """
     prompts = read_json(path)
-    if not isinstance(prompts, dict):
-        raise ValueError(f"{path} must hold {{class: [sentences]}}")
+    names = sorted(prompts) if isinstance(prompts, dict) else type(prompts)
+    if names != classes:
+        raise ValueError(
+            f"{path} has prompts for {names}, but the classes are {classes}: write "
+            "{class: [sentences]}"
+        )
     for name, sentences in prompts.items():
         check_sentences(path, name, sentences)
-    if sorted(prompts) != classes:
-        raise ValueError(
-            f"{path} has prompts for {sorted(prompts)}, but the classes are {classes}: name them "
-            "alike"
-        )
     state = load_clip(clip, activation)
     content = {"levels": {"class": {name: prompts[name] for name in classes}}}
     t = encode_bank(content, text_tower(state), tokenizer_of(state, vocab))["class"]
@@ -211,23 +178,14 @@ def probe_splits(cohort, protocol="val"):
     held out from all others. Raises ValueError if there is no test split.
     """
     labelled = cohort.label >= 0
-    patient = cohort.patient
     split = np.array(SPLITS)[cohort.split]
     if protocol == "test" and "test" not in split:
         raise ValueError(f"{cohort.root} has no patient in the split test: use val or lopo")
     masks = [(split == "train", split == protocol)]
     if protocol == "lopo":
-        masks = [(patient != p, patient == p) for p in np.unique(patient[labelled])]
-
-    splits = []
-    for train_mask, held_out_mask in masks:
-        train = np.flatnonzero(labelled & train_mask)
-        held_out = np.flatnonzero(labelled & held_out_mask)
-        shared = np.isin(patient[train], patient[held_out])
-        assert not shared.any(), "a patient is on both sides of the split"
-        if len(train) and len(held_out):
-            splits.append((train, held_out))
-    return splits
+        masks = [(cohort.patient != p, cohort.patient == p) for p in cohort.present]
+    pairs = [[np.flatnonzero(labelled & mask) for mask in pair] for pair in masks]
+    return [(train, held_out) for train, held_out in pairs if len(train) and len(held_out)]
 
 
 def predict(kinds, features, cohort, splits, device="cpu"):
@@ -235,21 +193,19 @@ def predict(kinds, features, cohort, splits, device="cpu"):
 
     features: [rows, D]. All processes must call it; only on rank 0 are the results whole.
     """
-    rank, _ = place()
     features = features.to(device)
+    neighbours = {kind: k for kind, k in NEIGHBOURS.items() if kind in kinds}
     found = {kind: [] for kind in kinds}
     for train, held_out in tqdm(splits, "probes", disable=len(splits) == 1, leave=False):
         labels = torch.from_numpy(cohort.label[train]).long().to(device)
         inputs = features[train], labels, features[held_out], len(cohort.classes)
-        neighbours = [kind for kind in kinds if kind in NEIGHBOURS]
-        if neighbours:
-            votes = knn(*inputs, ks=[NEIGHBOURS[kind] for kind in neighbours])
-            for kind, probabilities in zip(neighbours, votes):
-                found[kind].append(probabilities)
-        for kind in set(kinds) - set(neighbours):
-            empty = torch.zeros(len(held_out), len(cohort.classes))
-            found[kind].append(logistic(*inputs) if rank == 0 else empty)
-    return {kind: torch.cat(parts).numpy() for kind, parts in found.items()}
+        votes = knn(*inputs, ks=list(neighbours.values())) if neighbours else []
+        for kind, probabilities in zip(neighbours, votes):
+            found[kind].append(probabilities)
+        for kind in found.keys() - neighbours.keys():
+            if place()[0] == 0:
+                found[kind].append(logistic(*inputs))
+    return {kind: torch.cat(parts).numpy() for kind, parts in found.items() if parts}
 
 
 # ------------------------------------------------------------------------------------ intervals
@@ -362,7 +318,7 @@ def assess_level(predictions, labels, groups, patient, counts, classes):
         C = len(classes)
         areas = [auc(probabilities[:, c], label == c) for c in np.unique(label)]
         confusion = np.bincount(label * C + probabilities.argmax(axis=1), minlength=C * C)
-        metrics |= estimate("auc", np.mean(areas, keepdims=True))
+        metrics["auc"] = float(np.mean(areas)) if len(areas) > 1 else None
         recalls = values["recall"].T
         metrics["recall"] = {c: estimate("recall", r) for c, r in zip(classes, recalls)}
         metrics["confusion"] = confusion.reshape(C, C).tolist()
@@ -373,26 +329,26 @@ def assess(predictions, cohort, splits, resamples=RESAMPLES, other=None):
     """{probe: {"levels": {level: metrics}, "k": of kNN, "patients": [each one's prediction]}}.
 
     predictions: {kind: probabilities [n, C] of the held-out rows}, from predict(). other: the same
-    for another encoder, to gain over. metrics: n, left_out (groups with several labels); if n > 0
-    accuracy and mca; with resamples also intervals, macro one-vs-rest auc, recall by class
-    and confusion (rows: true, columns: predicted).
+    for another encoder, to gain over; probes that it lacks are left out. metrics: n, left_out
+    (groups with several labels); if n > 0 accuracy and mca; with resamples also intervals, macro
+    one-vs-rest auc, recall by class and confusion (rows: true, columns: predicted).
     """
     rows = np.concatenate([held_out for _, held_out in splits])
     patients, patient = np.unique(cohort.patient[rows], return_inverse=True)
     labels = cohort.label[rows]
     counts = bootstrap_counts(len(patients), resamples)
     results = {}
-    for kind, probabilities in predictions.items():
-        both = [probabilities, other[kind]] if other else [probabilities]
+    for kind in [kind for kind in predictions if other is None or kind in other]:
+        encoders = [one[kind] for one in (predictions, other) if one]
         levels = {}
         for level, groups in zip(cohort.levels, cohort.ids(rows).T):
-            levels[level] = assess_level(both, labels, groups, patient, counts, cohort.classes)
+            levels[level] = assess_level(encoders, labels, groups, patient, counts, cohort.classes)
         results[kind] = {"levels": levels}
         if kind in NEIGHBOURS:
             results[kind]["k"] = min(NEIGHBOURS[kind], *(len(train) for train, _ in splits))
         if resamples:
             results[kind]["patients"] = []
-            mean, label, first, _ = pool(probabilities, labels, cohort.patient[rows])
+            mean, label, first, _ = pool(encoders[0], labels, cohort.patient[rows])
             for p, c, group in zip(mean, label, cohort.patient[rows[first]]):
                 row = {"patient": cohort.group_names[-1][group], "class": cohort.classes[c]}
                 row |= {"predicted": cohort.classes[p.argmax()], "probability": float(p.max())}
@@ -417,64 +373,53 @@ def table(results):
     width = 2 + max(len(f"{name} {kind}") for name in results for kind in results[name])
     lines = [" " * width + "".join(f"{level:>16}" for level in levels)]
     lines.append(" " * width + f"{'acc':>9}{'MCA':>7}" * len(levels))
-    notes = []
+    notes = {}  # as a set that keeps its order
     for name, probes in results.items():
         for kind, result in probes.items():
+            metrics = list(result["levels"].values())
             heads = {"": f"{name} {kind}", "_interval": "  95%"}
             heads |= {"_gain": "  gain", "_gain_interval": "  gain, 95%"}
-            metrics = list(result["levels"].values())
             for end, head in heads.items():
-                pairs = [(m.get(f"accuracy{end}"), m.get(f"mca{end}")) for m in metrics]
-                if end == "" or any(accuracy is not None for accuracy, _ in pairs):
+                if end == "" or any(f"accuracy{end}" in m for m in metrics):
+                    pairs = [(m.get(f"accuracy{end}"), m.get(f"mca{end}")) for m in metrics]
                     cells = [report.percent(a) + report.percent(m).rjust(7) for a, m in pairs]
                     lines.append((head.ljust(width) + "".join(f"{c:>16}" for c in cells)).rstrip())
             k = result.get("k")
             if k != NEIGHBOURS.get(kind):
-                notes.append(f"{kind}: only {k} labelled training patches, and all of them vote")
+                notes[f"{kind}: only {k} labelled training patches, and all of them vote"] = None
             scored = [f"{m['n']} {plural(level)}" for level, m in result["levels"].items()]
-            notes.append(f"scored: {', '.join(scored)}")
+            notes[f"scored: {', '.join(scored)}"] = None
             for level, m in result["levels"].items():
                 if m["left_out"]:
                     of_all = f"{level}: {m['left_out']} of {m['n'] + m['left_out']}"
-                    notes.append(f"{of_all} left out, having patches of several labels")
-    return lines + [f"  {note}" for note in dict.fromkeys(notes)]
+                    notes[f"{of_all} left out, having patches of several labels"] = None
+    return lines + [f"  {note}" for note in notes]
 
 
 # ---------------------------------------------------------------------------------------- words
 
 
-def class_differences(scores, labels, counts):
-    """The classes that occur [C], and how much more each scores than the others [R, C, K].
-
-    That is the mean of its patients less the mean of the other classes' means, or nan where a
-    resample lacks a class. scores: [P, K]. labels: [P]. counts: [R, P].
-    """
-    present = np.unique(labels)
-    members = counts[:, None] * (labels == present[:, None])  # [R, C, P]
-    with np.errstate(invalid="ignore"):
-        means = members @ scores / members.sum(axis=2, keepdims=True)  # [R, C, K]
-    others = (means.sum(axis=1, keepdims=True) - means) / max(1, len(present) - 1)
-    return present, means - others
-
-
 def class_attributes(scores, names, cohort, rows, number=5):
-    """The attributes whose score in a class most exceeds that in the other classes, as dicts with
-    class, level, attribute, difference and its interval.
+    """The attributes whose score in a class most exceeds that in the other classes.
 
-    scores: {level: [all rows, K_l]}. names: {level: [K_l]}. rows: those to look at, with labels.
-    Empty without two classes that have a patient whose patches share a label.
+    scores: {level: [all rows, K_l]}. names: {level: [K_l]}. rows: those to look at, all labelled.
+    Returns dicts with class, level, attribute, difference (the mean of the class's patients less
+    the mean of the other classes' means) and its interval; none without two classes.
     """
-    labels = cohort.label[rows]
-    if labels.min() < 0:
-        return []
     found = []
-    for level in cohort.levels:
+    labels = cohort.label[rows]
+    for level in cohort.levels if labels.min() >= 0 else ():
         # Patients are the independent unit, whatever the level of the words.
-        mean, label, *_ = pool(scores[level][rows].numpy(), labels, cohort.patient[rows])
-        if len(np.unique(label)) < 2:
+        score, label, *_ = pool(scores[level][rows].numpy(), labels, cohort.patient[rows])
+        present = np.unique(label)
+        if len(present) < 2:
             return []
         counts = bootstrap_counts(len(label), RESAMPLES if len(label) >= FEW else 0)
-        present, difference = class_differences(mean, label, counts)
+        members = counts[:, None] * (label == present[:, None])  # [R, C, P]
+        with np.errstate(invalid="ignore"):  # 0 / 0 where a resample lacks a class
+            means = members @ score / members.sum(axis=2, keepdims=True)  # [R, C, K]
+        others = (means.sum(axis=1, keepdims=True) - means) / (len(present) - 1)
+        difference = means - others
         for i, c in enumerate(present):
             for k in np.argsort(-difference[0, i])[:number]:
                 row = {"class": cohort.classes[c], "level": level, "attribute": names[level][k]}
@@ -483,6 +428,103 @@ def class_attributes(scores, names, cohort, rows, number=5):
 
 
 # ------------------------------------------------------------------------------------ the command
+
+
+def evaluate(args, device):
+    """Evaluates a run as the flags of main() say; all processes share the work, rank 0 writes."""
+    # The run, and the cohort: its own, or the one that --data names.
+    model, checkpoint = load_run(args.run)
+    if args.export:
+        return export(args.export, model, checkpoint)
+    if args.embed:
+        return embed_folder(*args.embed, model.to(device), checkpoint, args.workers)
+    config, names = checkpoint["config"], checkpoint["attributes"]
+    data = os.path.abspath(args.data or config["data"])
+    cohort = read_cohort(data, config["levels"].split(","), config["val_fraction"])
+    run = args.run if os.path.isdir(args.run) else os.path.dirname(os.path.abspath(args.run))
+    out = args.out or run
+    refuse_other_results(out, data, args.protocol, args.overwrite)
+    splits = probe_splits(cohort, args.protocol)
+    # Without labels there is nothing to probe, but much to see.
+    rows = np.concatenate([held_out for _, held_out in splits] or [np.arange(len(cohort))])
+
+    # Embeddings, attribute scores and predictions, also of the encoder that --against names.
+    encoders = [(model, checkpoint)]
+    if args.against:
+        start = runs.checkpoint_path(run, 0)
+        encoders.append(load_run(start if args.against == "start" else args.against))
+    z, scores, predictions = [], [], []
+    for encoder, kept in encoders:
+        sizes = kept["read_size"], kept["image_size"]
+        z.append(embed(encoder.to(device), cohort, *sizes, workers=args.workers))
+        scores.append(attribute_scores(z[-1], encoder.bank))
+        predictions.append(predict_all(args, kept, z[-1], scores[-1], cohort, splits, device))
+    if place()[0] > 0:
+        return
+
+    # Intervals and words.
+    probes = assess(predictions[0], cohort, splits, other=[*predictions, None][1]) if splits else {}
+    words, used = [], {}
+    if any(names.values()):
+        words = class_attributes(scores[0], names, cohort, rows)
+        used = {level: attributes_used(z[0], t.cpu()) for level, t in model.bank.items()}
+
+    # Results.
+    metrics = {
+        "command": " ".join(["python", *sys.argv]),
+        "run": run,
+        "step": checkpoint["step"],
+        "data": data,
+        "root": cohort.root,
+        "cohort": str(cohort),
+        "classes": cohort.classes,
+        "protocol": args.protocol,
+        "rows": rows.tolist(),
+        "notes": reader_notes(args.protocol, checkpoint, cohort, rows, probes, words),
+        "against": args.against,
+        "probes": probes,
+        "levels": cohort.levels,
+        "attributes_used": used,
+        "class_attributes": words,
+    }
+    alike = args.against and encoders[1][1]["attributes"] == names
+    path = os.path.join(out, "embeddings.npz")
+    write_arrays(path, cohort, z[0], scores[0], names, scores[1] if alike else {})
+    runs.write_json(os.path.join(out, "metrics.json"), metrics)
+    print(*table({f"step {checkpoint['step']}": probes}), *metrics["notes"], sep="\n")
+
+    # The page comes last and from these files, so that one that cannot be drawn loses nothing.
+    try:
+        print(f"all is in {report.draw(out)}")
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        print(f"no page was drawn ({reason}): python -m tools.report {out} draws it later")
+
+
+def refuse_other_results(out, data, protocol, overwrite):
+    """Raises ValueError if a folder holds results of other data or of another protocol."""
+    os.makedirs(out, exist_ok=True)
+    path = os.path.join(out, "metrics.json")
+    before = read_json(path) if os.path.exists(path) and not overwrite else {}
+    if before and (before["data"], before["protocol"]) != (data, protocol):
+        raise ValueError(
+            f"{out} holds results of {before['data']} (protocol {before['protocol']}), not of "
+            f"{data} ({protocol}): give another --out, or --overwrite"
+        )
+
+
+def predict_all(args, kept, z, scores, cohort, splits, device):
+    """predict() of all probes. kept: the encoder's checkpoint. scores: its attribute scores."""
+    on_z = [kind for kind in PROBES if kind != "attributes"]
+    found = predict(on_z, z, cohort, splits, device)
+    if any(kept["attributes"].values()):
+        features = torch.cat(list(scores.values()), dim=1)
+        found |= predict(["attributes"], features, cohort, splits, device)
+    if args.prompts and splits:  # by the encoder's own CLIP
+        rows = np.concatenate([held_out for _, held_out in splits])
+        clip = args.clip or kept["config"]["clip"], kept["clip"].get("activation", "")
+        found["zero-shot"] = zero_shot(args.prompts, z[rows], cohort.classes, *clip)
+    return found
 
 
 def cohort_notes(config, cohort):
@@ -534,24 +576,6 @@ def size_notes(cohort, checkpoint):
     return [note] if side != before else []
 
 
-def run_probes(args, encoders, z, cohort, splits, device):
-    """All probes of the run's encoder, the first, and its gain over the other one."""
-    held_out = np.concatenate([rows for _, rows in splits])
-    with_words = all(any(kept["attributes"].values()) for _, kept in encoders.values())
-    predictions = []
-    for name, (model, kept) in encoders.items():
-        on_z = [kind for kind in PROBES if kind != "attributes"]
-        found = predict(on_z, z[name], cohort, splits, device)
-        if with_words:
-            scores = torch.cat(list(attribute_scores(z[name], model.bank).values()), dim=1)
-            found |= predict(["attributes"], scores, cohort, splits, device)
-        if args.prompts:  # each encoder's by its own CLIP
-            clip = args.clip or kept["config"]["clip"], kept["clip"].get("activation", "")
-            found["zero-shot"] = zero_shot(args.prompts, z[name][held_out], cohort.classes, *clip)
-        predictions.append(found)
-    return assess(predictions[0], cohort, splits, other=predictions[1] if args.against else None)
-
-
 def embed_folder(folder, path, model, checkpoint, workers):
     """Writes z and the attribute scores of all images below a folder.
 
@@ -561,150 +585,45 @@ def embed_folder(folder, path, model, checkpoint, workers):
     os.makedirs(out, exist_ok=True)
     TemporaryFile(dir=out).close()  # what cannot be written fails before the work
     cohort = index(folder, "(?P<patient>.+)")  # each image a patient of its own: nothing is pooled
-    broken = unreadable(cohort, checkpoint["read_size"], workers)
-    cohort = cohort.select(~broken)
+    paths = [cohort.path(row) for row in range(len(cohort))]
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        faults = list(tqdm(pool.map(unreadable, paths), "check", len(paths), leave=False))
+    cohort = cohort.select(np.array([not fault for fault in faults]))
     z = embed(model, cohort, checkpoint["read_size"], checkpoint["image_size"], workers=workers)
     if place()[0] == 0:
-        scores = attribute_scores(z, model.bank)
-        write_arrays(path, cohort, z, scores, checkpoint["attributes"])
+        print(*(f"left out: {fault}" for fault in faults if fault), sep="\n")
+        write_arrays(path, cohort, z, attribute_scores(z, model.bank), checkpoint["attributes"])
         print(f"{len(z)} images are in {path}: path, z, and scores and attributes of each level")
         print(*size_notes(cohort, checkpoint), sep="\n")
-    if broken.any():
+    if any(faults):
         raise SystemExit(1)
 
 
-def unreadable(cohort, size, workers):
-    """Which patches cannot be read, [n] bool, printing why. The processes share the work."""
-    rank, world = place()
-
-    def is_broken(row):
-        try:
-            decode(cohort.path(row), size)
-        except ValueError as error:
-            tqdm.write(f"left out: {error}")
-            return True
-        return False
-
-    broken = torch.zeros(len(cohort), dtype=torch.int32)
-    rows = range(rank, len(cohort), world)
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        found = tqdm(pool.map(is_broken, rows), "read", len(rows), leave=False, disable=rank > 0)
-        broken[rank::world] = torch.tensor(list(found), dtype=torch.int32)
-    return add_up(broken).bool().numpy()
+def unreadable(path):
+    """Why an image cannot be read, with its path; "" if it can."""
+    try:
+        decode(path)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
-def folders_of(args, data):
-    """The run's folder, and where results go: --out, or there, or below it for other data.
-
-    Raises ValueError if it holds results of other data or of another protocol.
-    """
-    run = args.run if os.path.isdir(args.run) else os.path.dirname(os.path.abspath(args.run))
-    other = os.path.splitext(os.path.basename(data))[0] if args.data else ""
-    protocol = "" if args.protocol == "val" else args.protocol
-    out = args.out or os.path.normpath(os.path.join(run, other, protocol))
-    os.makedirs(out, exist_ok=True)
-    path = os.path.join(out, "metrics.json")
-    if os.path.exists(path) and not args.overwrite:
-        before = read_json(path)
-        if (before["data"], before["protocol"]) != (data, args.protocol):
-            raise ValueError(
-                f"{out} holds results of {before['data']} (protocol {before['protocol']}), not of "
-                f"{data} ({args.protocol}): give another --out, or --overwrite"
-            )
-    return run, out
-
-
-def write_results(out, metrics, cohort, z, scores, names, against_scores):
-    """Writes embeddings.npz, of all patches, and metrics.json; each replaces the old one whole."""
-    arrays = {"label": cohort.label, "split": cohort.split, "splits": np.array(SPLITS)}
-    arrays["classes"] = np.array(cohort.classes, str)
+def write_arrays(path, cohort, z, scores, names, against_scores=None):
+    """Writes an .npz of all patches, whole: path, label, split, and the group of each level; z
+    [n, D]; of each level scores [n, K_l] and attributes [K_l]."""
+    arrays = {"path": np.array([name.decode() for name in cohort.names]), "z": z.numpy()}
+    arrays |= {"label": cohort.label, "split": cohort.split}
+    arrays |= {"splits": np.array(SPLITS), "classes": np.array(cohort.classes, str)}
     ids = cohort.ids(np.arange(len(cohort)))
     for level, group_names, column in zip(cohort.levels[1:], cohort.group_names, ids.T[1:]):
         arrays[level] = column.astype(np.int32)
         arrays[plural(level)] = np.array(group_names)
-    for level, values in against_scores.items():
-        arrays[f"against_scores_{level}"] = values.numpy()
-    write_arrays(os.path.join(out, "embeddings.npz"), cohort, z, scores, names, **arrays)
-    runs.write_json(os.path.join(out, "metrics.json"), metrics)
-
-
-def write_arrays(path, cohort, z, scores, names, **arrays):
-    """Writes an .npz: path [n] str, z [n, D], and of each level scores [n, K_l] and attributes."""
-    arrays |= {"path": np.array([name.decode() for name in cohort.names]), "z": z.numpy()}
     for level in scores:
         arrays[f"scores_{level}"] = scores[level].numpy()
         arrays[f"attributes_{level}"] = np.array(names[level], str)
+        if against_scores:
+            arrays[f"against_scores_{level}"] = against_scores[level].numpy()
     runs.write_whole(path, lambda file: np.savez(file, **arrays))
-
-
-def evaluate(args, device):
-    """Evaluates a run as the flags of main() say; all processes share the work, rank 0 writes."""
-    # The run, and the cohort: its own, or the one that --data names.
-    model, checkpoint = load_run(args.run)
-    config, names = checkpoint["config"], checkpoint["attributes"]
-    model.to(device)
-    if args.export:
-        return export(args.export, model, checkpoint)
-    if args.embed:
-        return embed_folder(*args.embed, model, checkpoint, args.workers)
-    data = os.path.abspath(args.data or config["data"])
-    cohort = read_cohort(data, config["levels"].split(","), config["val_fraction"])
-    run, out = folders_of(args, data)
-    splits = probe_splits(cohort, args.protocol)
-
-    # Embeddings of the run, and of what --against names.
-    step = f"step {checkpoint['step']}"
-    encoders = {step: (model, checkpoint)}
-    if args.against:
-        start = runs.checkpoint_path(run, 0)
-        encoders[args.against] = load_run(start if args.against == "start" else args.against)
-    z = {}
-    for name, (encoder, kept) in encoders.items():
-        sizes = kept["read_size"], kept["image_size"]
-        z[name] = embed(encoder.to(device), cohort, *sizes, workers=args.workers)
-
-    # Probes with intervals, and words.
-    rows = np.arange(len(cohort))  # without labels there is nothing to probe, but much to see
-    probes, words, used = {}, [], {}
-    if splits:
-        rows = np.concatenate([held_out for _, held_out in splits])
-        probes = run_probes(args, encoders, z, cohort, splits, device)
-    if place()[0] > 0:
-        return None
-    scores = {name: attribute_scores(z[name], encoders[name][0].bank) for name in z}
-    if any(names.values()):
-        words = class_attributes(scores[step], names, cohort, rows)
-        used = {level: attributes_used(z[step], t.cpu()) for level, t in model.bank.items()}
-
-    # Results.
-    metrics = {
-        "command": " ".join(["python", *sys.argv]),
-        "run": run,
-        "step": checkpoint["step"],
-        "data": data,
-        "root": cohort.root,
-        "cohort": str(cohort),
-        "classes": cohort.classes,
-        "protocol": args.protocol,
-        "rows": rows.tolist(),
-        "notes": reader_notes(args.protocol, checkpoint, cohort, rows, probes, words),
-        "against": args.against,
-        "probes": probes,
-        "levels": cohort.levels,
-        "attributes_used": used,
-        "class_attributes": words,
-    }
-    alike = args.against and encoders[args.against][1]["attributes"] == names
-    against_scores = scores[args.against] if alike else {}
-    write_results(out, metrics, cohort, z[step], scores[step], names, against_scores)
-    print("\n".join([*table({step: probes}), *metrics["notes"]]))
-
-    # The page comes last and from these files, so that one that cannot be drawn loses nothing.
-    try:
-        print(f"all is in {report.draw(out)}")
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        print(f"no page was drawn ({reason}): python -m tools.report {out} draws it later")
 
 
 def main():
@@ -713,7 +632,7 @@ def main():
     flag = parser.add_argument
     flag("run", help="a run folder (its newest checkpoint is taken) or a checkpoint file")
     flag("--data", default="", help="another cohort than the run's: a folder or a manifest .csv")
-    flag("--out", default="", help="folder to write to (default: RUN, RUN/DATA, RUN/PROTOCOL)")
+    flag("--out", default="", help="folder to write to (default: RUN)")
     flag("--overwrite", action="store_true", help="replace results of other data or protocol there")
     protocol = "who is tested. val, test: that split, after train; lopo: each patient, after all "
     protocol += "others (default: val)"

@@ -16,6 +16,7 @@ from collections import deque
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -31,8 +32,8 @@ from data import (
 )
 from demo.prepare import demo_clip, demo_tissue
 from describe import open_bank
-from evaluate import attribute_targets, cohort_notes, embed, probe, table
-from losses import LEVELS, ar, attributes_used, floors, gather, ha, hvc
+from evaluate import attribute_scores, cohort_notes, embed, group_mean, probe, table
+from losses import LEVELS, ar, attributes_used, floors, gather, ha, hvc, standardise
 from model import ACTIVATIONS, HLSS, OBJECTIVES, image_tower, make_tower, share_batch_norm
 from tools import runs
 from tools.processes import average, from_first, processes, stop_signals, user_errors
@@ -249,7 +250,7 @@ def train(config, rank=0, world=1, device=CPU):
     model, facts = build_model(config, files, cohort, rank, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=True)
     first = resume(config, files, model, optimizer, facts, cohort)
-    targets = teach(config, files, model, facts, train_cohort, device)  # {level: [G_l, K_l]}
+    targets = teach(config, files, model, facts, train_cohort, rank, device)  # {level: [G_l, K_l]}
     wrapped = wrap(model, config, world, device)
     log = runs.Log(config.out, first, rank)
     batches = make_batches(config, train_cohort, patients, facts, first, rank, world, device)
@@ -394,10 +395,13 @@ def resume(config, files, model, optimizer, facts, cohort):
     return step
 
 
-def teach(config, files, model, facts, cohort, device):
-    """What --align regression holds the attribute scores to, {level: [G_l, K_l]}; otherwise {}.
+def teach(config, files, model, facts, cohort, rank, device):
+    """What --align regression holds the attribute scores to; otherwise {}.
 
-    The teacher is the CLIP's image tower as published, whatever the run itself starts from.
+        a_l = standardise(mean over each patch, slide or patient of standardise(z t_l^T))
+
+    z is the teacher's: the CLIP's image tower as published, whatever the run itself starts from.
+    Returns {level: a_l [G_l, K_l]}, one row for each id of the level.
     """
     if config.align != "regression":
         return {}
@@ -405,7 +409,20 @@ def teach(config, files, model, facts, cohort, device):
     teacher = HLSS(tower, model.bank, "simclr").to(device, memory_format=torch.channels_last)
     read_size = min(facts["short_side"], round(READ_AT * tower.image_size))
     z = embed(teacher, cohort, read_size, tower.image_size, workers=config.workers)
-    return {level: t.to(device) for level, t in attribute_targets(z, model.bank, cohort).items()}
+    ids = dict(zip(cohort.levels, cohort.ids(np.arange(len(cohort))).T))
+    targets, own = {}, []
+    for level, cosines in attribute_scores(z, model.bank).items():
+        scores = standardise(cosines)  # [n, K_l]
+        mean, first = group_mean(scores.numpy(), ids[level])
+        a = torch.zeros(ids[level].max() + 1, scores.shape[1])
+        a[ids[level][first]] = standardise(torch.from_numpy(mean)).float()
+        own.append(f"{level} {(scores - a[ids[level]]).square().mean():.2f}")
+        targets[level] = a.to(device)
+    if rank == 0:
+        print(
+            f"an ar term is about 2 for unrelated scores; the teacher itself has {', '.join(own)}"
+        )
+    return targets
 
 
 def wrap(model, config, world, device):

@@ -17,6 +17,7 @@ from demo import truth
 from demo.tissue import FACTORS
 from losses import LEVELS
 from tools import report
+from tools.runs import write_json
 
 BANK = {
     "levels": {level: {f"high {level}": ["a"], f"low {level}": ["b"]} for level in LEVELS},
@@ -53,7 +54,8 @@ def out(cohort_folder, tmp_path):
     names = {level: list(BANK["levels"][level]) for level in LEVELS}
     other_scores = dict.fromkeys(LEVELS, -score)
     z = torch.rand(len(cohort), 4)
-    evaluate.write_results(str(tmp_path), metrics, cohort, z, scores, names, other_scores)
+    evaluate.write_arrays(str(tmp_path / "embeddings.npz"), cohort, z, scores, names, other_scores)
+    write_json(str(tmp_path / "metrics.json"), metrics)
     (tmp_path / "bank.json").write_text(json.dumps(BANK))
     (tmp_path / "config.json").write_text(json.dumps({"bank": str(tmp_path / "bank.json")}))
     return tmp_path

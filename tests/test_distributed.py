@@ -116,7 +116,7 @@ def _targets(rank, world, flags):
     files = {"data": config.data} | train.find_text(config, rank)
     cohort = read_cohort(config.data)
     model, facts = train.build_model(config, files, cohort, rank, CPU)
-    return train.teach(config, files, model, facts, cohort.restrict("train"), CPU)
+    return train.teach(config, files, model, facts, cohort.restrict("train"), rank, CPU)
 
 
 def test_the_teacher_says_the_same_on_any_number_of_processes(flags, tmp_path):

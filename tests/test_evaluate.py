@@ -299,27 +299,20 @@ def test_one_patient_at_a_time_is_left_out_of_its_own_neighbours():
     assert found["linear"].shape == (18, 3)
 
 
-def test_a_patient_on_both_sides_is_refused(monkeypatch):
-    cohort = cohort_of(list("ABAB"), list("wxyz"))
-    # By patch, which no cohort of ours can have.
-    monkeypatch.setattr(cohort, "split", np.array([0, 1, 0, 1]))
-    monkeypatch.setattr(cohort, "patient", np.array([0, 0, 1, 1]))
-    with pytest.raises(AssertionError, match="both sides"):
-        evaluate.probe_splits(cohort)
-
-
 def test_a_class_is_set_apart_by_what_its_patients_share():
-    label = np.repeat([0, 1, 2], 10)
-    scores = RNG.normal(0, 0.01, (30, 4))
+    cohort = cohort_of("a" * 20 + "b" * 20 + "c" * 20, [f"{i:02}" for i in range(60)])
+    label = cohort.label
+    scores = RNG.normal(0, 0.01, (60, 4))
     scores[label == 1, 2] += 0.3
-    counts = evaluate.bootstrap_counts(30, 500)
-    present, difference = evaluate.class_differences(scores, label, counts)
-    assert present.tolist() == [0, 1, 2]
-    assert difference[0, 1].argmax() == 2
-    found = evaluate.estimate("difference", difference[:, 1, 2])
-    others = (scores[:10, 2].mean() + scores[20:, 2].mean()) / 2
-    assert found["difference"] == pytest.approx(scores[10:20, 2].mean() - others)
-    low, high = found["difference_interval"]
+    tensors = dict.fromkeys(LEVELS, torch.from_numpy(scores))
+    names = dict.fromkeys(LEVELS, tuple("wxyz"))
+    found = evaluate.class_attributes(tensors, names, cohort, np.arange(60), number=1)
+    assert [row["level"] for row in found] == [level for level in LEVELS for _ in "abc"]
+    best = found[1]
+    others = (scores[label == 0, 2].mean() + scores[label == 2, 2].mean()) / 2
+    assert (best["class"], best["attribute"]) == ("b", "y")
+    assert best["difference"] == pytest.approx(scores[label == 1, 2].mean() - others)
+    low, high = best["difference_interval"]
     assert 0.28 < low < high < 0.32
 
 
@@ -516,16 +509,16 @@ def test_a_page_that_cannot_be_drawn_is_no_loss(run, tmp_path, monkeypatch, caps
     assert f"python -m tools.report {tmp_path} draws it later" in printed
 
 
-def test_what_was_found_on_the_own_cohort_stays(run, cohort_folder, tmp_path, monkeypatch):
-    """Other patients, and each but the first protocol, have folders of their own."""
+def test_another_cohort_and_another_protocol(run, cohort_folder, tmp_path, monkeypatch):
     other = tmp_path / "other"
     other.mkdir()
     small_cohort(cohort_folder, other, r"path|.*/\w+-0[0-2]/0-")
     (other / "manifest.csv").rename(other / "clean.csv")
-    command(monkeypatch, run, "--data", other / "clean.csv", "--protocol", "lopo")
-    found = read_metrics(Path(run, "clean", "lopo"))
+    out = tmp_path / "out"
+    command(monkeypatch, run, "--data", other / "clean.csv", "--protocol", "lopo", "--out", out)
+    found = read_metrics(out)
     assert (found["data"], found["root"]) == (str(other / "clean.csv"), str(other))
-    assert "data:image/jpeg" in Path(run, "clean", "lopo", "report.html").read_text("utf-8")
+    assert "data:image/jpeg" in (out / "report.html").read_text("utf-8")
     assert not Path(run, "metrics.json").exists()
 
 
@@ -755,17 +748,14 @@ def test_results_of_other_data_or_another_protocol_are_not_overwritten(
     for name in ("a", "b"):
         (tmp_path / name / "tiles").mkdir(parents=True)
         small_cohort(cohort_folder, tmp_path / name / "tiles", r"path|.*/\w+-0[0-2]/0-")
-    command(monkeypatch, run, "--data", tmp_path / "a/tiles")
-    said = refusal(monkeypatch, capsys, run, "--data", tmp_path / "b/tiles")
-    assert f"tiles holds results of {tmp_path}/a/tiles" in said and "--overwrite" in said
-    out = Path(run, "tiles")
-    refusal(
-        monkeypatch, capsys, run, "--data", tmp_path / "a/tiles", "--protocol", "lopo", "--out", out
-    )
-    assert read_metrics(out)["data"] == f"{tmp_path}/a/tiles"
-    command(monkeypatch, run, "--data", tmp_path / "b/tiles", "--overwrite")
-    assert read_metrics(out)["data"] == f"{tmp_path}/b/tiles"
-    shutil.rmtree(out)
+    a, b = ((run, "--data", tmp_path / x / "tiles", "--out", tmp_path / "out") for x in "ab")
+    command(monkeypatch, *a)
+    said = refusal(monkeypatch, capsys, *b)
+    assert f"out holds results of {tmp_path}/a/tiles" in said and "--overwrite" in said
+    refusal(monkeypatch, capsys, *a, "--protocol", "lopo")
+    assert read_metrics(tmp_path / "out")["data"] == f"{tmp_path}/a/tiles"
+    command(monkeypatch, *b, "--overwrite")
+    assert read_metrics(tmp_path / "out")["data"] == f"{tmp_path}/b/tiles"
 
 
 def test_a_reader_is_told_of_classes_sizes_and_patients_seen(
@@ -819,7 +809,7 @@ def test_each_encoders_prompts_are_of_its_own_clip(
         ('{"cat": []}', "cat: must be a list of sentences"),
         ('{"cat": ["a cat", ""]}', "cat: must be a list of sentences, none of them empty"),
         ('{"cat": ["a cat"], "cat": ["a dog"]}', "'cat' appears twice"),
-        ("[]", "must hold {class: "),
+        ("[]", "write {class: "),
         ("{", "is not JSON"),
     ],
 )

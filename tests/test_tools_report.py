@@ -15,6 +15,7 @@ import evaluate
 from data import read_cohort
 from losses import LEVELS
 from tools import report
+from tools.runs import write_json
 
 SECTIONS = (
     "results curves maps gallery class_attributes used truth confusion patients settings".split()
@@ -82,7 +83,8 @@ def out(cohort, tmp_path):
         "class_attributes": evaluate.class_attributes(scores, NAMES, cohort, rows),
         "truth": TRUTH,
     }
-    evaluate.write_results(str(folder), metrics, cohort, z, scores, NAMES, {})
+    evaluate.write_arrays(str(folder / "embeddings.npz"), cohort, z, scores, NAMES, {})
+    write_json(str(folder / "metrics.json"), metrics)
     return folder
 
 

@@ -70,7 +70,7 @@ def test_one_view_is_refused(capsys):
 def test_draw_is_fine_to_coarse(flags):
     """3 views of a patch, 1 patch of a slide, 2 slides of a patient; 4 patients."""
     config, _, cohort, _, facts = built([*flags, "--draw", "3,1,2"])
-    batches = train.make_batches(config, cohort.restrict("train"), 1, facts, 0, 0, 1, CPU)
+    batches = train.make_batches(config, cohort.restrict("train"), 4, facts, 0, 0, 1, CPU)
     _, ids = next(iter(batches))
     for level, groups, size in zip(LEVELS, (8, 8, 4), (3, 3, 6)):
         assert ids[level].unique(return_counts=True)[1].tolist() == [size] * groups
@@ -154,7 +154,7 @@ def targets_of(flags):
     """What train.py holds the attribute scores to, with the cohort that trains, and the model."""
     config, files, cohort, model, facts = built([*flags, "--align", "regression"])
     cohort = cohort.restrict("train")
-    return train.teach(config, files, model, facts, cohort, CPU), cohort, model
+    return train.teach(config, files, model, facts, cohort, 0, CPU), cohort, model
 
 
 def test_the_targets_are_the_standardised_scores_of_the_clip_that_training_began_with(flags):
@@ -430,7 +430,7 @@ def test_only_what_the_probe_uses_is_embedded(flags, cohort_folder, tmp_path, mo
     with open(os.path.join(cohort_folder, "manifest.csv")) as file:
         rows = [line.split(",") for line in file.read().splitlines()]
     os.symlink(os.path.join(cohort_folder, "images"), tmp_path / "images")
-    test = [[*row[:4], "test"] if row[1].endswith("-01") else row for row in rows]
+    test = [[*row[:4], "test", *row[5:]] if row[1].endswith("-01") else row for row in rows]
     for name, table in {"test": test, "none": [row[:3] for row in rows]}.items():
         (tmp_path / f"{name}.csv").write_text("\n".join(",".join(row) for row in table))
         more = ["--data", str(tmp_path / f"{name}.csv"), "--out", str(tmp_path / name)]

@@ -56,29 +56,20 @@ def flag(default, text, **options):
 class Config:
     """Everything that a run depends on. Each field is a flag; the checkpoint carries them all."""
 
+    # What is read and written.
     data: str = flag("", "folder with manifest.csv; empty: demo tissue, made on first use")
     out: str = flag("", "folder for checkpoints and log.jsonl; empty: runs/NAME, after --data")
-    clip: str = flag(
-        "",
-        f"CLIP to start from: a file, or one of {', '.join(CLIPS)}, or demo, which knows only demo "
-        "tissue and is trained on first use. Real images need one, or a --backbone",
-    )
-    activation: str = flag(
-        "", "of the CLIP's transformers, if its file does not say", choices=["", *ACTIVATIONS]
-    )
-    bank: str = flag(
-        "demo/attributes.json",
-        "the attribute-text bank: a bank file, or a bank.pt made by describe.py encode",
-    )
+    clip: str = flag("", f"CLIP to start from: a file, demo, or one of {', '.join(CLIPS)}")
+    activation: str = flag("", "of the CLIP, if its file does not say", choices=["", *ACTIVATIONS])
+    bank: str = flag("demo/attributes.json", "a bank file, or a bank.pt made by describe.py encode")
+
+    # The encoder.
     start: str = flag("clip", "weights the image tower starts from", choices=["clip", "random"])
-    backbone: str = flag(
-        "",
-        "a torchvision network, such as resnet18, in place of the CLIP's image tower; hidisc and "
-        "simclr then need neither --clip nor --bank",
-    )
-    backbone_weights: str = flag(
-        "", "DEFAULT: torchvision's; a file: its state dict; empty: random ones"
-    )
+    backbone: str = flag("", "a torchvision network, as resnet18, in place of the CLIP's tower")
+    backbone_weights: str = flag("", "DEFAULT: torchvision's; a file; empty: random ones")
+    image_size: int = flag(0, "pixels of a view; 0: what the tower was made for", low=0)
+
+    # The losses.
     objective: str = flag(
         "hlss",
         "hlss: one text-initialised projection per level; hidisc: one projection for all levels; "
@@ -87,66 +78,41 @@ class Config:
     )
     align: str = flag(
         "",
-        "what ties z to the text. paper: z is drawn to its nearest attributes; regression (ours): "
-        "z keeps the attribute scores that the CLIP gave before training, so attributes and "
-        "zero-shot still work afterwards; off: nothing. Empty: paper for hlss, otherwise off",
+        "paper: z is drawn to its nearest attributes; regression (ours): z keeps the attribute "
+        "scores that the CLIP gave before training; empty: paper for hlss, otherwise off",
         choices=["", "paper", "regression", "off"],
     )
-    steps: int = flag(400, "optimizer steps in all; a run may be resumed with more", low=1)
-    seed: int = flag(0, "of batches, views and new weights", low=0)
-    patients: int = flag(
-        8,
-        "patients in a global batch. Increase if the loss falls but the probe does not improve",
-        low=1,
-    )
-    levels: str = flag(
-        ",".join(LEVELS),
-        "the hierarchy, fine to coarse: the image, then columns of the manifest; all are levels of "
-        "the bank",
-    )
+    temperature: float = flag(0.07, "of the contrast", low=1e-3)
+    level_weights: str = flag("", "of the contrast, fine to coarse; empty: 1 each")
+    align_weight: float = flag(1.0, "lambda of --align", low=0)
+    ha_temperature: float = flag(1.0, "of the softmax in --align paper", low=1e-3)
+
+    # The batches.
+    levels: str = flag(",".join(LEVELS), "fine to coarse: the image, then columns of the manifest")
+    patients: int = flag(8, "patients in a global batch", low=1)
     draw: str = flag(
-        "",
-        "views of a patch, patches of a slide, slides of a patient: one number per level, fine to "
-        "coarse. Empty: 2 each",
+        "", "views of a patch, patches of a slide, slides of a patient, ...; empty: 2 each"
     )
     augmentation: str = flag(
         "demo",
         "demo: geometry, light and stain, mostly mild; strong: the paper's list, for H&E; "
-        "strong-srh: for stimulated Raman; weak: flips. See them: python -m tools.cohort show",
+        "strong-srh: for stimulated Raman; weak: flips. python data.py FOLDER NAME shows them",
         choices=list(AUGMENTATIONS),
     )
-    image_size: int = flag(0, "pixels of a view; 0: what the tower was made for", low=0)
     val_fraction: float = flag(
         0.2, "share of patients held out if there is no split column", low=0, high=1
     )
-    lr: float = flag(1e-3, "peak learning rate. If the loss jumps or diverges: divide by 3", low=0)
-    temperature: float = flag(
-        0.07, "of the contrast. If every hvc_* stays at chance: try 0.2", low=1e-3
-    )
-    level_weights: str = flag(
-        "",
-        "lambda of the contrast at each level, fine to coarse; empty: 1 each. If z encodes stain "
-        "rather than tissue: lower the last, as in 1,1,0.3",
-    )
-    align_weight: float = flag(
-        1.0,
-        "lambda of --align. regression: increase if ar_* rises, decrease if hvc_* stays at chance",
-        low=0,
-    )
-    ha_temperature: float = flag(
-        1.0,
-        "softmax temperature of --align paper. At the paper's 1 the loss is almost 0: try 0.1; if "
-        "attributes_used falls towards 1, raise it again",
-        low=1e-3,
-    )
+    seed: int = flag(0, "of batches, views and new weights", low=0)
+
+    # The steps.
+    steps: int = flag(400, "optimizer steps in all; a run may be resumed with more", low=1)
+    lr: float = flag(1e-3, "peak learning rate", low=0)
     amp: bool = flag(torch.cuda.is_available(), "bf16 in tower and projections; on with CUDA")
     compile: bool = flag(False, "torch.compile the tower, for CUDA: one slow step, then faster")
-    workers: int = flag(2, "decoding threads per process. More if the device waits", low=1)
+    workers: int = flag(2, "decoding threads per process", low=1)
     probe_every: int = flag(200, "steps between kNN probes; 0: only at start and end", low=0)
     save_every: int = flag(100, "steps between checkpoints; two are kept, and the start", low=1)
-    timeout: int = flag(
-        600, "seconds after which a process that does not answer is given up", low=1
-    )
+    timeout: int = flag(600, "seconds after which a process that does not answer is lost", low=1)
 
     def __post_init__(self):
         name = os.path.basename(os.path.abspath(self.data or "demo")).removesuffix(".csv")
@@ -180,6 +146,20 @@ PRESETS = {  # replace the defaults above, which are the demo's
     "opensrh": LONG | dict(bank="attributes/opensrh.json", augmentation="strong-srh"),
     "tcga": LONG | dict(bank="attributes/tcga.json", augmentation="strong"),
 }
+TROUBLE = """
+what to do:
+  real images                              name a CLIP that has seen some: --clip PLIP; or train
+                                           without text: --objective hidisc --backbone resnet18
+  the loss jumps or diverges               divide --lr by 3
+  every hvc_* stays at chance              --temperature 0.2, a lower --align-weight
+  the loss falls, the probe does not rise  more --patients
+  z encodes stain rather than tissue       a lower last weight: --level-weights 1,1,0.3
+  ha_* is almost 0                         so it is at the paper's temperature: --ha-temperature 0.1
+  attributes_used falls towards 1          raise --ha-temperature again
+  ar_* rises                               raise --align-weight
+  the device waits for images              more --workers
+  out of memory                            lower --patients, --draw or --image-size
+"""
 MAY_CHANGE = (  # when a run is resumed, without making it another one
     "data out clip bank steps workers probe_every save_every compile timeout".split()
 )
@@ -188,7 +168,8 @@ MAY_CHANGE = (  # when a run is resumed, without making it another one
 def parse_config(argv=None):
     """Flags -> Config: the defaults, then the preset, then the flags."""
     style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    about = {"description": __doc__, "epilog": TROUBLE, "formatter_class": style}
+    parser = argparse.ArgumentParser(**about, allow_abbrev=False)
     preset = "other defaults; tcga and opensrh are for 60,000 steps on GPUs"
     parser.add_argument("--preset", choices=PRESETS, default="demo", help=preset)
     for f in fields(Config):

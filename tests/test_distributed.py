@@ -171,55 +171,6 @@ def test_batch_norm_over_all_processes_is_that_of_one(world):
             assert_close(buffers[name], buffer.double())
 
 
-def _head(rank, world, x):
-    """Output and gradients of batch norms of one dimension and of wide values on this share."""
-    outputs = []
-    for module, values in ((torch.nn.BatchNorm1d(8), x), (torch.nn.BatchNorm2d(4), WIDE)):
-        net = torch.nn.Sequential(module)
-        share_batch_norm(net)
-        mine = values.chunk(world)[rank].clone().requires_grad_()
-        y = net(mine)
-        y.square().mean().backward()
-        outputs.append((y.detach(), mine.grad / world))
-    return outputs
-
-
-WIDE = 10 + 0.01 * torch.randn(8, 4, 5, 5, generator=torch.Generator().manual_seed(1))
-
-
-def test_a_head_with_batch_norm_and_values_far_from_zero_are_shared_exactly():
-    x = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
-    shares = on_processes(2, _head, x)
-    for i, (module, values) in enumerate(
-        ((torch.nn.BatchNorm1d(8), x), (torch.nn.BatchNorm2d(4), WIDE))
-    ):
-        values = values.double().requires_grad_()
-        y = module.double()(values)
-        y.square().mean().backward()
-        together = torch.cat([share[i][0] for share in shares]).double()
-        torch.testing.assert_close(together, y.detach(), rtol=0, atol=2e-4)
-        gradient = torch.cat([share[i][1] for share in shares]).double()
-        assert (gradient - values.grad).abs().max() < 1e-3 * values.grad.abs().max() + 1e-6
-
-
-@pytest.mark.parametrize("how", [{"momentum": None}, {"affine": False}])
-def test_a_batch_norm_that_cannot_be_shared_is_refused_by_name(how):
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8, **how))
-    with pytest.raises(ValueError, match=r"^1: across processes a batch norm needs a momentum"):
-        share_batch_norm(net)
-
-
-def _constant(rank, world):
-    net = torch.nn.Sequential(torch.nn.BatchNorm2d(4))
-    share_batch_norm(net)
-    with torch.autocast("cpu", torch.bfloat16):
-        return net(torch.full((8, 4, 16, 16), 20.3))
-
-
-def test_a_constant_map_gives_no_nan():
-    assert all((y.abs() < 1e-2).all() for y in on_processes(2, _constant))
-
-
 DEMO_STEPS = ["--steps", "20", "--lr", "2.5e-4"]  # the demo's first 20
 
 

@@ -280,7 +280,7 @@ def test_a_known_file_under_another_name_is_recognised(activation, length, tmp_p
     monkeypatch.setitem(CLIPS, "ours", entry)
     assert load_clip(path)["activation"] == activation
     other = "gelu" if activation == "quickgelu" else "quickgelu"
-    message = f"was trained with {activation}, not with --activation {other}"
+    message = rf"--activation {other}: .*renamed\.pt was trained with {activation}"
     with pytest.warns(UserWarning, match=message):
         assert load_clip(path, other)["activation"] == other
 
@@ -385,7 +385,7 @@ def test_a_beginning_of_a_checksum_does_not_make_an_archive_known(tmp_path, monk
     save_torchscript(small_clip("resnet"), path)
     entry = ("https://example.org/ours.pt", sha256_of(path)[:8], "quickgelu")
     monkeypatch.setitem(CLIPS, "ours", entry)
-    with pytest.raises(ValueError, match="none of OpenAI's"):
+    with pytest.raises(ValueError, match="not OpenAI's"):
         load_clip(path)
 
 
@@ -457,14 +457,14 @@ def test_the_two_tensors_of_the_tests_below_are_fine_as_they_are(tmp_path):
 
 
 BROKEN = {
-    "double precision": (two_tensors(dtype="F64", shape=[1]), "visual.b is of type F64"),
-    "an unknown type": (two_tensors(dtype="Q4"), "visual.b is of type Q4"),
+    "double precision": (two_tensors(dtype="F64", shape=[1]), r"damaged\? KeyError"),
+    "an unknown type": (two_tensors(dtype="Q4"), r"damaged\? KeyError"),
     "an overlap": (two_tensors(data_offsets=[4, 12]), "visual.b overlaps another tensor"),
     "the same bytes": (two_tensors(data_offsets=[0, 8]), r"visual\.[ab] overlaps another tensor"),
-    "behind the end": (two_tensors(data_offsets=[16, 24]), "visual.b .* lies outside of the file"),
-    "over the end": (two_tensors(data_offsets=[12, 20]), "visual.b .* lies outside of the file"),
-    "before the start": (two_tensors(data_offsets=[-8, 0]), "visual.b .* lies outside of the file"),
-    "backwards": (two_tensors(data_offsets=[16, 8]), "visual.b .* lies outside of the file"),
+    "behind the end": (two_tensors(data_offsets=[16, 24]), "visual.b .* lies outside the file"),
+    "over the end": (two_tensors(data_offsets=[12, 20]), "visual.b .* lies outside the file"),
+    "before the start": (two_tensors(data_offsets=[-8, 0]), "visual.b .* lies outside the file"),
+    "backwards": (two_tensors(data_offsets=[16, 8]), r"damaged\? RuntimeError"),
     "another shape": (two_tensors(shape=[3]), r"damaged\? RuntimeError"),
     "a header without end": ((2**62).to_bytes(8, "little") + b"{" + b" " * 20, ""),
 }
@@ -495,10 +495,10 @@ def test_a_foreign_file_is_refused_by_name(name, tmp_path):
 
 
 NO_CLIP = {  # names that such a file holds, and what the refusal says of it
-    "UNI": (["cls_token", "pos_embed", "blocks.0.attn.qkv.weight"], "never seen words"),
+    "UNI": (["cls_token", "pos_embed", "blocks.0.attn.qkv.weight"], "trained without text"),
     "CONCH": (
         ["visual.trunk.cls_token", "visual.trunk.blocks.0.attn.qkv.weight", "text.cls_emb"],
-        "its image tower is one of timm",
+        "its image tower comes from timm",
     ),
     "BiomedCLIP": (
         ["visual.trunk.cls_token", "text.transformer.embeddings.word_embeddings.weight"],
@@ -565,12 +565,10 @@ def test_a_clip_whose_publisher_gives_no_checksum_is_checked_for_its_layout(
     save_bin(hugging_face_clip("gelu"), served)
     monkeypatch.setitem(CLIPS, "PathGen-CLIP", (f"file://{served}", "", "gelu"))
     assert load_clip("PathGen-CLIP")["activation"] == "gelu"
-    assert os.listdir(hub) == ["PathGen-CLIP.bin"]
-    (hub / "PathGen-CLIP.bin").write_text("<!DOCTYPE html><html>Sign in</html>")
-    with pytest.raises(ValueError, match=r"PathGen-CLIP\.bin is not a .*: delete it and try again"):
-        load_clip("PathGen-CLIP")
-    torch.save({"blocks.0.attn.qkv.weight": torch.zeros(2)}, hub / "PathGen-CLIP.bin")
-    with pytest.raises(ValueError, match=r"PathGen-CLIP\.bin is not a CLIP: .*: delete it"):
+    assert os.listdir(hub) == ["PathGen-CLIP.pt"]
+    assert load_clip(find_clip("PathGen-CLIP"))["activation"] == "gelu"  # as train.py asks for it
+    (hub / "PathGen-CLIP.pt").write_text("<!DOCTYPE html><html>Sign in</html>")
+    with pytest.raises(ValueError, match=r"PathGen-CLIP\.pt is not a .*: delete it and download"):
         load_clip("PathGen-CLIP")
 
 
@@ -580,7 +578,7 @@ def test_a_download_that_fails_says_what_to_do(served, hub, tmp_path, monkeypatc
     if served:
         (tmp_path / "RN50.pt").write_bytes(served)
     monkeypatch.setitem(CLIPS, "RN50", (url, "0" * 64, "quickgelu"))
-    message = f"no {url} .*: download it where you can and put it at {hub}/RN50.pt"
+    message = f"no {url} .*: put it at {hub}/RN50.pt by hand"
     with pytest.raises(ConnectionError, match=message):
         load_clip("RN50")
     assert os.listdir(hub) == []
@@ -601,10 +599,10 @@ def test_the_clips_known_by_name():
 
 
 def test_no_two_named_clips_share_a_file_of_the_cache(monkeypatch):
-    monkeypatch.setattr(weights, "published", lambda url, sha256, name: name)
+    monkeypatch.setattr(weights, "published", lambda url, sha256, cached: cached)
     files = {find_clip(name) for name in CLIPS}
     assert len(files) == len(CLIPS)
-    assert {"ViT-B-32.pt", "QuiltNet-B-32.bin", "PLIP.bin"} <= files
+    assert {"ViT-B-32.pt", "QuiltNet-B-32.pt", "PLIP.pt"} <= set(map(os.path.basename, files))
 
 
 # ----------------------------------------------------------------------------------------- memory

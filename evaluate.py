@@ -44,11 +44,11 @@ FEW = 20  # with fewer patients intervals come out too narrow: see docs/RESULTS.
 
 @torch.no_grad()
 def embed(model, cohort, read_size, image_size, batch=128, workers=2, stop=()):
-    """z of every patch, [n, D] float32 on the CPU, in the order of the cohort.
+    """z of every patch of a cohort, [n, D] float32 on the CPU.
 
-    Under torch.distributed the processes share the batches, which are the same on any number of
-    them, and each gets all of z. stop: a list; once it is not empty, on any process, None is
-    returned. Raises ValueError, naming it, for a patch that cannot be read.
+    Under torch.distributed the processes share the batches, and each gets all of z. stop: a list;
+    None is returned once it is not empty on any process. Raises ValueError for a patch that cannot
+    be read, naming it.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -87,7 +87,7 @@ def knn(train_z, train_labels, z, classes, ks=(200, 20), temperature=0.07):
 
     train_z: [m, D] and z: [n, D], L2-normalised. train_labels: [m], from 0 to classes - 1. A k
     above m is m. One pass over the similarities serves every k. Under torch.distributed the
-    processes share the queries, 256 at a time, and rank 0 alone gets all probabilities.
+    processes share the queries, and rank 0 alone gets all probabilities.
     """
     rank, world = place()
     probabilities = torch.zeros(len(ks), len(z), classes, dtype=z.dtype)
@@ -156,12 +156,8 @@ def zero_shot(path, z, classes, clip, activation="", vocab=""):
     scale of the encoder's own clip, a source of `load_clip`. Raises ValueError for other classes.
     """
     prompts = read_json(path)
-    names = sorted(prompts) if isinstance(prompts, dict) else type(prompts)
-    if names != classes:
-        raise ValueError(
-            f"{path} has prompts for {names}, but the classes are {classes}: write "
-            "{class: [sentences]}"
-        )
+    if not isinstance(prompts, dict) or sorted(prompts) != classes:
+        raise ValueError(f"{path} must hold {{class: [sentences]}} for the classes {classes}")
     for name, sentences in prompts.items():
         check_sentences(path, name, sentences)
     state = load_clip(clip, activation)
@@ -229,8 +225,7 @@ def pool(probabilities, labels, groups):
     Probabilities [n, C] of patches are averaged once, with no second softmax.
     """
     mean, first = group_mean(probabilities, groups)
-    one_hot = np.eye(labels.max() + 1)[labels]
-    agree = group_mean(one_hot, groups)[0].max(axis=1) == 1
+    agree = group_mean(np.eye(labels.max() + 1)[labels], groups)[0].max(axis=1) == 1
     return mean[agree], labels[first[agree]], first[agree], int((~agree).sum())
 
 
@@ -263,8 +258,7 @@ def auc(score, positive):
 
     score: [n]; equal ones share their mean rank. positive: [n] bool, p of them true.
     """
-    n = len(score)
-    p = int(positive.sum())
+    n, p = len(score), int(positive.sum())
     if p in (0, n):
         return np.nan
     _, index, size = np.unique(score, return_inverse=True, return_counts=True)
@@ -275,8 +269,8 @@ def auc(score, positive):
 def bootstrap_counts(P, resamples, seed=0):
     """How often each of P patients counts, [1 + resamples, P].
 
-    Row 0 is the cohort itself, each patient once. In the others P patients are drawn with
-    replacement: patients are independent, patches are not.
+    Row 0 is the cohort itself. In the others P patients are drawn with replacement: patients are
+    independent, patches are not.
     """
     drawn = np.random.default_rng(seed).multinomial(P, np.full(P, 1 / P), resamples)
     return np.concatenate([np.ones((1, P)), drawn])
@@ -285,8 +279,7 @@ def bootstrap_counts(P, resamples, seed=0):
 def estimate(name, values):
     """{name: value, name_interval: [low, high]}: row 0, and the central 95% of the resamples.
 
-    values: [1 + R], as `bootstrap_counts`. A nan in row 0 becomes None; resamples that are nan do
-    not count, and without any there is no interval.
+    values: [1 + R], as `bootstrap_counts`. A nan in row 0 becomes None; other nans do not count.
     """
     value = None if np.isnan(values[0]) else float(values[0])
     resampled = values[1:][~np.isnan(values[1:])]
@@ -363,37 +356,6 @@ def probe(z, cohort, device="cpu"):
     if not splits:
         return {}
     return assess(predict(NEIGHBOURS, z, cohort, splits, device), cohort, splits, resamples=0)
-
-
-def table(results):
-    """The lines of a table, in percent. results: {encoder: what assess() or probe() returned}."""
-    if not any(results.values()):
-        return ["no held-out patient or no training patient has a label: there is nothing to probe"]
-    levels = list(next(iter(next(iter(results.values())).values()))["levels"])
-    width = 2 + max(len(f"{name} {kind}") for name in results for kind in results[name])
-    lines = [" " * width + "".join(f"{level:>16}" for level in levels)]
-    lines.append(" " * width + f"{'acc':>9}{'MCA':>7}" * len(levels))
-    notes = {}  # as a set that keeps its order
-    for name, probes in results.items():
-        for kind, result in probes.items():
-            metrics = list(result["levels"].values())
-            heads = {"": f"{name} {kind}", "_interval": "  95%"}
-            heads |= {"_gain": "  gain", "_gain_interval": "  gain, 95%"}
-            for end, head in heads.items():
-                if end == "" or any(f"accuracy{end}" in m for m in metrics):
-                    pairs = [(m.get(f"accuracy{end}"), m.get(f"mca{end}")) for m in metrics]
-                    cells = [report.percent(a) + report.percent(m).rjust(7) for a, m in pairs]
-                    lines.append((head.ljust(width) + "".join(f"{c:>16}" for c in cells)).rstrip())
-            k = result.get("k")
-            if k != NEIGHBOURS.get(kind):
-                notes[f"{kind}: only {k} labelled training patches, and all of them vote"] = None
-            scored = [f"{m['n']} {plural(level)}" for level, m in result["levels"].items()]
-            notes[f"scored: {', '.join(scored)}"] = None
-            for level, m in result["levels"].items():
-                if m["left_out"]:
-                    of_all = f"{level}: {m['left_out']} of {m['n'] + m['left_out']}"
-                    notes[f"{of_all} left out, having patches of several labels"] = None
-    return lines + [f"  {note}" for note in notes]
 
 
 # ---------------------------------------------------------------------------------------- words
@@ -491,7 +453,7 @@ def evaluate(args, device):
     path = os.path.join(out, "embeddings.npz")
     write_arrays(path, cohort, z[0], scores[0], names, scores[1] if alike else {})
     runs.write_json(os.path.join(out, "metrics.json"), metrics)
-    print(*table({f"step {checkpoint['step']}": probes}), *metrics["notes"], sep="\n")
+    print(*report.table({f"step {checkpoint['step']}": probes}), *metrics["notes"], sep="\n")
 
     # The page comes last and from these files, so that one that cannot be drawn loses nothing.
     try:

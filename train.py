@@ -32,10 +32,10 @@ from data import (
 )
 from demo.prepare import demo_clip, demo_tissue
 from describe import open_bank
-from evaluate import attribute_scores, cohort_notes, embed, group_mean, probe, table
+from evaluate import attribute_scores, cohort_notes, embed, group_mean, probe
 from losses import LEVELS, ar, attributes_used, floors, gather, ha, hvc, standardise
 from model import ACTIVATIONS, HLSS, OBJECTIVES, image_tower, make_tower, share_batch_norm
-from tools import runs
+from tools import report, runs
 from tools.processes import average, from_first, processes, stop_signals, user_errors
 from tools.weights import CLIPS, find_clip, load_clip
 
@@ -287,7 +287,7 @@ def train(config, rank=0, world=1, device=CPU):
             began = time.perf_counter()
 
     if rank == 0:
-        print(*table(log.probes()), f"next: python evaluate.py {config.out}", sep="\n")
+        print(*report.table(log.probes()), f"next: python evaluate.py {config.out}", sep="\n")
     return True
 
 

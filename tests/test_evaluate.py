@@ -222,7 +222,7 @@ def test_probe_of_perfect_and_of_blind_embeddings(cohort_folder):
     assert set(levels["patch"]) == no_bootstrap
     blind = evaluate.probe(torch.ones_like(perfect) / 2, cohort)["knn200"]["levels"]
     assert blind["patch"]["mca"] == 0.25
-    text = "\n".join(evaluate.table({"perfect": result}))
+    text = "\n".join(report.table({"perfect": result}))
     assert "100.0  100.0" in text
     assert "knn200: only 72 labelled training patches, and all of them vote" in text
 
@@ -264,7 +264,7 @@ def test_labels_may_be_missing(cohort_folder):
     cohort.label[:] = -1
     assert evaluate.probe(torch.ones(len(cohort), 4), cohort) == {}
     assert evaluate.probe_splits(cohort, "lopo") == []
-    assert "nothing to probe" in evaluate.table({})[0]
+    assert "nothing to probe" in report.table({})[0]
 
 
 def test_the_probe_during_training_leaves_the_test_split_alone(cohort_folder):
@@ -539,7 +539,7 @@ def test_a_gain_is_a_number_where_patients_are_too_few_for_an_interval(cohort_fo
     splits = evaluate.probe_splits(cohort)
     y = cohort.label[splits[0][1]]
     right, wrong = ({"linear": np.eye(4)[(y + shift) % 4]} for shift in (0, 1))
-    lines = evaluate.table({"step 4": evaluate.assess(right, cohort, splits, other=wrong)})
+    lines = report.table({"step 4": evaluate.assess(right, cohort, splits, other=wrong)})
     assert [line.split() for line in lines[2:4]] == [
         ["step", "4", "linear", *["100.0"] * 6],
         ["gain", *["100.0"] * 6],
@@ -556,7 +556,7 @@ def test_an_interval_that_excludes_zero_shows_it_and_columns_stay():
     level = {"n": 9, "left_out": 0, "accuracy": 0.5, "mca": 0.5, "accuracy_gain": 0, "mca_gain": 0}
     plain = {"accuracy_gain_interval": [0, 0], "mca_gain_interval": [0, 0]}
     levels = {"patch": level | ends, "slide": level | plain}
-    lines = evaluate.table({"step 9": {"linear": {"levels": levels}}})
+    lines = report.table({"step 9": {"linear": {"levels": levels}}})
     assert lines[-2] == "  gain, 95%    -0.4..-0.04 -0.4..-0.04     0..0   0..0"
 
 
@@ -809,7 +809,7 @@ def test_each_encoders_prompts_are_of_its_own_clip(
         ('{"cat": []}', "cat: must be a list of sentences"),
         ('{"cat": ["a cat", ""]}', "cat: must be a list of sentences, none of them empty"),
         ('{"cat": ["a cat"], "cat": ["a dog"]}', "'cat' appears twice"),
-        ("[]", "write {class: "),
+        ("[]", "must hold {class: "),
         ("{", "is not JSON"),
     ],
 )
@@ -822,5 +822,5 @@ def test_prompts_are_checked_as_a_bank_is(tmp_path, prompts, message):
 
 def test_prompts_for_other_classes_are_refused(tmp_path):
     (tmp_path / "p.json").write_text('{"cat": ["a cat"]}')
-    with pytest.raises(ValueError, match=r"prompts for \['cat'\], but the classes are \['dog'\]"):
+    with pytest.raises(ValueError, match=r"p\.json must hold .* for the classes \['dog'\]"):
         evaluate.zero_shot(str(tmp_path / "p.json"), torch.ones(1, 64), ["dog"], "no.pt")

@@ -77,6 +77,40 @@ def plain(value):
     return "-" if value is None else str(value)
 
 
+def table(results):
+    """The lines of a table in percent, for a terminal. results: {encoder: as of assess()}."""
+    if not any(results.values()):
+        return ["no held-out patient or no training patient has a label: there is nothing to probe"]
+    rows = [
+        (f"{name} {kind}", of) for name, probes in results.items() for kind, of in probes.items()
+    ]
+    width = 2 + max(len(head) for head, _ in rows)
+    levels = rows[0][1]["levels"]
+    lines = [" " * width + "".join(f"{level:>16}" for level in levels)]
+    lines.append(" " * width + f"{'acc':>9}{'MCA':>7}" * len(levels))
+    notes = {}  # as a set that keeps its order
+    for head, probe in rows:
+        metrics = probe["levels"]
+        gains = {"_gain": "  gain", "_gain_interval": "  gain, 95%"}
+        for end, title in ({"": head, "_interval": "  95%"} | gains).items():
+            if end == "" or any(f"accuracy{end}" in of for of in metrics.values()):
+                cells = ""
+                for of in metrics.values():
+                    cells += (
+                        f"{percent(of.get(f'accuracy{end}')):>9}{percent(of.get(f'mca{end}')):>7}"
+                    )
+                lines.append((title.ljust(width) + cells).rstrip())
+        notes["scored: " + ", ".join(f"{of['n']} {plural(at)}" for at, of in metrics.items())] = 1
+        for level, of in metrics.items():
+            if of["left_out"]:
+                total = of["n"] + of["left_out"]
+                notes[f"{level}: {of['left_out']} of {total} left out: their labels differ"] = 1
+        kind = head.rpartition(" ")[2]
+        if "k" in probe and kind != f"knn{probe['k']}":
+            notes[f"{kind}: only {probe['k']} labelled training patches, and all of them vote"] = 1
+    return lines + [f"  {note}" for note in notes]
+
+
 def html_table(rows):
     """A table of dicts, their keys as its header; `x_interval` stands in brackets behind `x`."""
     if not any(rows):

@@ -2,8 +2,7 @@
 
     python model.py    the shapes, from images to z to the projections
 
-Shapes: N images or texts of L tokens, S pixels a side, D dimensions of the embedding, K_l
-attributes of level l.
+Shapes: N images or texts, L tokens, S pixels a side, D dimensions, K_l attributes of level l.
 """
 
 import os
@@ -28,9 +27,9 @@ OBJECTIVES = ("hlss", "hidisc", "simclr")
 class HLSS(nn.Module):
     """Image tower, frozen bank and projections (Watawana et al. 2024, arXiv 2403.14616).
 
-    tower: [N, 3, S, S] normalised images -> [N, D], with an attribute `dim` that is D. bank:
-    {level: t_l [K_l, D]}, fine to coarse, one unit vector per attribute; hidisc and simclr also
-    train with empty ones, [0, D]. Raises ValueError if bank and tower differ in D.
+    tower: normalised images [N, 3, S, S] -> [N, D]; it has `dim`, its D. bank: {level: t_l
+    [K_l, D]}, fine to coarse, one unit vector per attribute; for hidisc and simclr perhaps [0, D].
+    Raises ValueError if bank and tower differ in D.
     """
 
     def __init__(self, tower, bank, objective="hlss"):
@@ -44,8 +43,9 @@ class HLSS(nn.Module):
                 f"the bank's vectors have {dim} dimensions and the image tower's {tower.dim}: "
                 "encode the bank with the text tower of the same CLIP"
             )
-        self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(CLIP_STD).view(3, 1, 1))
+        mean, std = getattr(tower, "normalisation", (CLIP_MEAN, CLIP_STD))
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
         self.projections = nn.ModuleDict()
         for level in self.levels:
             self.register_buffer(f"bank_{level}", bank[level].detach().clone())
@@ -85,17 +85,12 @@ class HLSS(nn.Module):
         z = self.tower((images - self.mean) / self.std)
         return F.normalize(z.float(), dim=1)
 
-    def normalise(self, mean, std):
-        """Sets the mean and standard deviation of the channels where they are not CLIP's."""
-        self.mean.copy_(torch.tensor(mean).view(3, 1, 1))
-        self.std.copy_(torch.tensor(std).view(3, 1, 1))
-
 
 def load_run(path):
     """HLSS on the CPU in eval mode, and the checkpoint (a dict) that it was rebuilt from.
 
-    path: a run folder, for its newest whole checkpoint, or a checkpoint file; nothing else is
-    needed. Raises FileNotFoundError, or ValueError if it holds no checkpoint of train.py.
+    path: a run folder, for its newest whole checkpoint, or a checkpoint file. Raises
+    FileNotFoundError, or ValueError if it holds no checkpoint of train.py.
     """
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path} is neither a run folder nor a checkpoint file")
@@ -146,8 +141,7 @@ def backbone_tower(name, bank, weights=""):
     """A classifier of torchvision whose last linear layer is replaced by a new one that gives z.
 
     D is that of the bank; without one there is no such layer, and D is the backbone's own. weights:
-    "" for random ones, "DEFAULT" for torchvision's (a download, with a tower.normalisation), or a
-    file of this classifier's weights, in any layout that tools.weights reads. Raises ValueError.
+    "", random; "DEFAULT", torchvision's, a download; or a file of them. Raises ValueError.
     """
     if name not in torchvision.models.list_models(module=torchvision.models):
         raise ValueError(f"--backbone {name}: no classifier of torchvision, as resnet18 is one")

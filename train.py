@@ -325,8 +325,6 @@ def build_model(config, files, cohort, rank, device):
     tower = make_tower(asdict(config), bank, clip, config.image_size)
     bank = bank or {level: torch.zeros(0, tower.dim) for level in attributes}
     model = HLSS(tower, bank, config.objective)
-    if hasattr(tower, "normalisation"):
-        model.normalise(*tower.normalisation)
 
     side, smallest, largest = short_side(cohort)
     if rank == 0 and smallest < largest:

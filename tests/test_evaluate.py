@@ -564,8 +564,9 @@ def test_an_interval_that_excludes_zero_shows_it_and_columns_stay():
 def test_open_clip_loads_an_exported_tower(kind, tmp_path, capsys):
     clip = small_clip(kind, quick_gelu=True).eval()
     bank = {level: F.normalize(torch.randn(3, 64), dim=1) for level in LEVELS}
-    model = HLSS(image_tower(clip.state_dict()), bank).eval()
-    model.normalise((0.7, 0.5, 0.6), (0.1, 0.2, 0.3))
+    tower = image_tower(clip.state_dict())
+    tower.normalisation = (0.7, 0.5, 0.6), (0.1, 0.2, 0.3)
+    model = HLSS(tower, bank).eval()
     path = str(tmp_path / "tower.pt")
     kept = {"clip": {"activation": "quickgelu"}, "config": {"backbone": ""}, "image_size": 64}
     evaluate.export(path, model, kept)

@@ -1,13 +1,13 @@
 """The data: a manifest becomes a cohort, a cohort batches of patches, a patch augmented views.
 
-    python data.py [FOLDER]    one batch: its patches, their ids, and its views as a picture
+    python data.py [FOLDER [AUGMENTATION]]    one batch: its patches, ids, and views as a picture
 
     manifest.csv -> Cohort -> hierarchical_batch: rows -> decode: patches -> make_views: views
 
-A cohort is a folder with a manifest.csv: columns path, patient and slide, and optionally label (of
-the patch), split (of the patient: train, val or test) and root (of the paths; default: the
-manifest's folder). `python -m tools.cohort` writes, checks and shows manifests. In any hierarchy
-every level but the image has a column, and the coarsest takes the part of the patients.
+A cohort is a folder with a manifest.csv, which `python -m tools.cohort` writes: columns path,
+patient and slide, and optionally label (of the patch), split (of the patient: train, val or test)
+and root (of the paths; default: the manifest's folder). Another hierarchy has other columns; the
+coarsest level takes the part of the patients.
 """
 
 import csv
@@ -49,8 +49,8 @@ def load_views(
 ):
     """Yields one batch per step: (images [n, 3, S, S] in [0, 1], ids {level: [n]}).
 
-    Rows are ordered by patient, slide, patch and view. All randomness is a function of (seed, step,
-    place in the batch): resuming needs no state, and any number of processes makes the same batch.
+    Rows are ordered by patient, slide, patch and view. All randomness is a function of seed, step
+    and place in the batch: resuming needs no state, and the number of processes changes nothing.
     """
     rank, world = share
     places = range(rank * patients // world, (rank + 1) * patients // world)
@@ -76,8 +76,7 @@ def hierarchical_batch(cohort, step, seed, patients, counts=(2, 2), places=None)
     """The patches of one batch: rows [patients, slides of a patient, patches of a slide].
 
     counts: patches of a slide, slides of a patient. places: the part of the batch that is wanted. A
-    patient with too few slides contributes one of them twice, with different patches if possible;
-    the losses recognise repeats by id.
+    patient with too few slides contributes one twice; the losses recognise repeats by id.
     """
     # An epoch is one shuffle of all patients, cut into whole batches; the rest is left over.
     epoch, number = divmod(step - 1, len(cohort.present) // patients)
@@ -147,10 +146,10 @@ WINDOWS = 2**16  # places in the batch's field of noise where a view's window ma
 
 
 def view_parameters(augmentation, seed, step, places, views):
-    """The random numbers behind n views: {name: [n, ...]} on the CPU, neutral where not drawn.
+    """The random numbers behind n = len(places) x views views: {name: [n, ...]} on the CPU.
 
-    views: how many at each place in the batch, n = len(places) x views. Each place has a generator
-    of its own, so a process draws for its own patients alone.
+    Each place in the batch has its own generator. A transform that is not drawn gets its neutral
+    value.
     """
     seeds = [seed_of("views", seed, step, place) for place in places]
     numbers = [np.random.default_rng(s).random((views, 64), np.float32) for s in seeds]
@@ -184,9 +183,9 @@ def view_parameters(augmentation, seed, step, places, views):
 
 
 def make_views(images, parameters, size, noise_seed=0):
-    """The views of n patches, made on their device: float32 [n V, 3, size, size] in [0, 1].
+    """V views of each of n patches, on their device: float32 [n V, 3, size, size] in [0, 1].
 
-    images: [n, ...], from decode(). parameters: for n V views; the V views of a patch are adjacent.
+    images: [n, ...], as returned by decode(). parameters: of n V views, a patch's side by side.
     """
     # One field of white noise serves the batch; to draw noise for every pixel would be slow.
     generator = torch.Generator().manual_seed(noise_seed)
@@ -579,16 +578,19 @@ def hash_split(patients, val_fraction=0.2):
 
 
 def main():
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as made:
         lines = ["path,patient,slide"]
         for slide, colour in enumerate(("indigo", "purple", "crimson", "brown")):
             for patch in range(3):
                 lines.append(f"{slide}-{patch}.png,patient-{slide // 2},slide-{slide}")
                 noise = Image.effect_noise((8, 8), 90).resize((64, 64))
-                ImageOps.colorize(noise, colour, "white").save(f"{folder}/{slide}-{patch}.png")
-        open(f"{folder}/manifest.csv", "w").write("\n".join(lines))
-        cohort = read_cohort(sys.argv[1] if len(sys.argv) > 1 else folder, val_fraction=0)
-        views = load_views(cohort, [1], min(2, len(cohort.present)), (4, 2, 2), "demo", (128, 96))
+                ImageOps.colorize(noise, colour, "white").save(f"{made}/{slide}-{patch}.png")
+        open(f"{made}/manifest.csv", "w").write("\n".join(lines))
+        folder = sys.argv[1] if len(sys.argv) > 1 else made
+        augmentation = sys.argv[2] if len(sys.argv) > 2 else "demo"
+        cohort = read_cohort(folder, val_fraction=0)
+        patients = min(2, len(cohort.present))
+        views = load_views(cohort, [1], patients, (4, 2, 2), augmentation, (128, 96))
         images, ids = next(views)
     save_image(images, "views.png", nrow=4)
     print(f"{cohort}; views.png shows one batch, {list(images.shape)}, with a patch in each row:")

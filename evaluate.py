@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import SPLITS, decode, load_batches, plain_view, plural, read_cohort, short_side
+from data import SPLITS, decode, load_batches, plain_view, read_cohort, short_side
 from describe import check_sentences, encode_bank, read_json, tokenizer_of
 from losses import attributes_used
 from model import load_run, text_tower
@@ -291,8 +291,8 @@ def estimate(name, values):
 def assess_level(predictions, labels, groups, patient, counts, classes):
     """The metrics of one probe at one level, as `assess` describes them.
 
-    predictions: probabilities [n, C], one array per encoder, the second to gain over. groups: [n],
-    the slide or patient of each patch, or its own number. patient: [n], a column of counts.
+    predictions: probabilities [n, C] of an encoder, and perhaps of one to gain over. groups: [n],
+    the ids of the level. patient: [n], a column of counts.
     """
     probabilities, label, first, left_out = pool(predictions[0], labels, groups)
     metrics = {"n": len(label), "left_out": left_out}
@@ -393,7 +393,7 @@ def class_attributes(scores, names, cohort, rows, number=5):
 
 
 def evaluate(args, device):
-    """Evaluates a run as the flags of main() say; all processes share the work, rank 0 writes."""
+    """Evaluates a run by the flags of main(); all processes share the work, rank 0 writes."""
     # The run, and the cohort: its own, or the one that --data names.
     model, checkpoint = load_run(args.run)
     if args.export:
@@ -451,7 +451,7 @@ def evaluate(args, device):
     }
     alike = args.against and encoders[1][1]["attributes"] == names
     path = os.path.join(out, "embeddings.npz")
-    write_arrays(path, cohort, z[0], scores[0], names, scores[1] if alike else {})
+    report.write_arrays(path, cohort, z[0], scores[0], names, scores[1] if alike else {})
     runs.write_json(os.path.join(out, "metrics.json"), metrics)
     print(*report.table({f"step {checkpoint['step']}": probes}), *metrics["notes"], sep="\n")
 
@@ -554,7 +554,9 @@ def embed_folder(folder, path, model, checkpoint, workers):
     z = embed(model, cohort, checkpoint["read_size"], checkpoint["image_size"], workers=workers)
     if place()[0] == 0:
         print(*(f"left out: {fault}" for fault in faults if fault), sep="\n")
-        write_arrays(path, cohort, z, attribute_scores(z, model.bank), checkpoint["attributes"])
+        report.write_arrays(
+            path, cohort, z, attribute_scores(z, model.bank), checkpoint["attributes"]
+        )
         print(f"{len(z)} images are in {path}: path, z, and scores and attributes of each level")
         print(*size_notes(cohort, checkpoint), sep="\n")
     if any(faults):
@@ -568,24 +570,6 @@ def unreadable(path):
     except ValueError as error:
         return str(error)
     return ""
-
-
-def write_arrays(path, cohort, z, scores, names, against_scores=None):
-    """Writes an .npz of all patches, whole: path, label, split, and the group of each level; z
-    [n, D]; of each level scores [n, K_l] and attributes [K_l]."""
-    arrays = {"path": np.array([name.decode() for name in cohort.names]), "z": z.numpy()}
-    arrays |= {"label": cohort.label, "split": cohort.split}
-    arrays |= {"splits": np.array(SPLITS), "classes": np.array(cohort.classes, str)}
-    ids = cohort.ids(np.arange(len(cohort)))
-    for level, group_names, column in zip(cohort.levels[1:], cohort.group_names, ids.T[1:]):
-        arrays[level] = column.astype(np.int32)
-        arrays[plural(level)] = np.array(group_names)
-    for level in scores:
-        arrays[f"scores_{level}"] = scores[level].numpy()
-        arrays[f"attributes_{level}"] = np.array(names[level], str)
-        if against_scores:
-            arrays[f"against_scores_{level}"] = against_scores[level].numpy()
-    runs.write_whole(path, lambda file: np.savez(file, **arrays))
 
 
 def main():

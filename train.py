@@ -427,18 +427,10 @@ def make_batches(config, cohort, patients, facts, first, rank, world, device):
             f"--patients {patients} cannot be shared evenly by {world} processes: use a multiple "
             f"of {world}, or a number of processes that divides {patients}"
         )
-    return load_views(
-        cohort,
-        range(first + 1, config.steps + 1),
-        patients,
-        config.counts,
-        config.augmentation,
-        sizes=(facts["read_size"], facts["image_size"]),
-        seed=config.seed,
-        device=device,
-        share=(rank, world),
-        workers=config.workers,
-    )
+    steps = range(first + 1, config.steps + 1)
+    sizes = facts["read_size"], facts["image_size"]
+    how = config.counts, config.augmentation, sizes, config.seed, device
+    return load_views(cohort, steps, patients, *how, (rank, world), config.workers)
 
 
 def introduce(config, files, first, world, device, cohort, train_cohort, patients):

@@ -11,7 +11,6 @@ from conftest import ROOT
 from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
 
-import evaluate
 from data import read_cohort
 from demo import truth
 from demo.tissue import FACTORS
@@ -54,7 +53,7 @@ def out(cohort_folder, tmp_path):
     names = {level: list(BANK["levels"][level]) for level in LEVELS}
     other_scores = dict.fromkeys(LEVELS, -score)
     z = torch.rand(len(cohort), 4)
-    evaluate.write_arrays(str(tmp_path / "embeddings.npz"), cohort, z, scores, names, other_scores)
+    report.write_arrays(str(tmp_path / "embeddings.npz"), cohort, z, scores, names, other_scores)
     write_json(str(tmp_path / "metrics.json"), metrics)
     (tmp_path / "bank.json").write_text(json.dumps(BANK))
     (tmp_path / "config.json").write_text(json.dumps({"bank": str(tmp_path / "bank.json")}))

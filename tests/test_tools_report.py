@@ -83,7 +83,7 @@ def out(cohort, tmp_path):
         "class_attributes": evaluate.class_attributes(scores, NAMES, cohort, rows),
         "truth": TRUTH,
     }
-    evaluate.write_arrays(str(folder / "embeddings.npz"), cohort, z, scores, NAMES, {})
+    report.write_arrays(str(folder / "embeddings.npz"), cohort, z, scores, NAMES, {})
     write_json(str(folder / "metrics.json"), metrics)
     return folder
 

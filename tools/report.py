@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import decode, plain_view, plural
+from data import SPLITS, decode, plain_view, plural
 from tools.processes import user_errors
+from tools.runs import write_whole
 
 SHARES = ("accuracy", "mca", "accuracy_gain", "mca_gain", "probability")  # shown in percent
 DRAWN = ("recall", "confusion")  # by report.html
@@ -39,6 +40,24 @@ def read_results(out, needed=("metrics.json", "embeddings.npz")):
     metrics = json.loads(path.read_text("utf-8")) if path.exists() else {}
     with np.load(Path(out, "embeddings.npz")) as file:
         return metrics, dict(file)
+
+
+def write_arrays(path, cohort, z, scores, names, against_scores=None):
+    """Writes an .npz of all patches: path, label, split, the group of each level, z [n, D], and of
+    each level scores [n, K_l] and attributes [K_l]."""
+    arrays = {"path": np.array([name.decode() for name in cohort.names]), "z": z.numpy()}
+    arrays |= {"label": cohort.label, "split": cohort.split}
+    arrays |= {"splits": np.array(SPLITS), "classes": np.array(cohort.classes, str)}
+    ids = cohort.ids(np.arange(len(cohort)))
+    for level, group_names, column in zip(cohort.levels[1:], cohort.group_names, ids.T[1:]):
+        arrays[level] = column.astype(np.int32)
+        arrays[plural(level)] = np.array(group_names)
+    for level in scores:
+        arrays[f"scores_{level}"] = scores[level].numpy()
+        arrays[f"attributes_{level}"] = np.array(names[level], str)
+        if against_scores:
+            arrays[f"against_scores_{level}"] = against_scores[level].numpy()
+    write_whole(path, lambda file: np.savez(file, **arrays))
 
 
 def read_log(path):

@@ -1,10 +1,4 @@
-"""What a run keeps on disk: whole files, a lock, checkpoints, a log; and if it is the same run.
-
-RUN/config.json         the settings, and what it takes to repeat the run
-RUN/log.jsonl           a line of numbers every few steps
-RUN/step-0000000.pt     the start of training, without an optimizer
-RUN/step-0000400.pt     the newest checkpoint, and the one before it
-"""
+"""What a run keeps on disk, written whole or not at all, and whether it is still the same run."""
 
 import glob
 import hashlib
@@ -18,11 +12,13 @@ import sys
 import warnings
 import zipfile
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import torch
 
-OUR_PARTS = re.compile(r"(step-\d{7,}\.pt|log\.jsonl|config\.json)\.\d+\.part")
+CHECKPOINT = re.compile(r"step-([0-9]{7}|[1-9][0-9]{7,})\.pt")
+UNFINISHED = re.compile(rf"({CHECKPOINT.pattern}|log\.jsonl|config\.json)\.[0-9]+\.part")
 
 
 def write_whole(path, write):
@@ -38,18 +34,16 @@ def write_whole(path, write):
         error = error.__context__ or error  # torch.save turns an OSError into a RuntimeError
         if os.path.exists(part):
             os.remove(part)
-        remedy = "make room and start again" if "space" in str(error) else "look at the folder"
-        raise OSError(f"{path} cannot be written ({error}): {remedy}") from error
+        raise OSError(f"{path} cannot be written ({error}): look at the folder and disk") from error
 
 
 def write_json(path, value):
     """Writes a value as JSON, completely or not at all."""
-    content = json.dumps(value, indent=1).encode()
-    write_whole(path, lambda file: file.write(content))
+    write_whole(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
 
 
 def read_whole(path, remedy="take the one before"):
-    """What torch.save wrote to a file, on the CPU. Raises ValueError, with its name, if damaged."""
+    """What torch.save wrote to a file, on the CPU. Raises ValueError if it is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             member = archive.testzip()  # torch.load does not look at the checksums
@@ -61,10 +55,7 @@ def read_whole(path, remedy="take the one before"):
 
 
 def lock_folder(folder):
-    """A file lock on a run's folder, which is made; released when the file is closed.
-
-    Removes our own unfinished files. Raises ValueError if another process trains here.
-    """
+    """Makes a run's folder; returns a file that locks it until closed. ValueError if in use."""
     os.makedirs(folder, exist_ok=True)
     lock = open(os.path.join(folder, "lock"), "a+")
     try:
@@ -83,13 +74,13 @@ def lock_folder(folder):
     lock.write(f"{os.getpid()} on {socket.gethostname()}")
     lock.flush()
     for name in os.listdir(folder):
-        if OUR_PARTS.fullmatch(name):  # of a process that was killed
+        if UNFINISHED.fullmatch(name):  # left by a process that was killed
             os.remove(os.path.join(folder, name))
     return lock
 
 
 def command_line(world):
-    """What was typed to start this, as one line."""
+    """The command that started this, on one line."""
     launcher = f"torchrun --nproc_per_node={world}" if world > 1 else "python"
     return f"{launcher} {shlex.join(sys.argv)}"
 
@@ -97,18 +88,12 @@ def command_line(world):
 def describe(folder, settings, world, device):
     """Writes config.json: the settings, and what else it takes to repeat the run."""
     here = os.path.dirname(os.path.abspath(__file__))
-    git = "git describe --always --dirty --abbrev=40".split()
-    try:
-        commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git here
-        commit = ""
-    about = {"command": command_line(world), "commit": commit, "processes": world}
+    git = "git describe --always --dirty --abbrev=40"  # by the shell: git may be missing
+    done = subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True)
+    about = {"command": command_line(world), "commit": done.stdout.strip(), "processes": world}
     about |= {"device": device.type, "python": sys.version.split()[0]}
     about |= {name: version(name) for name in ("torch", "numpy", "pillow")}
     write_json(os.path.join(folder, "config.json"), settings | about)
-
-
-# ----------------------------------------------------------------------------------- checkpoints
 
 
 def checkpoint_path(folder, step):
@@ -118,12 +103,9 @@ def checkpoint_path(folder, step):
 
 def checkpoints(folder):
     """{step: path} of the checkpoints that train.py wrote to a folder, in the order of steps."""
-    steps = []
-    for path in glob.glob(os.path.join(glob.escape(folder), "step-*.pt")):
-        number = os.path.basename(path)[5:-3]
-        if number.isascii() and number.isdigit() and path == checkpoint_path(folder, int(number)):
-            steps.append(int(number))
-    return {step: checkpoint_path(folder, step) for step in sorted(steps)}
+    names = filter(CHECKPOINT.fullmatch, glob.glob("step-*.pt", root_dir=folder))
+    steps = sorted(int(name[5:-3]) for name in names)
+    return {step: checkpoint_path(folder, step) for step in steps}
 
 
 def save_checkpoint(folder, checkpoint):
@@ -135,10 +117,7 @@ def save_checkpoint(folder, checkpoint):
 
 
 def newest_checkpoint(folder):
-    """The newest checkpoint that is whole, reporting those that are not; {"step": 0} in a new run.
-
-    Raises ValueError if there are some and none is whole: starting anew would cost the log.
-    """
+    """The newest whole checkpoint, or {"step": 0} in a new run. ValueError if all are damaged."""
     paths = checkpoints(folder)
     start = paths.pop(0, None)
     for step, path in reversed(paths.items()):
@@ -154,29 +133,19 @@ def newest_checkpoint(folder):
     return read_whole(start) if start else {"step": 0}
 
 
-# ----------------------------------------------------------------------------- is it the same run
-
-
 def cohort_hashes(cohort):
-    """{"patches": [n] int64, "train_patients": [names' hashes]}, for comparing cohorts later.
-
-    A patch's hash is of its path, groups, split and label, but not of where the folder is.
-    """
-    patches = np.empty(len(cohort), np.int64)
-    last = None
-    for row in range(len(cohort)):
-        slide = cohort.parents[0][row]
-        if slide != last:
-            place = "\n".join([*cohort.groups_of(row), str(cohort.split[row])]).encode()
-            last = slide
-        label = cohort.classes[cohort.label[row]].encode() if cohort.label[row] >= 0 else b""
-        patches[row] = _hash64(b"\n".join([cohort.names[row], place, label]))
+    """{"patches": [n], "train_patients": [P]}, int64 hashes by which cohorts are compared."""
+    _, first, slide = np.unique(cohort.parents[0], return_index=True, return_inverse=True)
+    places = []  # of each slide
+    for row in first:
+        places.append("\n".join([*cohort.groups_of(row), str(cohort.split[row])]).encode())
+    labels = [name.encode() for name in [*cohort.classes, ""]]  # label -1 is none
+    patches = []
+    for name, number, label in zip(cohort.names, slide, cohort.label):
+        patches.append(_hash64(b"\n".join([name, places[number], labels[label]])))
     train = np.unique(cohort.patient[cohort.split == 0])
-    names = [cohort.group_names[-1][patient] for patient in train]
-    return {
-        "patches": torch.from_numpy(patches),
-        "train_patients": torch.tensor([_hash64(name.encode()) for name in names]),
-    }
+    patients = [_hash64(cohort.group_names[-1][patient].encode()) for patient in train]
+    return {"patches": torch.tensor(patches), "train_patients": torch.tensor(patients)}
 
 
 def _hash64(content):
@@ -184,74 +153,61 @@ def _hash64(content):
 
 
 def trained_on(cohort, patients, hashes):
-    """How many of some patients (ids) of a cohort a run was trained on, by `cohort_hashes`."""
+    """How many of a cohort's patients (ids) a run was trained on, by its `cohort_hashes`."""
     known = set(hashes["train_patients"].tolist())
     return sum(_hash64(cohort.group_names[-1][p].encode()) in known for p in patients)
 
 
 def check_same_cohort(folder, cohort, hashes, before):
-    """Prints how many patches are gone; raises ValueError where some are new or changed."""
+    """Prints how many patches are gone; raises ValueError if some are new, changed or moved."""
     now, then = hashes["patches"].numpy(), before["patches"].numpy()
     new = ~np.isin(now, then)
-    if not new.any() and (then[np.isin(then, now)] != now).any():
-        raise ValueError(
-            f"{cohort.root} lists the patches of {folder} in another order: restore it"
-        )
     if new.any():
         raise ValueError(
             f"{cohort.root} is not the cohort of {folder}: {new.sum()} patches are new or renamed, "
             f"or have another slide, patient, split or label: {cohort.name(new.argmax())}, ...: "
             "restore the manifest, or give another --out to start anew"
         )
-    if len(then) > len(now):
-        print(
-            f"note: {len(then) - len(now)} of the run's {len(then)} patches are gone from here on"
+    if (then[np.isin(then, now)] != now).any():
+        raise ValueError(
+            f"{cohort.root} lists the patches of {folder} in another order: restore it"
         )
+    gone = len(then) - len(now)
+    if gone:
+        print(f"note: {gone} of the run's {len(then)} patches are gone from here on")
 
 
 def check_same_flags(folder, now, before, may_change):
-    """Raises ValueError unless the flags that affect the result match. {flag: value} each.
-
-    A flag that either side does not know is not compared, so that a fork may add and drop flags.
-    """
-    changed = []
-    for name in now.keys() & before.keys() - set(may_change):
+    """Raises ValueError if {flag: value} differ, other than in flags that may change."""
+    changed = []  # a fork may add and drop flags: what one side does not know is not compared
+    for name in sorted(now.keys() & before.keys() - set(may_change)):
         if now[name] != before[name]:
             changed.append(f"--{name.replace('_', '-')} {now[name]} (there: {before[name]})")
     if changed:
         raise ValueError(
-            f"{folder} holds another run: {', '.join(sorted(changed))}. Give the same flags to go "
-            "on with it, or another --out to start anew"
+            f"{folder} holds another run: {', '.join(changed)}. Give the same flags to go on with "
+            "it, or another --out to start anew"
         )
 
 
-# -------------------------------------------------------------------------------------------- log
-
-
 class Log:
-    """log.jsonl, one JSON line at a time. Every rank knows it; only rank 0 writes and prints.
-
-    Opening it drops what a killed run wrote after its last checkpoint, of step `until`.
-    """
+    """log.jsonl up to a step, a JSON line at a time. Ranks other than 0 neither write nor print."""
 
     def __init__(self, folder, until, rank):
-        self.path = os.path.join(folder, "log.jsonl")
+        self.path = Path(folder, "log.jsonl")
         self.lines = []
         self.silent = rank > 0
-        content = b""
-        if until and os.path.exists(self.path):
-            with open(self.path, "rb") as file:
-                content = file.read()
-        elif until and not self.silent:
-            print(f"{self.path} is gone: a new one begins after step {until}")
+        say = (lambda text: None) if self.silent else print
+        content = self.path.read_bytes() if until and self.path.exists() else b""
+        if until and not content:
+            say(f"{self.path} is gone: a new one begins after step {until}")
         for number, line in enumerate(content.split(b"\n")[:-1], 1):  # a kill leaves half a line
             try:
                 line = json.loads(line)
-                if line["step"] <= until:
+                if line["step"] <= until:  # later lines are written anew
                     self.lines.append(line)
             except (ValueError, TypeError, KeyError):
-                if not self.silent:
-                    print(f"{self.path}, line {number}, is damaged and left out")
+                say(f"{self.path}, line {number}, is damaged and left out")
         if not self.silent:
             kept = "".join(json.dumps(line) + "\n" for line in self.lines).encode()
             write_whole(self.path, lambda file: file.write(kept))

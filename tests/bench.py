@@ -1,14 +1,16 @@
 """What the parts cost, each beside what it is compared with, in one table.
 
-    python tests/bench.py                   everything: about 12 minutes on two cores
-    python tests/bench.py losses knn        these sections alone
+    python tests/bench.py                   all but cuda: about 20 minutes on two cores
+    python tests/bench.py losses views      these sections alone
+    python tests/bench.py probe --tiles 100000 --rows 185000    the probes at OpenSRH's size
+    python tests/bench.py cuda              on a GPU, under ten minutes
 
-One thread, unless a row says otherwise; the two sides of a ratio take turns in one run, and the
-median counts. Nothing else should run meanwhile. The rows are also written as JSON.
+One thread a process, unless a row says otherwise. The two sides of a ratio take turns in one run,
+and the median counts. Nothing else should run meanwhile. The rows are also written as JSON.
 """
 
 import argparse
-import csv
+import io
 import json
 import os
 import random
@@ -16,9 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout
-from multiprocessing import get_context
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,54 +29,77 @@ import tifffile
 import torch
 import torch.nn.functional as F
 import torchvision.transforms as T
+from conftest import ROOT, on_processes
+from PIL import Image
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import data  # noqa: E402
-import train  # noqa: E402
-from demo.prepare import demo_clip, demo_tissue  # noqa: E402
-from evaluate import assess, embed, knn  # noqa: E402
-from losses import LEVELS, ha, hvc  # noqa: E402
-from model import HLSS, ModifiedResNet, load_run  # noqa: E402
+import data
+import evaluate
+import train
+from losses import LEVELS, ha, hvc
+from model import HLSS, ModifiedResNet, load_run
+from tools import runs
+from tools.processes import add_up
+
+
+def seconds_of(function):
+    """How long a call takes, on the GPU too."""
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def take_turns(rounds, **functions):
     """The median seconds of each function, {name: seconds}: one after the other, many times."""
     seconds = {name: [] for name in functions}
     for function in functions.values():
-        function()  # the first call is slower
+        seconds_of(function)  # the first call is slower
     for _ in range(rounds):
         for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(seconds_of(function))
     return {name: float(np.median(values)) for name, values in seconds.items()}
+
+
+def added_memory(function, device="cpu"):
+    """The MiB that a function takes at its peak beyond what was held before (CPU: Linux alone)."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+    def status(field):
+        text = Path("/proc/self/status").read_text()
+        return int(text.partition(f"{field}:")[2].split()[0]) / 2**10
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = status("VmRSS")
+    function()
+    return status("VmHWM") - before
 
 
 def row(what, ours, unit, beside=None, than="", aim=""):
     """A line of the table: our number, the one beside it, and what that is."""
     ratio = ours / beside if beside else None
-    return {"what": what, "ours": ours, "unit": unit, "beside": beside, "than": than} | {
-        "ratio": ratio,
-        "aim": aim,
-    }
+    return dict(what=what, ours=ours, unit=unit, beside=beside, ratio=ratio, than=than, aim=aim)
 
 
 # ---------------------------------------------------------------------------------- the losses
 
 
-def inputs(N, K=128, D=1024):
+def inputs(N, K=128, D=1024, device="cpu"):
     """z [N, D], three projections [N, K], a bank of three levels [K, D], and ids {level: [N]}."""
     generator = torch.Generator().manual_seed(0)
 
     def unit(n, d):
-        return F.normalize(torch.randn(n, d, generator=generator), dim=1)
+        return F.normalize(torch.randn(n, d, generator=generator), dim=1).to(device)
 
     z = unit(N, D).requires_grad_()
     bank = {level: unit(K, D) for level in LEVELS}
     projections = {level: unit(N, K).requires_grad_() for level in LEVELS}
-    number = torch.arange(N)
+    number = torch.arange(N, device=device)
     return z, projections, bank, {at: number // n for at, n in zip(LEVELS, (2, 4, 8))}
 
 
@@ -93,7 +118,7 @@ def released(z, projections, bank, ids, temperature=0.07):
     for name, p in projections.items():
         for level in LEVELS:
             positive = (ids[level][:, None] == ids[level]).float()
-            others = 1 - torch.eye(len(p))
+            others = 1 - torch.eye(len(p), device=p.device)
             positive = positive * others
             logits = p @ p.T / temperature
             logits = logits - logits.max(dim=1, keepdim=True).values.detach()
@@ -112,61 +137,44 @@ def released(z, projections, bank, ids, temperature=0.07):
     return [loss.item() for loss in counted] + alignment
 
 
-def added_memory(function):
-    """What a function returns, and the MiB at its peak beyond those before it (Linux alone)."""
-
-    def status(field):
-        text = Path("/proc/self/status").read_text()
-        return int(text.partition(f"{field}:")[2].split()[0]) / 2**10
-
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = status("VmRSS")
-    result = function()
-    return result, status("VmHWM") - before
-
-
-def peak(function, N):
+def peak(rank, world, function, N, device="cpu"):
     """The memory in MiB that a function takes beyond its inputs."""
-    torch.set_num_threads(1)
-    arguments = inputs(N)
-    function(*inputs(16))  # what is loaded on first use
-    return added_memory(lambda: function(*arguments))[1]
+    arguments = inputs(N, device=device)
+    function(*inputs(16, device=device))  # what is loaded on first use
+    return added_memory(lambda: function(*arguments), device)
 
 
-def in_a_process(function, *arguments):
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def losses(sizes=(256, 1024, 2048), rounds=3):
+def losses(sizes=(256, 1024, 2048), rounds=3, device="cpu"):
     """HVC + HA beside the released way, K = 128 attributes, D = 1,024 dimensions."""
+    than = "the released way"
     for N in sizes:
-        arguments = inputs(N)
-        seconds = take_turns(
-            rounds, ours=lambda x=arguments: ours(*x), other=lambda x=arguments: released(*x)
-        )
-        than = "the released way"
+        x = inputs(N, device=device)
+        seconds = take_turns(rounds, ours=lambda x=x: ours(*x), other=lambda x=x: released(*x))
         yield row(f"HVC + HA, N = {N}", seconds["ours"], "s", seconds["other"], than)
-        memory = [in_a_process(peak, function, N) for function in (ours, released)]
+        memory = [on_processes(1, peak, f, N, device)[0] for f in (ours, released)]
         yield row(f"HVC + HA, N = {N}: memory", memory[0], "MiB", memory[1], than)
 
 
 # -------------------------------------------------------------------------------- a training step
 
 
-def steps(tower, N):
+def steps(sizes, N, device, amp, compile):
     """Two functions: a whole step of train.py; forward, backward and AdamW of the bare tower."""
+    tower = ModifiedResNet(*sizes)
+    if compile:
+        tower.compile()
     bank = {level: F.normalize(torch.randn(128, tower.dim), dim=1) for level in LEVELS}
-    model = HLSS(tower, bank).to(memory_format=torch.channels_last)
+    model = HLSS(tower, bank).to(device, memory_format=torch.channels_last)
     config = train.Config(clip="demo")
-    images = torch.rand(N, 3, tower.image_size, tower.image_size)
+    images = torch.rand(N, 3, tower.image_size, tower.image_size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
-    *_, ids = inputs(N)
+    *_, ids = inputs(N, device=device)
     whole = torch.optim.AdamW(model.parameters(), fused=True)
     bare = torch.optim.AdamW(tower.parameters(), fused=True)
+    half = torch.autocast(images.device.type, torch.bfloat16, enabled=amp)
 
-    def step(amp=False):  # the phases of the loop in train.py
-        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+    def step():  # the phases of the loop in train.py
+        with half:
             z, projections = model(images)
         terms = hvc(projections, ids, config.temperature)
         terms |= ha(z, model.bank, config.ha_temperature)
@@ -174,146 +182,133 @@ def steps(tower, N):
         whole.zero_grad()
         loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        numbers = train.average({"loss": loss, **terms, "norm": norm}, train.CPU)
+        numbers = train.average({"loss": loss, **terms, "norm": norm}, images.device)
         train.check_finite(numbers, 1, ids, None)
         for group in whole.param_groups:
             group["lr"] = train.learning_rate(1, config)
         whole.step()
 
     def bare_tower():
+        with half:
+            z = tower(images)
         bare.zero_grad()
-        tower(images).square().mean().backward()
+        z.float().square().mean().backward()
         bare.step()
 
     return step, bare_tower
 
 
-def batch(sizes=(256, 1024, 4096), rounds=2):
-    """What the losses, and a step of the demo's tower, cost as the batch grows."""
-    for N in sizes:
-        arguments = inputs(N)
-        seconds = take_turns(rounds, ours=lambda x=arguments: ours(*x))["ours"]
-        yield row(f"HVC + HA, N = {N}, D = 1,024", seconds, "s")
-        yield row(f"HVC + HA, N = {N}: memory", in_a_process(peak, ours, N), "MiB")
-        whole, bare = steps(ModifiedResNet((1, 1, 1, 1), 16, 64, 64), N)
-        seconds = take_turns(rounds, whole=whole, bare=bare)
-        what = f"step, the demo's tower, N = {N}"
-        yield row(what, seconds["whole"], "s", seconds["bare"], "its tower alone")
-
-
-TOWERS = {  # (layers, width, dim, pixels), images, rounds, aim
-    "RN50, 224 pixels": (((3, 4, 6, 3), 64, 1024, 224), 32, 3, "1.03"),
-    "the demo's tower, 64 pixels": (((1, 1, 1, 1), 16, 64, 64), 64, 30, "1.05"),
+RN50 = ((3, 4, 6, 3), 64, 1024, 224)  # layers, width, dim, pixels
+SMALL = ((1, 1, 1, 1), 16, 64, 64)  # the demo's
+TOWERS = {  # tower, images, (device, bf16, compile), rounds, aim
+    "RN50, 32 images": (RN50, 32, ("cpu", False, False), 3, "1.03"),
+    "RN50, 32 images, bf16": (RN50, 32, ("cpu", True, False), 3, ""),
+    "the demo's tower, 64 images": (SMALL, 64, ("cpu", False, False), 30, "1.05"),
+    "the demo's tower, 1,024 images": (SMALL, 1024, ("cpu", False, False), 2, ""),
+}
+GPU_TOWERS = {
+    f"RN50, {N} images{', compiled' * compile}": (RN50, N, ("cuda", True, compile), 10, "1.03")
+    for N, compile in ((128, False), (128, True), (256, False), (512, False))
 }
 
 
 def step(towers=TOWERS):
-    """A whole training step beside the bare tower's."""
-    for name, (sizes, N, rounds, aim) in towers.items():
-        whole, bare = steps(ModifiedResNet(*sizes), N)
-        seconds = take_turns(rounds, whole=whole, bare=bare)
-        than = "its tower alone"
+    """A whole training step beside the bare tower's. Returns the most images a second."""
+    speeds, than = [], "its tower alone"
+    for name, (sizes, N, how, rounds, aim) in towers.items():
+        try:
+            whole, bare = steps(sizes, N, *how)
+            seconds = take_turns(rounds, whole=whole, bare=bare)
+            memory = added_memory(whole, how[0])
+        except torch.OutOfMemoryError:
+            yield row(f"step, {name}: does not fit", float("nan"), "s")
+            continue
         yield row(f"step, {name}", seconds["whole"], "s", seconds["bare"], than, aim)
+        speeds.append(N / seconds["whole"])
+        yield row(f"step, {name}: speed", speeds[-1], "images/s")
+        if how[0] == "cuda":
+            yield row(f"step, {name}: activations", memory, "MiB")
+    return max(speeds)
 
 
-def bf16(rounds=3):
-    """The step in bf16 beside float32, where the processor has bf16."""
-    with open("/proc/cpuinfo") as file:
-        if not {"avx512_bf16", "amx_bf16"} & set(file.read().split()):
-            yield row("bf16: this processor has none", float("nan"), "s")
-            return
-    whole, _ = steps(ModifiedResNet(*TOWERS["RN50, 224 pixels"][0]), 32)
-    seconds = take_turns(rounds, half=lambda: whole(amp=True), full=whole)
-    yield row("step in bf16, RN50", seconds["half"], "s", seconds["full"], "float32")
+# ------------------------------------------------------------------------------------------- data
 
 
-# ------------------------------------------------------------------------------- data and probes
-
-
-class Noise(torch.nn.Module):
-    def forward(self, x):
-        return (x + random.uniform(0.01, 0.1) * torch.randn(x.shape)).clamp(0, 1)
-
-
-def half(transform):
-    return T.RandomApply([transform], p=0.5)
-
-
-PIPELINE = T.Compose(
-    [
-        T.RandomHorizontalFlip(),
-        T.RandomVerticalFlip(),
-        half(Noise()),
-        half(T.ColorJitter(0.2, 0.2)),
-        T.RandomAutocontrast(),
-        T.RandomSolarize(0.2),
-        T.RandomAdjustSharpness(2),
-        half(T.GaussianBlur(5, 1.0)),
-        half(T.RandomAffine(10, (0.1, 0.1))),
-        half(T.RandomResizedCrop(300, (0.2, 1.0))),
-        T.RandomErasing(),
-        T.Resize(224),
-    ]
-)
+PIPELINE = [  # of the paper's code; its augmentations in a list are drawn with probability 1/2
+    T.RandomHorizontalFlip(),
+    T.RandomVerticalFlip(),
+    T.RandomApply([lambda x: (x + random.uniform(0.01, 0.1) * torch.randn_like(x)).clamp(0, 1)]),
+    T.RandomApply([T.ColorJitter(0.2, 0.2)]),
+    T.RandomAutocontrast(),
+    T.RandomSolarize(0.2),
+    T.RandomAdjustSharpness(2),
+    T.RandomApply([T.GaussianBlur(5, 1.0)]),
+    T.RandomApply([T.RandomAffine(10, (0.1, 0.1))]),
+    T.RandomApply([T.RandomResizedCrop(300, (0.2, 1.0))]),
+    T.RandomErasing(),
+    T.Resize(224),
+]
 
 
 def one_by_one(paths, views):
     """Views as the paper's code makes them: for each the file is decoded and transformed."""
-    made = []
     for path in paths:
         for _ in range(views):
             ch2, ch3 = torch.from_numpy(tifffile.imread(path).astype(np.float32)) / 65536
             image = torch.stack([ch3 - ch2 + 5000 / 65536, ch2, ch3]).clamp(0, 1)
-            made.append(PIPELINE(image))
-    return torch.stack(made)
+            for transform in PIPELINE:
+                image = transform(image)
 
 
-def in_batches(paths, views):
-    images = torch.from_numpy(np.stack([data.decode(path, 300) for path in paths]))
-    augmentation = data.AUGMENTATIONS["strong-srh"]
-    parameters = data.view_parameters(augmentation, 0, 1, range(len(paths)), views)
-    return data.make_views(images, parameters, 224)
+def srh_views(images, views=2, device="cpu"):
+    """The same in one go, of decoded patches."""
+    drawn = data.view_parameters(data.AUGMENTATIONS["strong-srh"], 0, 1, range(len(images)), views)
+    return data.make_views(images.to(device), drawn, 224)
+
+
+def write_srh(folder, number, pixels=300):
+    """Patches as OpenSRH's, two frames of 16 bits. Returns their paths."""
+    rng = np.random.default_rng(0)
+    paths = [os.path.join(folder, f"{i}.tif") for i in range(number)]
+    for path in paths:
+        smooth = np.kron(rng.integers(3000, 15000, (2, 30, 30)), np.ones((pixels // 30,) * 2))
+        noisy = smooth + rng.normal(0, 500, smooth.shape)
+        tifffile.imwrite(path, noisy.astype(np.uint16))
+    return paths
 
 
 def views(patches=16, rounds=15):
     """Views of 300 -> 224 pixel SRH patches, decoding included."""
-    rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        paths = [os.path.join(folder, f"{i}.tif") for i in range(patches)]
-        for path in paths:
-            smooth = np.kron(rng.integers(3000, 15000, (2, 30, 30)), np.ones((10, 10)))
-            noisy = smooth + rng.normal(0, 500, smooth.shape)
-            tifffile.imwrite(path, noisy.astype(np.uint16))
-        seconds = take_turns(
-            rounds, ours=lambda: in_batches(paths, 2), other=lambda: one_by_one(paths, 2)
-        )
+        paths = write_srh(folder, patches)
+
+        def in_batches():
+            srh_views(torch.from_numpy(np.stack([data.decode(path, 300) for path in paths])))
+
+        seconds = take_turns(rounds, ours=in_batches, other=lambda: one_by_one(paths, 2))
     each = {name: 1e3 * value / patches / 2 for name, value in seconds.items()}
-    than = "torchvision, one by one"
-    yield row("a strong view", each["ours"], "ms", each["other"], than, "1 / 3.5")
+    yield row("a strong view", each["ours"], "ms", each["other"], "torchvision, singly", "1 / 3.5")
 
 
-def write_large(folder, patients):
-    """The manifest of a cohort of 100 patches a patient, in four slides; there are no images."""
-    with open(os.path.join(folder, "manifest.csv"), "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "patient", "slide", "label"])
-        for p in range(patients):
-            patient = f"TCGA-02-{p:05d}"
-            for i in range(100):
-                slide = f"{patient}-DX{i // 25}"
-                path = f"tiles/{patient}/DX{i // 25}/{i:05d}_{i * 224:06d}.jpg"
-                writer.writerow([path, patient, slide, "ab"[p % 2]])
+def write_cohort(folder, patients, patches=100):
+    """The manifest of a cohort of seven classes and four slides a patient; there are no images."""
+    lines = ["path,patient,slide,label"]
+    for p in range(patients):
+        for i in range(patches):
+            slide = f"TCGA-02-{p:05d}-DX{4 * i // patches}"
+            path = f"tiles/{slide}/{i:05d}_{i * 224:06d}.jpg"
+            lines.append(f"{path},TCGA-02-{p:05d},{slide},{'abcdefg'[p % 7]}")
+    Path(folder, "manifest.csv").write_text("\n".join(lines))
 
 
-def open_and_draw(folder):
+def open_and_draw(rank, world, folder):
     """Seconds to open a cohort, MiB that it adds, and seconds for a batch of 50 patients."""
-    start = time.perf_counter()
-    cohort, added = added_memory(lambda: data.read_cohort(folder, val_fraction=0.01))
-    opened = time.perf_counter() - start
-    start = time.perf_counter()
-    for number in range(1, 51):
-        data.hierarchical_batch(cohort, number, 0, 50)
-    return opened, added, (time.perf_counter() - start) / 50
+    kept = []
+    opened = seconds_of(lambda: data.read_cohort(folder, val_fraction=0.01))
+    added = added_memory(lambda: kept.append(data.read_cohort(folder, val_fraction=0.01)))
+    batches = range(1, 51)
+    drawn = [seconds_of(lambda n=n: data.hierarchical_batch(*kept, n, 0, 50)) for n in batches]
+    return opened, added, sum(drawn) / 50
 
 
 def cohort(patients=(100, 1000, 10000)):
@@ -321,106 +316,166 @@ def cohort(patients=(100, 1000, 10000)):
     for number in patients:
         aims = ("4 s", "250 MiB", "5 ms") if number == 10000 else ("", "", "")
         with tempfile.TemporaryDirectory() as folder:
-            write_large(folder, number)
-            opened, added, drawn = in_a_process(open_and_draw, folder)
+            write_cohort(folder, number)
+            ((opened, added, drawn),) = on_processes(1, open_and_draw, folder)
         name = f"{100 * number:,} patches"
         yield row(f"{name}: open", opened, "s", aim=aims[0])
         yield row(f"{name}: memory", added, "MiB", aim=aims[1])
         yield row(f"{name}: a batch of 50 patients", 1e3 * drawn, "ms", aim=aims[2])
 
 
-def probes(m=200_000, n=2_000, D=1024, rounds=3):
-    """kNN beside its product and top-k; metrics and their intervals."""
-    train_z = torch.randn(m, D)
-    z = torch.randn(n, D)
-    labels = torch.randint(0, 10, (m,))
+# ------------------------------------------------------------------------------------- the probes
 
-    def product_and_top_k():
+
+def embeddings(labels, D):
+    """z [n, D] as an encoder's: classes overlap, the mean is large, few directions vary much."""
+    torch.manual_seed(0)
+    z = torch.randn(len(labels), D)
+    z += 0.5 * torch.randn(labels.max() + 1, D)[labels]
+    z = z.mul_(torch.arange(1, D + 1) ** -0.5).add_(0.1)
+    return z.div_(z.norm(dim=1, keepdim=True))
+
+
+def knn_inputs(m, n, D):
+    """What knn() takes, for n queries among m."""
+    labels = torch.arange(m) % 7
+    train_z = embeddings(labels, D)
+    return train_z, labels, train_z[:n].clone(), 7
+
+
+def seconds_of_knn(rank, world, *sizes):
+    """How long this process takes for its share of a kNN, once all are ready."""
+    inputs = knn_inputs(*sizes)
+    add_up(torch.zeros(1))
+    return seconds_of(lambda: evaluate.knn(*inputs))
+
+
+def whole_probe(device, m, n, D, aim=""):
+    """The probes of evaluate.py on z [m + n, D], one after the other, and their intervals."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_cohort(folder, 300, -(-(m + n) // 300))
+        cohort = data.read_cohort(folder)
+    z = embeddings(torch.from_numpy(cohort.label).long(), D)
+    splits = [(np.arange(m), np.arange(m, m + n))]
+    of_knn = f"kNN of {n:,} among {m:,}", list(evaluate.NEIGHBOURS), z
+    linear = f"linear probe, {m:,} x {D:,} by 7", ["linear"], z
+    attributes = f"attribute probe, {m:,} x 384 by 7", ["attributes"], z[:, :384]
+    found, total = {}, 0
+    for what, kinds, features in (of_knn, linear, attributes):
+        start = time.perf_counter()
+        found |= evaluate.predict(kinds, features, cohort, splits, device)
+        yield row(what, time.perf_counter() - start, "s")
+        total += time.perf_counter() - start
+    seconds = seconds_of(lambda: evaluate.assess(found, cohort, splits))
+    yield row("intervals of all four, 1,000 resamples", seconds, "s")
+    yield row("the whole probe", total + seconds, "s", aim=aim)
+
+
+def write_run(folder, tiles, D):
+    """A cohort of small tiles of 300 patients, and a run with a small tower and a large z."""
+    write_cohort(folder, 300, tiles // 300)
+    cohort = data.read_cohort(folder)
+    rng = np.random.default_rng(0)
+    for i in range(len(cohort)):
+        os.makedirs(os.path.dirname(cohort.path(i)), exist_ok=True)
+        pixels = rng.integers(20 * cohort.label[i], 200, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(cohort.path(i))
+    bank = {level: F.normalize(torch.randn(128, D), dim=1) for level in LEVELS}
+    checkpoint = {
+        "model": HLSS(ModifiedResNet((1, 1, 1, 1), 8, D, 32), bank).state_dict(),
+        "config": asdict(train.Config(data=folder, clip="demo")),
+        "attributes": {level: [f"{level} {k}" for k in range(128)] for level in LEVELS},
+        "cohort": runs.cohort_hashes(cohort),
+    }
+    checkpoint |= {"step": 1, "clip": {}, "classes": cohort.classes}
+    checkpoint |= {"image_size": 32, "read_size": 16, "short_side": 16}
+    os.makedirs(os.path.join(folder, "run"))
+    runs.save_checkpoint(os.path.join(folder, "run"), checkpoint)
+
+
+def memory_of(rank, world, what, folder):
+    """The MiB that embed() or the whole of evaluate.py adds on this process."""
+    run = os.path.join(folder, "run")
+    if what == "embed":
+        model, _ = load_run(run)
+        cohort = data.read_cohort(folder)
+        return added_memory(lambda: evaluate.embed(model, cohort, 16, 32))
+    sys.argv = [what, run]
+    joined = rank, world, torch.device("cpu")
+    evaluate.processes = lambda timeout: nullcontext(joined)
+    with redirect_stdout(io.StringIO()):
+        return added_memory(evaluate.main)
+
+
+def probe(m=185_000, n=512, D=1024, rounds=10, rows=20_000, tiles=20_000):
+    """kNN beside its product and shared by processes; all probes; the memory of evaluate.py."""
+    train_z, labels, z, _ = knn_inputs(m, n, D)
+
+    def bare():
         for part in z.split(256):
-            (part @ train_z.T).topk(200, dim=1)
+            part @ train_z.T
 
-    seconds = take_turns(
-        rounds, ours=lambda: knn(train_z, labels, z, 10, ks=(200,)), bare=product_and_top_k
-    )
-    what = f"kNN of {n:,} among {m:,}"
-    yield row(what, seconds["ours"], "s", seconds["bare"], "product and top-k", "1.05")
-
-    patches, patients, classes = 60_000, 60, 10
-    patient = np.arange(patches) // (patches // patients)
-    slide = np.arange(patches) // 200
-    fake = SimpleNamespace(
-        levels=LEVELS,
-        patient=patient,
-        label=patient % classes,
-        classes=[str(c) for c in range(classes)],
-        group_names=[[], [str(p) for p in range(patients)]],
-        ids=lambda rows: np.stack([rows, slide[rows], patient[rows]], axis=1),
-    )
-    probabilities = np.random.default_rng(0).random((patches, classes))
-    splits = [(np.arange(1), np.arange(patches))]
-    found = take_turns(1, ours=lambda: assess({"linear": probabilities}, fake, splits))
-    yield row("1,000 resamples, 60,000 patches, 60 patients", found["ours"], "s")
+    seconds = take_turns(rounds, ours=lambda: evaluate.knn(train_z, labels, z, 7), bare=bare)
+    what = f"kNN of {n:,} among {m:,}, k = 200 and 20"
+    yield row(what, seconds["ours"], "s", seconds["bare"], "one bare product", "1.1")
+    turns = []
+    for _ in range(min(3, rounds)):
+        both = [on_processes(world, seconds_of_knn, m, 5 * n, D) for world in (2, 1)]
+        turns.append([max(seconds) for seconds in both])
+    two, one = np.median(turns, axis=0).tolist()
+    yield row(f"kNN of {5 * n:,} by two processes", two, "s", one, "one process", "0.6")
+    yield from whole_probe("cpu", rows, rows // 4, D)
+    size = tiles * D * 4 / 2**20
+    with tempfile.TemporaryDirectory() as folder:
+        write_run(folder, tiles, D)
+        for what, world in product(("embed", "evaluate.py"), (1, 2)):
+            most = max(on_processes(world, memory_of, what, folder))
+            name = f"{what}, {tiles:,} tiles, processes: {world}"
+            yield row(name, most, "MiB", size, "z", "3")
 
 
-# ------------------------------------------------------------------------------ the whole system
+def cuda(towers=GPU_TOWERS, sizes=(256, 1024, 4096), probe=(185_000, 50_000, 1024), device="cuda"):
+    """What one GPU does at the paper's size, in bf16."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("bench.py cuda: there is no CUDA device here")
+    eaten = yield from step(towers)
+    yield from losses(sizes, device=device)
+    yield from gpu_input(eaten, device)
+    yield from whole_probe(device, *probe, aim="60 s")
+
+
+def gpu_input(eaten, device, patches=512):
+    """Views and decoded patches a second, beside what the step eats: images a second."""
+    images = torch.randint(0, 2**16, (patches, 2, 300, 300)).to(torch.uint16)
+    than = "what the step eats"
+    speed = 2 * patches / take_turns(3, ours=lambda: srh_views(images, device=device))["ours"]
+    yield row("strong views of SRH", speed, "views/s", eaten, than, "over 1")
+    parts = np.arange(patches).reshape(-1, 64)
+    with tempfile.TemporaryDirectory() as folder:
+        files = SimpleNamespace(path=write_srh(folder, patches).__getitem__)
+        for threads in [n for n in (1, 2, 4, 8, 16, 32) if n <= os.cpu_count()]:
+            loader = data.load_batches(files, parts, 291, threads)
+            speed = patches / seconds_of(lambda loader=loader: list(loader))
+            yield row(f"decoded, {threads} threads", speed, "patches/s", eaten / 2, than, "over 1")
 
 
 def processes(numbers=(1, 2, 4), length=60):
     """Images a second of the demo on several processes, one thread each."""
-    os.chdir(ROOT)
-    demo_tissue()
-    demo_clip()
     one = None
     for number in numbers:
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            command += [f"--nproc_per_node={number}", "train.py", "--out", f"{folder}/run"]
+            command += [f"--nproc_per_node={number}", "train.py", "--out", folder]
             command += ["--steps", str(length), "--probe-every", "0"]
             threads = os.environ | {"OMP_NUM_THREADS": "1"}
             subprocess.run(command, cwd=ROOT, env=threads, check=True, capture_output=True)
-            lines = Path(folder, "run", "log.jsonl").read_text().splitlines()
-        logged = [json.loads(line) for line in lines]
-        speed = [line["images_per_s"] for line in logged if "images_per_s" in line][-1]
+            lines = map(json.loads, open(os.path.join(folder, "log.jsonl")))
+            speed = [line["images_per_s"] for line in lines if "images_per_s" in line][-1]
         one = one or speed
         yield row(f"processes: {number}", speed, "images/s", one, "one process")
 
 
-def demo():
-    """The demo's stages, from nothing, on all cores."""
-    torch.set_num_threads(os.cpu_count())
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        start = time.perf_counter()
-        demo_tissue()
-        tissue = time.perf_counter()
-        yield row("demo: tissue", tissue - start, "s")
-        demo_clip()
-        clip = time.perf_counter()
-        yield row("demo: CLIP", clip - tissue, "s")
-        config = train.parse_config([])
-        with redirect_stdout(sys.stderr):
-            train.train(config)
-        yield row(f"demo: {config.steps} steps and their probes", time.perf_counter() - clip, "s")
-        model, checkpoint = load_run(config.out)
-        cohort = data.read_cohort(checkpoint["config"]["data"])
-        start = time.perf_counter()
-        embed(model, cohort, checkpoint["read_size"], checkpoint["image_size"])
-        yield row("demo: embed 3,840 patches", time.perf_counter() - start, "s")
-        os.chdir(ROOT)
-    torch.set_num_threads(1)
-
-
-SECTIONS = {
-    "losses": losses,
-    "batch": batch,
-    "step": step,
-    "bf16": bf16,
-    "views": views,
-    "cohort": cohort,
-    "knn": probes,
-    "processes": processes,
-    "demo": demo,
-}
+SECTIONS = {f.__name__: f for f in (losses, step, views, cohort, probe, processes, cuda)}
 
 
 def line_of(found):
@@ -435,22 +490,34 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; default: all")
+    names = ", ".join(SECTIONS)
+    parser.add_argument("sections", nargs="*", help=f"some of {names}; default: all but cuda")
+    parser.add_argument("--rows", type=int, default=20_000, help="of the linear probe")
+    parser.add_argument("--tiles", type=int, default=20_000, help="whose z evaluate.py holds")
     parser.add_argument("--out", default="runs/bench.json", help="JSON of all rows")
     args = parser.parse_args()
     unknown = set(args.sections) - set(SECTIONS)
     if unknown:
-        parser.error(f"no section {', '.join(unknown)}: take of {', '.join(SECTIONS)}")
+        parser.error(f"no section {', '.join(unknown)}: choose from {names}")
     out = Path(args.out).absolute()
     torch.set_num_threads(1)
     found = []
-    print(f"{'':46}{'ours':>10} {'':9}{'beside':>10}{'ratio':>9}  {'what is beside':24}aim")
-    for name in tqdm(args.sections or SECTIONS, disable=None):
-        for one in SECTIONS[name]():
-            found.append({"section": name} | one)
-            tqdm.write(line_of(one))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(found, indent=1))
+    bar = tqdm(args.sections or [name for name in SECTIONS if name != "cuda"], disable=None)
+    try:
+        for name in bar:
+            sizes = {"rows": args.rows, "tiles": args.tiles} if name == "probe" else {}
+            for one in SECTIONS[name](**sizes):
+                found.append({"section": name} | one)
+                bar.set_postfix_str(one["what"])
+    finally:  # what was measured before a mishap is not lost
+        bar.close()
+        if found:
+            gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+            print(f"torch {torch.__version__}, {os.cpu_count()} cores{gpu}")
+            head = f"{'':46}{'ours':>10} {'':9}{'beside':>10}{'ratio':>9}  {'what is beside':24}aim"
+            print(head, *map(line_of, found), sep="\n")
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -4,14 +4,16 @@ import sys
 
 import bench
 import pytest
+import torch
 
+TINY = {"tiny": (((1, 1, 1, 1), 8, 16, 32), 8, ("cpu", True, False), 1, "")}
 SMALL = {
     "losses": lambda: bench.losses(sizes=(16,), rounds=1),
-    "batch": lambda: bench.batch(sizes=(16,), rounds=1),
-    "step": lambda: bench.step({"small": (((1, 1, 1, 1), 8, 16, 32), 8, 1, "")}),
+    "step": lambda: bench.step(TINY),
     "views": lambda: bench.views(patches=8, rounds=2),
     "cohort": lambda: bench.cohort(patients=(100,)),
-    "knn": lambda: bench.probes(m=300, n=20, D=8, rounds=1),
+    "probe": lambda: bench.probe(m=300, n=20, D=8, rounds=1, rows=600, tiles=600),
+    "cuda": lambda: bench.cuda(TINY, sizes=(16,), probe=(900, 300, 8), device="cpu"),
 }
 
 
@@ -35,8 +37,31 @@ def test_views_are_made_faster_than_one_by_one():
     assert row["ratio"] < 1
 
 
-def test_an_unknown_section_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["bench.py", "speed"])
-    with pytest.raises(SystemExit):
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
         bench.main()
-    assert "no section speed: take of losses, batch" in capsys.readouterr().err
+    return stop.value.code
+
+
+def test_an_unknown_section_is_refused(monkeypatch, capsys):
+    command(monkeypatch, "speed")
+    assert "no section speed: choose from losses, step" in capsys.readouterr().err
+
+
+def test_without_cuda_its_section_is_refused_in_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = command(monkeypatch, "cuda", "--out", tmp_path / "bench.json")
+    assert said == "bench.py cuda: there is no CUDA device here"
+    assert not (tmp_path / "bench.json").exists()
+
+
+def test_what_was_measured_before_a_mishap_is_shown(monkeypatch, capsys, tmp_path):
+    def fails():
+        yield bench.row("a thing", 2.0, "s", 1.0, "another", "1.1")
+        raise SystemExit("stopped")
+
+    monkeypatch.setitem(bench.SECTIONS, "losses", fails)
+    command(monkeypatch, "losses", "--out", tmp_path / "bench.json")
+    assert "a thing" in capsys.readouterr().out.splitlines()[-1]
+    assert (tmp_path / "bench.json").exists()

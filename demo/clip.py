@@ -1,13 +1,11 @@
-"""The demo's CLIP: small, and trained in a minute or two on captioned demo tissue, into one file.
+"""The demo's CLIP, a small one: trained in a minute or two on captioned demo tissue.
 
-captions.json holds the language: for each factor phrases for low and for high values,
-frames that phrases stand in, and fillers. These are words of the demo's bank. Its sentences are
-not, so that the CLIP must read sentences that it never saw, as a real one does.
+captions.json has phrases for low and high values of each factor, frames to put them in, and
+fillers. The bank uses these words in other sentences: to this CLIP, as to a real one, they are new.
 """
 
 import argparse
 import json
-import os
 import random
 from collections import Counter
 from itertools import pairwise
@@ -29,8 +27,7 @@ CLEAR = 0.15  # a factor is low or high if it is this far from 0.5
 
 
 def learn_merges(texts):
-    """Byte pairs to merge until each word of the texts is one token (Sennrich et al. 2016): a list
-    of pairs for `Tokenizer`, the most frequent first."""
+    """Byte pairs to merge, in order, until each word is one token (Sennrich et al. 2016)."""
     counts = Counter(word for text in texts for word in WORD.findall(text.lower()))
     words = {(*word[:-1], f"{word[-1]}</w>"): count for word, count in counts.items()}
     merges = []
@@ -46,10 +43,9 @@ def learn_merges(texts):
 
 
 def caption(signs, rng):
-    """A caption of one or two factors that are clearly low or high, or "tissue"; and its meaning.
+    """A caption of one or two clear factors, or just "tissue"; and what it says, [7].
 
-    signs: [7], of one patch: -1 where a factor is low, 1 where it is high, 0 where it is not told.
-    What it says is the same, but 0 for the factors that it does not name. rng: random.Random.
+    signs: [7] of a patch: -1 low, 1 high, 0 not clear. What is not mentioned is 0 in the result.
     """
     clear = np.flatnonzero(signs).tolist()
     said = np.zeros_like(signs)
@@ -69,18 +65,16 @@ def caption(signs, rng):
 def train_demo_clip(
     path, steps=400, patches=3072, batch=128, seed=0, factors=FACTORS, size=64, width=16, dim=64
 ):
-    """Write a small CLIP: {"state_dict", "activation", "merges"}, trained on single patches of
-    tissue of random factors and stain.
+    """Trains a small CLIP on patches of random factors and stain; writes it to a file.
 
-    factors: those that captions tell of. size: pixels of a patch. width: channels of the image
-    tower's stem. dim: D, of the embedding. The loss is that of Yang et al. 2022 (UniCL): CLIP's,
-    where each caption belongs to all patches that it is true of, and not to one alone.
+    The loss is UniCL's (Yang et al. 2022): CLIP's, but a caption belongs to every patch that it is
+    true of. factors: what captions mention. size: pixels. width: of the image tower's stem.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     words = random.Random(seed)
 
-    # Data. Captions are made anew in every step.
+    # Data. Captions are drawn anew in every step.
     values = rng.random((patches, len(FACTORS)))
     signs = np.sign(values - 0.5) * (np.abs(values - 0.5) > CLEAR)
     signs *= np.isin(FACTORS, factors)
@@ -105,25 +99,23 @@ def train_demo_clip(
 
     bar = tqdm(range(steps), desc="demo CLIP", unit="step")
     for _ in bar:
-        # Batch: patches, flipped and turned at random as one, and two captions of each.
+        # Batch: patches, all flipped and turned alike, and two captions of each.
         rows = rng.choice(patches, batch, replace=False)
         texts, said = zip(*[caption(signs[row], words) for row in [*rows, *rows]])
         tokens = tokenizer(texts, text.context)
         length = (tokens != 0).sum(dim=1)
-        x = images[rows]
-        if rng.random() < 0.5:
-            x = x.flip(-1)
+        x = images[rows].flip(-1) if rng.random() < 0.5 else images[rows]
         x = x.rot90(int(rng.integers(4)), (-2, -1)).contiguous(memory_format=torch.channels_last)
 
-        # Forward: each patch must find the captions that are true of it, and each caption those.
+        # Forward: a patch must find the captions that are true of it, and a caption its patches.
         z = F.normalize(image(x), dim=1)  # [batch, D]
         t = torch.empty(len(texts), dim)  # [2 batch, D]
-        for part in length.argsort().chunk(8):  # of like length: padding only costs time
+        for part in length.argsort().chunk(8):  # of similar length, since padding costs time
             t[part] = text(tokens[part, : length[part].max()])
         t = F.normalize(t, dim=1)
         logits = scale.exp().clamp(max=100) * z @ t.T
         said = np.stack(said)  # [2 batch, 7]
-        agree = signs[rows] @ said.T  # in how many factors a patch is as the caption says
+        agree = signs[rows] @ said.T  # in how many factors the caption is right about a patch
         true = torch.from_numpy(agree == np.abs(said).sum(axis=1)).float()  # [patches, captions]
         loss = F.cross_entropy(logits, true / true.sum(dim=1, keepdim=True))
         loss = loss / 2 + F.cross_entropy(logits.T, (true / true.sum(dim=0)).T) / 2
@@ -135,8 +127,8 @@ def train_demo_clip(
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.2f}")
 
-    state = {f"visual.{name}": value for name, value in image.state_dict().items()}
-    state |= text.state_dict() | {"logit_scale": scale.detach()}
+    state = image.state_dict(prefix="visual.") | text.state_dict()
+    state["logit_scale"] = scale.detach()
     checkpoint = {"state_dict": state, "activation": "quickgelu", "merges": merges}
     write_whole(path, lambda file: torch.save(checkpoint, file))
 
@@ -145,12 +137,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flag = parser.add_argument
     flag("out", help="file to write")
-    flag("--steps", type=int, default=400, help="more of them teach more")
+    flag("--steps", type=int, default=400, help="of training")
     flag("--seed", type=int, default=0, help="of tissue, captions and weights")
-    told = "what captions tell of; the others the CLIP never hears of"
-    flag("--factors", nargs="+", choices=FACTORS, default=FACTORS, help=told)
+    flag("--factors", nargs="+", choices=FACTORS, default=FACTORS, help="what captions mention")
     args = parser.parse_args()
-    os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     train_demo_clip(args.out, steps=args.steps, seed=args.seed, factors=args.factors)
 
 

@@ -1,6 +1,6 @@
 """What the parts cost, each beside what it is compared with, in one table.
 
-    python tests/bench.py                   all but cuda: about 20 minutes on two cores
+    python tests/bench.py                   all but cuda: about 15 minutes on two cores
     python tests/bench.py losses views      these sections alone
     python tests/bench.py probe --tiles 100000 --rows 185000    the probes at OpenSRH's size
     python tests/bench.py cuda              on a GPU, under ten minutes
@@ -39,7 +39,6 @@ import train
 from losses import LEVELS, ha, hvc
 from model import HLSS, ModifiedResNet, load_run
 from tools import runs
-from tools.processes import add_up
 
 
 def seconds_of(function):
@@ -146,13 +145,12 @@ def peak(rank, world, function, N, device="cpu"):
 
 def losses(sizes=(256, 1024, 2048), rounds=3, device="cpu"):
     """HVC + HA beside the released way, K = 128 attributes, D = 1,024 dimensions."""
-    than = "the released way"
     for N in sizes:
         x = inputs(N, device=device)
         seconds = take_turns(rounds, ours=lambda x=x: ours(*x), other=lambda x=x: released(*x))
-        yield row(f"HVC + HA, N = {N}", seconds["ours"], "s", seconds["other"], than)
+        yield row(f"HVC + HA, N = {N}", seconds["ours"], "s", seconds["other"], "the released way")
         memory = [on_processes(1, peak, f, N, device)[0] for f in (ours, released)]
-        yield row(f"HVC + HA, N = {N}: memory", memory[0], "MiB", memory[1], than)
+        yield row(f"HVC + HA, N = {N}: memory", memory[0], "MiB", memory[1], "the released way")
 
 
 # -------------------------------------------------------------------------------- a training step
@@ -228,7 +226,7 @@ def step(towers=TOWERS):
         yield row(f"step, {name}: speed", speeds[-1], "images/s")
         if how[0] == "cuda":
             yield row(f"step, {name}: activations", memory, "MiB")
-    return max(speeds)
+    return max(speeds, default=0)
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -266,14 +264,13 @@ def srh_views(images, views=2, device="cpu"):
     return data.make_views(images.to(device), drawn, 224)
 
 
-def write_srh(folder, number, pixels=300):
-    """Patches as OpenSRH's, two frames of 16 bits. Returns their paths."""
+def write_srh(folder, number):
+    """Patches as OpenSRH's, two frames of 16 bits and 300 pixels. Returns their paths."""
     rng = np.random.default_rng(0)
     paths = [os.path.join(folder, f"{i}.tif") for i in range(number)]
     for path in paths:
-        smooth = np.kron(rng.integers(3000, 15000, (2, 30, 30)), np.ones((pixels // 30,) * 2))
-        noisy = smooth + rng.normal(0, 500, smooth.shape)
-        tifffile.imwrite(path, noisy.astype(np.uint16))
+        smooth = np.kron(rng.integers(3000, 15000, (2, 30, 30)), np.ones((10, 10)))
+        tifffile.imwrite(path, (smooth + rng.normal(0, 500, smooth.shape)).astype(np.uint16))
     return paths
 
 
@@ -346,7 +343,7 @@ def knn_inputs(m, n, D):
 def seconds_of_knn(rank, world, *sizes):
     """How long this process takes for its share of a kNN, once all are ready."""
     inputs = knn_inputs(*sizes)
-    add_up(torch.zeros(1))
+    evaluate.add_up(torch.zeros(1))
     return seconds_of(lambda: evaluate.knn(*inputs))
 
 
@@ -364,8 +361,8 @@ def whole_probe(device, m, n, D, aim=""):
     for what, kinds, features in (of_knn, linear, attributes):
         start = time.perf_counter()
         found |= evaluate.predict(kinds, features, cohort, splits, device)
-        yield row(what, time.perf_counter() - start, "s")
-        total += time.perf_counter() - start
+        total += (seconds := time.perf_counter() - start)
+        yield row(what, seconds, "s")
     seconds = seconds_of(lambda: evaluate.assess(found, cohort, splits))
     yield row("intervals of all four, 1,000 resamples", seconds, "s")
     yield row("the whole probe", total + seconds, "s", aim=aim)
@@ -401,8 +398,7 @@ def memory_of(rank, world, what, folder):
         cohort = data.read_cohort(folder)
         return added_memory(lambda: evaluate.embed(model, cohort, 16, 32))
     sys.argv = [what, run]
-    joined = rank, world, torch.device("cpu")
-    evaluate.processes = lambda timeout: nullcontext(joined)
+    evaluate.processes = lambda timeout: nullcontext((rank, world, train.CPU))
     with redirect_stdout(io.StringIO()):
         return added_memory(evaluate.main)
 
@@ -420,18 +416,16 @@ def probe(m=185_000, n=512, D=1024, rounds=10, rows=20_000, tiles=20_000):
     yield row(what, seconds["ours"], "s", seconds["bare"], "one bare product", "1.1")
     turns = []
     for _ in range(min(3, rounds)):
-        both = [on_processes(world, seconds_of_knn, m, 5 * n, D) for world in (2, 1)]
-        turns.append([max(seconds) for seconds in both])
+        turns.append([max(on_processes(world, seconds_of_knn, m, 5 * n, D)) for world in (2, 1)])
     two, one = np.median(turns, axis=0).tolist()
     yield row(f"kNN of {5 * n:,} by two processes", two, "s", one, "one process", "0.6")
     yield from whole_probe("cpu", rows, rows // 4, D)
-    size = tiles * D * 4 / 2**20
     with tempfile.TemporaryDirectory() as folder:
         write_run(folder, tiles, D)
         for what, world in product(("embed", "evaluate.py"), (1, 2)):
             most = max(on_processes(world, memory_of, what, folder))
             name = f"{what}, {tiles:,} tiles, processes: {world}"
-            yield row(name, most, "MiB", size, "z", "3")
+            yield row(name, most, "MiB", tiles * D / 2**18, "z", "3")
 
 
 def cuda(towers=GPU_TOWERS, sizes=(256, 1024, 4096), probe=(185_000, 50_000, 1024), device="cuda"):
@@ -444,8 +438,9 @@ def cuda(towers=GPU_TOWERS, sizes=(256, 1024, 4096), probe=(185_000, 50_000, 102
     yield from whole_probe(device, *probe, aim="60 s")
 
 
-def gpu_input(eaten, device, patches=512):
+def gpu_input(eaten, device):
     """Views and decoded patches a second, beside what the step eats: images a second."""
+    patches = 512 if device == "cuda" else 64  # these for the test
     images = torch.randint(0, 2**16, (patches, 2, 300, 300)).to(torch.uint16)
     than = "what the step eats"
     speed = 2 * patches / take_turns(3, ours=lambda: srh_views(images, device=device))["ours"]
@@ -487,19 +482,19 @@ def line_of(found):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    help = f"some of {', '.join(SECTIONS)}; default: all but cuda"
+    parser.add_argument("sections", nargs="*", help=help)
+    parser.add_argument("--rows", type=int, default=20_000, help="probe: of the linear probe")
+    parser.add_argument("--tiles", type=int, default=20_000, help="probe: for evaluate.py's memory")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/bench.json"), help="JSON of all rows"
     )
-    names = ", ".join(SECTIONS)
-    parser.add_argument("sections", nargs="*", help=f"some of {names}; default: all but cuda")
-    parser.add_argument("--rows", type=int, default=20_000, help="of the linear probe")
-    parser.add_argument("--tiles", type=int, default=20_000, help="whose z evaluate.py holds")
-    parser.add_argument("--out", default="runs/bench.json", help="JSON of all rows")
     args = parser.parse_args()
     unknown = set(args.sections) - set(SECTIONS)
     if unknown:
-        parser.error(f"no section {', '.join(unknown)}: choose from {names}")
-    out = Path(args.out).absolute()
+        parser.error(f"no section {', '.join(unknown)}: choose from {', '.join(SECTIONS)}")
     torch.set_num_threads(1)
     found = []
     bar = tqdm(args.sections or [name for name in SECTIONS if name != "cuda"], disable=None)
@@ -512,12 +507,12 @@ def main():
     finally:  # what was measured before a mishap is not lost
         bar.close()
         if found:
-            gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-            print(f"torch {torch.__version__}, {os.cpu_count()} cores{gpu}")
+            gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+            print(f"torch {torch.__version__}, {os.cpu_count()} cores, {gpu}")
             head = f"{'':46}{'ours':>10} {'':9}{'beside':>10}{'ratio':>9}  {'what is beside':24}aim"
             print(head, *map(line_of, found), sep="\n")
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(found, indent=1))
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -5,14 +5,12 @@
 A third loss, attribute regression (AR), is ours and can replace HA. All are plain functions of
 tensors and need nothing else of this project:
 
-    >>> import torch
-    >>> from losses import supcon
     >>> views = torch.nn.functional.normalize(torch.randn(8, 16), dim=1)
     >>> supcon(views, ids=torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]))
 
-Under torch.distributed each process passes its own rows, and every row is compared with the rows of
-all processes. Averaged over the processes, as DistributedDataParallel averages gradients, the loss
-is that of one process holding all rows.
+Under torch.distributed each process passes its own rows, which are compared with those of all
+processes. Averaged over the processes, as DistributedDataParallel averages gradients, the loss is
+that of one process holding all rows.
 """
 
 import math
@@ -99,8 +97,8 @@ def ha(z, bank, temperature=1.0):
         s = softmax over the D dimensions, at the temperature
 
     z: [n, D], L2-normalised; it receives the gradient. bank: {level: [K_l, D]}, frozen. Returns
-    {"ha_patch": scalar, ...}. At the paper's temperature of 1 the softmax over the D entries of a
-    unit vector is almost flat and the loss close to 0; at about 1/sqrt(D) it carries weight.
+    {"ha_patch": scalar, ...}: close to 0 at the paper's temperature of 1, at which the softmax of a
+    unit vector is almost flat; at about 1/sqrt(D) it carries weight.
     """
     terms = {}
     for level, t in bank.items():
@@ -110,10 +108,7 @@ def ha(z, bank, temperature=1.0):
 
 
 def nearest_attribute(z, t):
-    """The index of the attribute closest to each image by cosine, [n].
-
-    z: [n, D] and t: [K, D], both L2-normalised.
-    """
+    """The index [n] of the attribute t [K, D] closest to each z [n, D], both L2-normalised."""
     # In float32: bf16 would change one nearest attribute in a hundred.
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
         return (float32(z) @ float32(t).T).argmax(dim=1)
@@ -126,8 +121,8 @@ def symmetric_kl(z, t, temperature=1.0):
         = 1/2 sum_d (s(z) - s(t))_d (log s(z) - log s(t))_d
         s(x) = softmax(x / temperature)
 
-    z, t: [n, D]. Returns the mean over rows, a scalar. The code computes the second form, in which
-    nothing cancels when s(z) is close to s(t), as it always is for unit vectors at temperature 1.
+    z, t: [n, D]. Returns the mean over rows. The code computes the second form, in which nothing
+    cancels when s(z) is close to s(t), as it always is for unit vectors at temperature 1.
     """
     with torch.autocast(z.device.type, enabled=False):
         log_s = (float32(z) / temperature).log_softmax(dim=1)
@@ -155,15 +150,12 @@ def ar(z, bank, targets):
         L_AR = sum_l mean_ik (s_ilk - a_ilk)^2
         s_l = standardise(z t_l^T)
 
-    Only which images score higher in an attribute counts, not the attribute's offset or scale. z:
-    [n, D], L2-normalised; it receives the gradient. bank: {level: [K_l, D]}, frozen. targets:
-    {level: a_l [n, K_l]}, the teacher's standardised scores of each row's patch, slide or patient.
-    Mean and variance are taken over the rows of all processes. Returns {"ar_patch": scalar, ...}:
-    about 2 for unrelated scores. Only at patch level can it reach 0, since the patches of a slide
-    share one target.
-
-    This is feature distillation restricted to what the text spans. Its neighbours: CAR-FT (arXiv
-    2211.16175), Lipsum-FT (2404.00860) and LDIFS (2308.13320).
+    This is feature distillation restricted to what the text spans; its neighbours are CAR-FT (arXiv
+    2211.16175), Lipsum-FT (2404.00860) and LDIFS (2308.13320). z: [n, D], L2-normalised; it
+    receives the gradient. bank: {level: [K_l, D]}, frozen. targets: {level: a_l [n, K_l]}, the
+    teacher's standardised scores of each row's patch, slide or patient. Scores are standardised
+    over the rows of all processes. Returns {"ar_patch": scalar, ...}: about 2 for unrelated scores;
+    above patch level it stays above 0, since the patches of a slide share one target.
     """
     n = len(z)
     rank = dist.get_rank() if dist.is_initialized() else 0

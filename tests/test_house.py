@@ -18,13 +18,13 @@ MAY_IMPORT = {
     "evaluate": {"losses", "data", "model", "describe", "tools.runs"}
     | {"tools.cohort", "tools.processes", "tools.report", "tools.weights"},
     "train": {"losses", "data", "model", "describe", "evaluate", "demo.prepare", "tools.runs"}
-    | {"tools.processes", "tools.weights"},
+    | {"tools.processes", "tools.report", "tools.weights"},
     "tools.runs": set(),
     "tools.bank": set(),
     "tools.weights": {"tools.runs"},
     "tools.processes": set(),
     "tools.cohort": {"data"},
-    "tools.report": {"data", "tools.processes"},
+    "tools.report": {"data", "tools.processes", "tools.runs"},
     "demo.tissue": {"data", "tools.runs"},
     "demo.clip": {"demo.tissue", "describe", "model", "tools.runs"},
     "demo.prepare": {"demo.tissue", "demo.clip"},

@@ -26,6 +26,7 @@ from test_train import log_of, weights_of
 
 import train
 from data import hierarchical_batch, read_cohort
+from tools.processes import user_errors
 from tools.runs import (
     checkpoints,
     lock_folder,
@@ -53,7 +54,8 @@ def _main(flags, rank, world, port, trouble):
     if trouble:
         trouble(rank)
     try:
-        train.main()
+        with user_errors():
+            train.main()
     except Exception:
         traceback.print_exc()
         sys.stderr.flush()
@@ -534,6 +536,19 @@ def hang(rank):
     train.load_views = hanging
 
 
+def run_out_of_memory(rank):
+    """Rank 1 has no memory for step 4."""
+    load_views = train.load_views
+
+    def short(*arguments, **options):
+        for step, batch in enumerate(load_views(*arguments, **options), 1):
+            if rank == 1 and step == 4:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            yield batch
+
+    train.load_views = short
+
+
 def slow_down(module, name, rank):
     """The first call of a function takes 15 seconds on rank 0 alone, the others no longer."""
     module = sys.modules[module]
@@ -564,6 +579,14 @@ def test_what_rank_0_does_alone_may_take_longer_than_the_timeout(flags, tmp_path
         jobs.append((mine, start(mine, world=2, trouble=trouble)))
     for mine, ranks in jobs:
         assert end(ranks) == [0, 0], words(mine)
+
+
+def test_out_of_memory_is_said_by_the_rank_that_ran_out_with_what_to_lower(flags):
+    mine = [*flags, *LIGHT, "--timeout", "10"]
+    assert end(start(mine, world=2, trouble=run_out_of_memory)) == [1, 2]
+    remedy = "Lower --patients, --draw or --image-size, or use more processes"
+    assert words(mine, 1).endswith(f"error: CUDA out of memory. {remedy}\n")
+    assert "rank 1 is dead, stopped or stuck: see its output" in words(mine)
 
 
 def test_a_rank_that_dies_stops_or_hangs_is_named(flags, tmp_path):

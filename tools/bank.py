@@ -6,8 +6,7 @@
 import html
 import re
 from collections import Counter
-
-import torch
+from itertools import combinations
 
 
 def words_of(text):
@@ -30,6 +29,7 @@ STAIN_WORDS = re.compile(
     r"(?i)\b(pink\w*|purple\w*|blue\w*|violet|magenta|red(dish)?|\w*eosin\w*|\w*sophil\w*|"
     r"ha?ematoxylin\w*|h(yper|ypo)chroma\w*|stain\w*|h&e|colou?r\w*)\b"
 )
+CONTEXT = 77  # tokens that CLIP's text tower reads
 
 
 def content_of(text):
@@ -46,22 +46,21 @@ def is_plain(text):  # printable ASCII without HTML entities: every tokenizer re
     return text.isascii() and text.isprintable() and not entities
 
 
-def faults_of_text(text, name, is_name, tokens, context, unseen):
-    """What is wrong with a sentence of an attribute, or with its name if is_name, as messages.
-    unseen: {message: pattern of the words that no such image shows}."""
+def faults_of_text(entry, tokens, unseen):
+    """What is wrong with a name, (level, name), or a sentence, (level, name, sentence)."""
+    text, is_name = entry[-1], len(entry) == 2
     length = len(words_of(text))
     rules = [
         (not is_plain(text), "not ASCII"),
-        (tokens > context, f"{tokens} tokens, at most {context}"),
+        (tokens > CONTEXT, f"{tokens} tokens, at most {CONTEXT}"),
         (is_name and not 1 <= length <= 8, "a name has 1 to 8 words"),
         (not is_name and length < 6, "under 6 words"),
         (not is_name and length > 40, "over 40 words"),  # some 60 tokens, where none are counted
-        (not is_name and len(content_of(text) - content_of(name)) < 4, "restates its name"),
+        (not is_name and len(content_of(text) - content_of(entry[1])) < 4, "restates its name"),
     ]
-    for message, pattern in unseen.items():
-        found = pattern.search(text)
-        rules.append((found, f"{message} {found.group()!r}" if found else ""))
-    return [message for broken, message in rules if broken]
+    broken = [message for is_broken, message in rules if is_broken]
+    found = {message: pattern.search(text) for message, pattern in unseen.items()}
+    return broken + [f"{message} {hit.group()!r}" for message, hit in found.items() if hit]
 
 
 def faults_of_counts(levels, attributes, sentences):
@@ -70,7 +69,6 @@ def faults_of_counts(levels, attributes, sentences):
     for level, names in levels.items():
         if attributes and len(names) != attributes:
             problems[f"{level}: {len(names)} attributes, not {attributes}"] = []
-    for level, names in levels.items():
         for name, said in names.items():
             if len(said) != sentences:
                 line = f"{level} / {name}: {len(said)} sentences, not {sentences}"
@@ -79,72 +77,54 @@ def faults_of_counts(levels, attributes, sentences):
 
 
 def near_duplicates(kind, entries, threshold):
-    """Problems of two entries, (level, name) or (level, name, sentence), in much the same words."""
-    contents = [content_of(entry[-1]) for entry in entries]
-    column = {word: i for i, word in enumerate(sorted(set().union(*contents)))}
-    present = torch.zeros(len(entries), len(column))  # 1 where a text has a word
-    for row, words in enumerate(contents):
-        present[row, [column[word] for word in words]] = 1
-    shared = present @ present.T
-    size = present.sum(dim=1)
-    overlap = shared / (size[:, None] + size - shared).clamp(min=1)  # words in both / in either
+    """Problems of two names, or of two sentences, in much the same words."""
     problems = {}
-    for i, j in (overlap >= threshold).triu(1).nonzero().tolist():
-        pair = f"{' / '.join(entries[i])} ~ {' / '.join(entries[j])}"
-        problems[f"{kind} alike ({overlap[i, j]:.2f}): {pair}"] = [entries[i][:2], entries[j][:2]]
+    contents = [(entry, content_of(entry[-1])) for entry in entries]
+    for (one, a), (other, b) in combinations(contents, 2):
+        shared = len(a & b)
+        overlap = shared / max(1, len(a) + len(b) - shared)  # words in both / in either
+        if overlap >= threshold:
+            line = f"{kind} alike ({overlap:.2f}): {' / '.join(one)} ~ {' / '.join(other)}"
+            problems[line] = [one[:2], other[:2]]
     return problems
 
 
-def boilerplate(frames, said):
-    """Problems of three words in too many sentences. frames: {three words: how many have them}."""
-    problems = {}
-    for frame, count in frames.items():
-        if count > max(16, 0.1 * len(said)):  # a few sentences have no boilerplate yet
-            line = f"{frame!r} stands in {count / len(said):.0%} of the sentences"
-            problems[line] = [(level, name) for level, name, s in said if frame in frames_of(s)]
-    return problems
-
-
-def check_bank(bank, attributes=None, tokenizer=None, context=77, sentences=None, only=None):
+def check_bank(bank, attributes=None, tokenizer=None, sentences=None):
     """What a program can measure about a bank: lines to print, and the problems; none: it passes.
 
     attributes, sentences: how many each level and each attribute must have; by default any, and as
-    many as most have. tokenizer: to count tokens; a text must fit the context with its start and
-    end. only: the (level, attribute) whose texts are read one by one, if the others were before.
+    many as most have. tokenizer: counts tokens; CLIP must be able to read a text whole.
     """
     levels = bank["levels"]
     named = [(level, name) for level in levels for name in levels[level]]
-    said = [(level, name, text) for level, name in named for text in levels[level][name]]
+    said = [(*entry, text) for entry in named for text in levels[entry[0]][entry[1]]]
     if sentences is None:
         sentences = Counter(len(levels[level][name]) for level, name in named).most_common(1)[0][0]
     problems = faults_of_counts(levels, attributes, sentences)
     problems |= near_duplicates("names", named, 0.75)
     problems |= near_duplicates("sentences", said, 0.6)
 
-    # Every name and every sentence by itself.
     unseen = {"no image shows": INVISIBLE}
     if "raman" in bank.get("tissue", "").lower():
         unseen["unstained tissue has no"] = STAIN_WORDS
-    texts = [(level, name, name, True) for level, name in named]
-    texts += [(level, name, text, False) for level, name, text in said]
     longest = 0
-    for level, name, text, is_name in texts:
-        if only in (None, (level, name)):
-            counted = tokenizer and is_plain(text)
-            tokens = len(tokenizer.encode(text)) + 2 if counted else 0  # with start and end
-            longest = max(longest, tokens)
-            for message in faults_of_text(text, name, is_name, tokens, context, unseen):
-                problems[f"{message}: {level} / {name}: {text}"] = [(level, name)]
+    for entry in named + said:
+        counted = tokenizer and is_plain(entry[-1])
+        tokens = len(tokenizer.encode(entry[-1])) + 2 if counted else 0  # with start and end
+        longest = max(longest, tokens)
+        for message in faults_of_text(entry, tokens, unseen):
+            problems[f"{message}: {' / '.join(entry[:2])}: {entry[-1]}"] = [entry[:2]]
 
-    # What is common to many, and the sum of it all.
     frames = Counter(frame for *_, text in said for frame in frames_of(text))
-    problems |= boilerplate(frames, said)
+    for frame, count in frames.items():
+        if count > max(16, 0.1 * len(said)):  # a few sentences have no boilerplate yet
+            line = f"{frame!r} stands in {count / len(said):.0%} of the sentences"
+            problems[line] = [entry[:2] for entry in said if frame in frames_of(entry[-1])]
     frame, count = frames.most_common(1)[0] if frames else ("none", 0)
-    line = f"longest sentence: {longest} tokens of {context}" if tokenizer else "tokens not counted"
     findings = [
         f"{bank.get('name', '?')} ({bank.get('tissue', '?')}): {len(said)} sentences",
         *(f"  {at}: {len(levels[at])} attributes x {sentences} sentences" for at in levels),
         f"  commonest three words: {frame!r} in {count / max(1, len(said)):.1%} of the sentences",
-        f"  {line}",
+        f"  longest sentence: {longest} tokens of {CONTEXT}" if longest else "  tokens not counted",
     ]
     return findings, problems

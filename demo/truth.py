@@ -1,9 +1,4 @@
-"""Do the words mean what they say? Attribute scores against the factors behind the demo's images.
-
-    python -m demo.truth runs/demo    after python evaluate.py runs/demo
-
-factors.csv says what each image was made with, the demo's bank which factor an attribute means.
-"""
+"""Do the words mean what they say? Attribute scores against the factors behind demo images."""
 
 import argparse
 import csv
@@ -23,27 +18,24 @@ DEMO_BANK = Path(__file__).with_name("attributes.json")
 
 
 def read_truth(run):
-    """{attribute: "+factor" or "-factor"} of a run's bank, or of the demo's if that is gone."""
+    """{attribute: "+factor" or "-factor"}: of a run's bank, or of the demo's if that is gone."""
     config = Path(run, "config.json")
     bank = Path(json.loads(config.read_text("utf-8"))["bank"]) if config.exists() else DEMO_BANK
-    if not bank.exists():
-        bank = DEMO_BANK
+    bank = bank if bank.exists() else DEMO_BANK
     truth = read_bank_file(bank).get("truth") if bank.suffix == ".json" else None
     if not truth:
-        raise ValueError(f'{bank} has no "truth": only a bank as {DEMO_BANK} says what it means')
+        raise ValueError(f'{bank} has no "truth": name what attributes mean, as {DEMO_BANK} does')
     return truth
 
 
 def read_factors(folder, paths):
-    """The factors [n, 7] of patches, from a cohort's factors.csv. FileNotFoundError for none."""
+    """The factors [n, 7] of patches, from a cohort's factors.csv. Raises FileNotFoundError."""
     path = Path(folder, "factors.csv")
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: only demo tissue has known factors")
     with open(path, newline="", encoding="utf-8") as file:
-        table = {
-            row["path"]: [float(row[name]) for name in FACTORS] for row in csv.DictReader(file)
-        }
-    return np.array([table[path] for path in paths])
+        table = {row["path"]: row for row in csv.DictReader(file)}
+    return np.array([[float(table[path][name]) for name in FACTORS] for path in paths])
 
 
 def ridge(train_z, train_factors, z, penalty=1e-3):
@@ -61,35 +53,26 @@ def ridge(train_z, train_factors, z, penalty=1e-3):
 
 
 def truth_auc(score, factor, groups, sign="+"):
-    """Whether places with the factor above its median score higher, as an AUC; for the sign "-",
-    whether those with the factor not above it do. None where all places are alike.
-
-    score, factor, groups: [n]; score and factor are averaged over each group.
-    """
+    """AUC of a score [n] for a factor [n] above its median ("-": not above it), on group means."""
     mean, _ = group_mean(np.stack([score, factor], axis=1), groups)
     area = auc(mean[:, 0], (mean[:, 1] > np.median(mean[:, 1])) == (sign == "+"))
-    return None if np.isnan(area) else area
+    return None if np.isnan(area) else area  # nan: all groups are alike
 
 
 def truth_table(metrics, data):
-    """How well each attribute tells its factor: dicts with an AUC for each encoder.
-
-    ceiling: the same of a ridge regression on z, fitted to the true factors of the training patches
-    (left out without any): what z holds, whether or not a word finds it. metrics, data: of
-    `read_results`.
-    """
+    """A dict for each attribute: its AUC for each encoder. metrics, data: from `read_results`."""
     rows = np.array(metrics["rows"])
     train = np.flatnonzero(data["split"] == 0)
     truth = read_truth(metrics["run"])
     factors = read_factors(metrics["root"], data["path"])
-    if len(train):
-        held = ridge(data["z"][train], factors[train], data["z"][rows])
-    found = []
+    # The ceiling: what z holds of a factor, whether or not a word finds it.
+    held = ridge(data["z"][train], factors[train], data["z"][rows]) if len(train) else None
+    table = []
     for level in metrics["levels"]:
         groups = rows if level == metrics["levels"][0] else data[level][rows]
-        encoders = {f"step {metrics['step']}": data[f"scores_{level}"][rows]}
+        encoders = {f"AUC, step {metrics['step']}": data[f"scores_{level}"]}
         if f"against_scores_{level}" in data:
-            encoders[metrics["against"]] = data[f"against_scores_{level}"][rows]
+            encoders[f"AUC, {metrics['against']}"] = data[f"against_scores_{level}"]
         for k, name in enumerate(data[f"attributes_{level}"].tolist()):
             if name not in truth:
                 continue
@@ -97,13 +80,13 @@ def truth_table(metrics, data):
             values = factors[rows, factor]
             row = {"attribute": name, "level": level, "factor": truth[name]}
             for encoder, scores in encoders.items():
-                row[f"AUC, {encoder}"] = truth_auc(scores[:, k], values, groups, sign)
-            if len(train):
+                row[encoder] = truth_auc(scores[rows, k], values, groups, sign)
+            if held is not None:
                 row["AUC, ceiling"] = truth_auc(held[:, factor], values, groups)
-            found.append(row)
-    if not found:
+            table.append(row)
+    if not table:
         raise ValueError(f"the truth of {metrics['run']}'s bank names none of its attributes")
-    return found
+    return table
 
 
 def main():
@@ -115,12 +98,10 @@ def main():
     write_json(str(Path(run, "metrics.json")), metrics)
     encoders = [key for key in metrics["truth"][0] if key.startswith("AUC")]
     print(" mean AUC" + "".join(f"{encoder.removeprefix('AUC, '):>12}" for encoder in encoders))
-    for level in metrics["levels"]:
+    for level in dict.fromkeys(row["level"] for row in metrics["truth"]):
         rows = [row for row in metrics["truth"] if row["level"] == level]
-        line = f"{level:>9}"
-        for encoder in encoders:
-            line += f"{np.mean([row[encoder] for row in rows if row[encoder] is not None]):12.3f}"
-        print(line)
+        table = np.array([[row[encoder] for encoder in encoders] for row in rows], float)
+        print(f"{level:>9}" + "".join(f"{mean:12.3f}" for mean in np.nanmean(table, axis=0)))
     print(f"the page is {report.draw(run)}")
 
 

@@ -24,6 +24,7 @@ OPENAI = "https://openaipublic.azureedge.net/clip/models"
 CLIPS = {}  # --clip by name: address, SHA-256 (or its beginning, or "" if not given), activation
 for name, sha256 in SHA256.items():
     CLIPS[name] = (f"{OPENAI}/{sha256}/{name.replace('/', '-')}.pt", sha256, "quickgelu")
+# The paper starts from open_clip's RN50, trained on CC12M.
 OPEN_CLIP = "https://github.com/mlfoundations/open_clip/releases/download/v0.2-weights"
 CLIPS["RN50-cc12m"] = (f"{OPEN_CLIP}/rn50-quickgelu-cc12m-f000538c.pt", "f000538c", "quickgelu")
 # These three were trained on histology. Hugging Face's addresses name a revision, which is fixed.

@@ -328,7 +328,7 @@ def embeddings(labels, D):
     """z [n, D] as an encoder's: classes overlap, the mean is large, few directions vary much."""
     torch.manual_seed(0)
     z = torch.randn(len(labels), D)
-    z += 0.5 * torch.randn(labels.max() + 1, D)[labels]
+    z += 0.1 * torch.randn(labels.max() + 1, D)[labels]
     z = z.mul_(torch.arange(1, D + 1) ** -0.5).add_(0.1)
     return z.div_(z.norm(dim=1, keepdim=True))
 

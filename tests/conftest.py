@@ -1,4 +1,4 @@
-"""What several tests share: a small cohort, a small CLIP, a function on several processes."""
+"""What the tests share: a small cohort, a small CLIP, a way to run several processes."""
 
 import os
 import sys
@@ -12,12 +12,12 @@ import torch.multiprocessing as mp
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 torch.set_num_threads(2)
-# New processes start as copies of one that has imported it: that takes seconds.
+# Importing takes seconds, so new processes are forked from one that has done it.
 mp.set_forkserver_preload(["train"])
 
 
 def manifest(folder, lines, header="path,patient,slide,label"):
-    """Writes a manifest.csv; returns its folder. Nothing but decoding looks at the files."""
+    """Writes a manifest.csv and returns its folder. Only decoding needs the image files."""
     folder.mkdir(exist_ok=True)
     (folder / "manifest.csv").write_text("\n".join([header, *lines]) + "\n")
     return str(folder)
@@ -25,8 +25,8 @@ def manifest(folder, lines, header="path,patient,slide,label"):
 
 @pytest.fixture(scope="session")
 def cohort_folder(tmp_path_factory):
-    """Demo tissue: 4 classes x 5 patients x 2 slides x 3 patches of 64 pixels; of each 5
-    patients 2 are for validation."""
+    """Demo tissue: 4 classes x 5 patients x 2 slides x 3 patches of 64 pixels. Two of the five
+    patients of each class are held out."""
     from demo.tissue import write_demo
 
     folder = tmp_path_factory.mktemp("cohort")
@@ -35,7 +35,7 @@ def cohort_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def clip_file(tmp_path_factory):
-    """The demo's CLIP after four steps of training: all the machinery, none of the knowledge."""
+    """The demo's CLIP after four training steps: it works, but knows nothing."""
     from demo.clip import train_demo_clip
 
     path = str(tmp_path_factory.mktemp("clip") / "clip.pt")
@@ -45,7 +45,7 @@ def clip_file(tmp_path_factory):
 
 @pytest.fixture
 def flags(cohort_folder, clip_file, tmp_path):
-    """Flags of a run that takes seconds."""
+    """The flags of a run that takes seconds."""
     return [
         "--data",
         cohort_folder,
@@ -76,8 +76,8 @@ def _process(rank, world, folder, function, arguments):
 
 
 def on_processes(world, function, *arguments):
-    """function(rank, world, *arguments) on `world` gloo processes; returns their results by
-    rank."""
+    """Runs function(rank, world, *arguments) on `world` gloo processes. Returns the results in the
+    order of ranks."""
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(
             _process, (world, folder, function, arguments), nprocs=world, start_method="forkserver"
@@ -86,7 +86,7 @@ def on_processes(world, function, *arguments):
 
 
 def newest(run):
-    """The path of the newest checkpoint of a run."""
+    """The path of a run's newest checkpoint."""
     from tools.runs import checkpoints
 
     return list(checkpoints(run).values())[-1]

@@ -1,4 +1,4 @@
-"""The benchmarks run, and what they compare computes the same."""
+"""The benchmarks run, and both sides of a comparison compute the same thing."""
 
 import sys
 
@@ -18,7 +18,7 @@ SMALL = {
 
 
 def test_the_released_way_gives_the_same_losses():
-    """Otherwise it would be no comparison."""
+    """Otherwise the comparison would be meaningless."""
     assert bench.ours(*bench.inputs(32)) == pytest.approx(bench.released(*bench.inputs(32)))
 
 
@@ -32,7 +32,7 @@ def test_a_section_gives_rows(section):
 
 
 def test_views_are_made_faster_than_one_by_one():
-    """About four times on a quiet core."""
+    """About four times as fast on an idle core."""
     (row,) = SMALL["views"]()
     assert row["ratio"] < 1
 

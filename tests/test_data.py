@@ -1,4 +1,4 @@
-"""Cohorts, their batches, decoding, and the views."""
+"""Cohorts, batches, decoding and views."""
 
 import os
 import re
@@ -25,7 +25,7 @@ PLANES = RNG.integers(2000, 20000, (2, 40, 40), np.uint16)
 
 
 def many(folder, patients, slides=3, patches=4):
-    """A cohort whose files do not exist: nothing but decoding looks at them."""
+    """A cohort without image files: only decoding needs them."""
     lines = [
         f"{p}/{s}/{b}.png,p{p:03d},p{p}s{s},c{p % 2}"
         for p in range(patients)
@@ -39,7 +39,7 @@ def many(folder, patients, slides=3, patches=4):
 
 
 def test_a_manifest_becomes_a_cohort(tmp_path):
-    """Rows in any order; patches end up in the order of slides, slides in the order of patients."""
+    """The rows may come in any order: patches are sorted by slide, slides by patient."""
     lines = [
         "b/1.png,bob,b-2,tumour",
         "a/1.png,amy,a-1,normal",
@@ -78,7 +78,7 @@ def test_a_manifest_becomes_a_cohort(tmp_path):
         ([r"C:\img\x.png,amy,s1,a"], "line 2.*must be a plain path"),
         (["C:/img/x.png,amy,s1,a"], "line 2.*must be a plain path"),
         (["x.png,,s1,a"], "line 2: only label, split and root may be empty"),
-        # A quote that is never closed would swallow the lines up to the next quote.
+        # An unclosed quote would swallow every line up to the next quote.
         (
             ["a.png,p1,s1,x", 'b.png,p2,s2,"x', "c.png,p3,s3,y", "d.png,p4,s4,y"],
             r"""line 3: mend the quotes of 'b\.png,p2,s2,"x' """,
@@ -111,7 +111,7 @@ def test_any_line_ends_are_read(tmp_path, end):
 
 
 def test_a_manifest_that_is_not_utf_8_is_named(tmp_path):
-    """As Excel saves it, unless one asks for CSV UTF-8."""
+    """Excel saves one, unless you choose CSV UTF-8."""
     lines = "path,patient,slide\r\na.png,amy,s1\r\nb.png,M\u00fcller,s2\r\n"
     (tmp_path / "manifest.csv").write_bytes(lines.encode("latin-1"))
     with pytest.raises(
@@ -126,7 +126,7 @@ def test_a_manifest_that_is_not_utf_8_is_named(tmp_path):
     ("header", "missing"),
     [
         ("path,case", "patient, slide"),
-        ("path;patient;slide", "path, patient, slide"),  # Excel, where the comma is for decimals
+        ("path;patient;slide", "path, patient, slide"),  # Excel, where commas mark decimals
         ("Path,Patient,Slide", "path, patient, slide"),
     ],
 )
@@ -171,7 +171,7 @@ def test_a_manifest_may_have_any_name_that_ends_in_csv(tmp_path):
 
 @pytest.mark.parametrize("name", ["amy ", " amy", "a\nb", "a\rb", "caf\udce9"])
 def test_a_name_that_a_manifest_cannot_hold_is_refused(name):
-    """Such names come from folders, by tools.cohort index. Not UTF-8: Python gives surrogates."""
+    """tools.cohort index finds such names in folders. Python reads non-UTF-8 as surrogates."""
     for entry in (("x.png", [name, "s1"]), ("x.png", ["p1", name]), (name, ["p1", "s1"])):
         with pytest.raises(ValueError, match=re.escape(f"here: rename {name!r}")):
             data.build_cohort("root", [("here", *entry, "", "", "")])
@@ -205,7 +205,7 @@ def test_splits(tmp_path):
 
 
 def test_the_hash_split_does_not_move():
-    """A patient is on the same side on every machine, with every version, in every cohort."""
+    """A patient is on the same side on every machine, in every version and in every cohort."""
     names = [f"patient {i}" for i in range(1000)]
     split = data.hash_split(names)
     assert 0.15 < split.mean() < 0.25
@@ -232,7 +232,7 @@ def test_real_tiles():
 
 @pytest.mark.parametrize(("n", "patients"), [(12, 4), (13, 4), (7, 4), (4, 4), (101, 32), (5, 1)])
 def test_an_epoch_is_a_shuffle_cut_into_whole_batches(tmp_path, n, patients):
-    """No patient twice in an epoch; those of the remainder wait for the next shuffle."""
+    """No patient comes twice in an epoch; the remainder waits for the next shuffle."""
     cohort = many(tmp_path, n, 1, 1)
     batches = n // patients
     left_out = set()
@@ -242,7 +242,7 @@ def test_an_epoch_is_a_shuffle_cut_into_whole_batches(tmp_path, n, patients):
         drawn = cohort.patient[np.concatenate(drawn).reshape(-1)]
         assert len(drawn) == len(set(drawn)) == batches * patients
         left_out |= set(range(n)) - set(drawn)
-    assert len(left_out) in (0, n)  # nobody, or everybody in turn
+    assert len(left_out) in (0, n)  # nobody, or everyone in turn
 
 
 def test_a_batch_is_a_pure_function_of_seed_and_step(tmp_path):
@@ -256,7 +256,7 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(tmp_path):
 def test_a_batch_has_the_hierarchy(tmp_path):
     cohort = many(tmp_path, 12)
     rows = data.hierarchical_batch(cohort, 1, 0, patients=4, counts=(3, 2))
-    assert rows.shape == (4, 2, 3)  # patients, slides of a patient, patches of a slide
+    assert rows.shape == (4, 2, 3)  # patients, slides per patient, patches per slide
     patch, slide, patient = cohort.ids(rows.reshape(-1)).T.reshape(3, 4, 2, 3)
     assert len(np.unique(patch)) == 24
     for p in range(4):
@@ -268,14 +268,14 @@ def test_a_batch_has_the_hierarchy(tmp_path):
 def test_too_few_slides_and_patches_are_repeated(tmp_path):
     one_slide = many(tmp_path / "a", 2, slides=1, patches=4)
     for rows in data.hierarchical_batch(one_slide, 1, 0, patients=2, counts=(2, 2)):
-        assert len(np.unique(rows)) == 4  # the slide twice, with different patches
+        assert len(np.unique(rows)) == 4  # the same slide twice, with different patches
     one_patch = many(tmp_path / "b", 2, slides=2, patches=1)
     for patient in data.hierarchical_batch(one_patch, 1, 0, patients=2, counts=(2, 2)):
         assert all(len(np.unique(slide)) == 1 for slide in patient)
 
 
 def test_a_process_draws_its_own_places_alone(tmp_path):
-    """And gets what one process that draws all of them gets."""
+    """It gets what a single process drawing the whole batch gets there."""
     cohort = many(tmp_path, 12)
     rows = data.hierarchical_batch(cohort, 7, 1, 8)
     assert (data.hierarchical_batch(cohort, 7, 1, 8, places=range(2, 4)) == rows[2:4]).all()
@@ -320,7 +320,7 @@ def test_ids_of_a_part_are_those_of_the_whole(tmp_path):
 
 def test_a_part_without_some_slides_draws_from_the_others(tmp_path):
     cohort = many(tmp_path, 4)
-    part = cohort.select(cohort.ids(np.arange(len(cohort)))[:, 1] % 3 == 2)  # the last of 3 slides
+    part = cohort.select(cohort.ids(np.arange(len(cohort)))[:, 1] % 3 == 2)  # the third slides
     assert str(part) == "4 patients, 4 slides, 16 patches"
     for rows in data.hierarchical_batch(part, 1, 0, 4):
         assert len(np.unique(rows)) == 4
@@ -328,7 +328,7 @@ def test_a_part_without_some_slides_draws_from_the_others(tmp_path):
 
 
 def test_no_two_random_streams_share_a_seed():
-    """Neither by their names nor by their numbers."""
+    """Whatever their names and numbers."""
     assert data.seed_of("views", 1, 2) != data.seed_of("noise", 1, 2)
     assert data.seed_of("x", 1, 0) != data.seed_of("x", 1)
     streams = ("epoch", "patches", "views", "noise", "weights", "dropout")
@@ -339,7 +339,7 @@ def test_no_two_random_streams_share_a_seed():
 
 
 def test_a_batch_costs_the_same_in_a_large_cohort(tmp_path):
-    """The epoch's shuffle is all that grows: of patients, never of patches."""
+    """Only the epoch's shuffle grows, with the number of patients, not of patches."""
     cohort = many(tmp_path, 3000, slides=2, patches=2)
     rows = data.hierarchical_batch(cohort, 10**6, 0, 64)
     assert rows.shape == (64, 2, 2)
@@ -415,7 +415,7 @@ def test_a_damaged_tiff_is_refused_wherever_it_is_cut(tmp_path):
 @pytest.mark.parametrize(
     ("pixels", "layout"),
     [
-        # Channels last: opens as forty narrow frames.
+        # Channels last opens as forty narrow frames.
         (np.moveaxis(PLANES, 0, -1), "40 frames of 2 x 40, I;16"),
         (PLANES[:1], "1 frames of 40 x 40, I;16"),
         (np.concatenate([PLANES, PLANES]), "4 frames of 40 x 40, I;16"),
@@ -441,7 +441,7 @@ def test_frames_of_two_sizes_and_deep_pngs_are_refused(tmp_path):
 
 
 def test_sixteen_bits_reach_the_device(tmp_path):
-    """The third channel is CH3 - CH2 + 5000 / 65536; 8 bits would leave 256 levels."""
+    """The third channel is CH3 - CH2 + 5000 / 65536; 8 bits would leave only 256 levels."""
     tifffile.imwrite(tmp_path / "x.tif", PLANES)
     images = torch.from_numpy(data.decode(str(tmp_path / "x.tif"), 40))[None]
     ch2, ch3 = torch.from_numpy(PLANES.astype(np.float64)) / 65536
@@ -449,7 +449,7 @@ def test_sixteen_bits_reach_the_device(tmp_path):
     torch.testing.assert_close(data.plain_view(images, 40), expected, atol=1e-6, rtol=0)
     still = data.view_parameters({}, 0, 1, range(1), 2)
     torch.testing.assert_close(data.make_views(images, still, 40)[1:], expected, atol=1e-5, rtol=0)
-    assert expected.min() == 0  # the clamp acts
+    assert expected.min() == 0  # the clamp is active
     half = data.decode(str(tmp_path / "x.tif"), 20)
     assert half.dtype == np.uint16
     assert abs(half.mean() - PLANES.mean()) < 200
@@ -466,12 +466,12 @@ def test_a_cohort_is_of_one_depth(tmp_path):
 @pytest.mark.parametrize("how", [{"tile": (512, 512)}, {"extratags": [(274, 3, 1, 3, False)]}])
 def test_a_tile_larger_than_the_image_and_an_orientation_are_read_right(tmp_path, how):
     tifffile.imwrite(tmp_path / "x.tif", PLANES, photometric="minisblack", **how)
-    expected = PLANES if "tile" in how else PLANES[:, ::-1, ::-1]  # 3: turned by 180 degrees
+    expected = PLANES if "tile" in how else PLANES[:, ::-1, ::-1]  # 3: rotated by 180 degrees
     assert (data.decode(str(tmp_path / "x.tif"), 40) == expected).all()
 
 
 def png(path, mode, pixels):
-    """A PNG of 16 bits a sample, which Pillow cannot write. pixels: [H, W, C] uint16."""
+    """Writes a PNG with 16 bits per sample, as Pillow cannot. pixels: [H, W, C] uint16."""
     height, width, _ = pixels.shape
     kind = {"RGB": 2, "LA": 4, "RGBA": 6}[mode]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
@@ -486,7 +486,7 @@ def png(path, mode, pixels):
 
 @pytest.mark.parametrize("mode", ["RGB", "LA", "RGBA"])
 def test_a_png_of_16_bit_colours_is_refused(tmp_path, mode):
-    """Pillow would read its high bytes alone."""
+    """Pillow would read only the high bytes."""
     png(tmp_path / "x.png", mode, RNG.integers(0, 2**16, (8, 8, len(mode)), np.uint16))
     with pytest.raises(ValueError, match=r"x\.png cannot be read .*only 8-bit images"):
         data.decode(str(tmp_path / "x.png"))
@@ -494,7 +494,7 @@ def test_a_png_of_16_bit_colours_is_refused(tmp_path, mode):
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "1", "L", "RGB"])
 def test_transparent_pixels_are_white(tmp_path, mode):
-    """A slide reader gives (0, 0, 0, 0) outside of the scan; black would pass for tissue."""
+    """Slide readers return (0, 0, 0, 0) outside the scan; black would pass for tissue."""
     image = Image.new("RGBA", (8, 8), (0, 0, 0, 0)).convert(mode)
     transparency = {"P": 0, "1": 0, "L": 0, "RGB": (0, 0, 0)}  # the others have an alpha channel
     options = {"transparency": transparency[mode]} if mode in transparency else {}
@@ -504,7 +504,7 @@ def test_transparent_pixels_are_white(tmp_path, mode):
 
 @pytest.mark.parametrize("mode", ["PA", "LA", "RGBA", "La", "RGBa"])
 def test_transparent_pixels_of_a_tiff_are_white(tmp_path, mode):
-    if mode in ("La", "RGBa"):  # premultiplied, which Pillow reads but does not write
+    if mode in ("La", "RGBa"):  # premultiplied alpha: Pillow reads but does not write it
         kind = {"La": "minisblack", "RGBa": "rgb"}[mode]
         how = {"photometric": kind, "planarconfig": "contig", "extrasamples": ["assocalpha"]}
         tifffile.imwrite(tmp_path / "x.tif", np.zeros((8, 8, len(mode)), np.uint8), **how)
@@ -515,7 +515,7 @@ def test_transparent_pixels_of_a_tiff_are_white(tmp_path, mode):
 
 def test_half_transparent_pixels_are_laid_on_white(tmp_path):
     pixels = np.zeros((8, 8, 4), np.uint8)
-    pixels[:, :4] = (200, 0, 0, 51)  # a fifth
+    pixels[:, :4] = (200, 0, 0, 51)  # alpha of a fifth
     pixels[:, 4:] = (10, 20, 30, 255)
     Image.fromarray(pixels).save(tmp_path / "x.png")
     decoded = data.decode(str(tmp_path / "x.png"))
@@ -525,7 +525,7 @@ def test_half_transparent_pixels_are_laid_on_white(tmp_path):
 
 @pytest.mark.parametrize("planar", ["contig", "separate"])
 def test_colours_of_16_bits_are_refused(tmp_path, planar):
-    """Pillow would read them as 8 bits, and planes of them as noise."""
+    """Pillow would read them as 8 bits, and planar ones as noise."""
     pixels = RNG.integers(0, 2**16, (40, 40, 3), np.uint16)
     if planar == "separate":
         pixels = np.moveaxis(pixels, 2, 0).copy()
@@ -567,18 +567,18 @@ def test_images_of_any_size_make_a_batch(tmp_path):
 
 
 def test_the_short_side_is_that_of_most_patches(tmp_path):
-    """The first patch alone would say 1: a cohort would be read at one pixel."""
+    """The first patch here is one pixel wide: the cohort must not be read at one pixel."""
     cohort = sized(tmp_path, [(1, 1), (60, 40), (40, 40), (40, 70), (90, 80)])
     assert data.short_side(cohort) == (40, 1, 80)
     assert data.short_side(cohort.select([1, 2, 3])) == (40, 40, 40)  # 60 x 40 and 40 x 70
 
 
 def test_the_short_side_is_read_from_few_headers(tmp_path):
-    """The first, the last and those at even distances between: their pixels are not decoded."""
+    """Those of the first, the last and evenly spaced patches; no pixels are decoded."""
     cohort = sized(tmp_path, [(40, 40)] * 21)
     for row in range(21):
         with open(cohort.path(row), "r+b") as file:
-            file.truncate(45 if row % 5 == 0 else 0)  # a PNG's pixels begin at 41
+            file.truncate(45 if row % 5 == 0 else 0)  # a PNG's pixels start at byte 41
     assert data.short_side(cohort, number=5) == (40, 40, 40)
     with pytest.raises(ValueError, match=r"001\.png cannot be read .*: restore it"):
         data.short_side(cohort, number=21)
@@ -604,7 +604,7 @@ SOURCE = PATCHES.float().div(255).repeat_interleave(2, dim=0)
 
 
 def views(n=2, **transforms):
-    """Views of PATCHES under the named transforms alone, each (lowest, highest), always drawn."""
+    """Views of PATCHES under the named transforms only, each (lowest, highest), always applied."""
     always = {name: (1.0, *interval) for name, interval in transforms.items()}
     parameters = data.view_parameters(always, 0, 1, range(3), n)
     return data.make_views(PATCHES, parameters, 32), parameters
@@ -624,7 +624,7 @@ def test_geometry_is_exact_where_it_falls_on_pixels():
     torch.testing.assert_close(x[..., :24, :24], SOURCE[..., 8:, 8:], atol=1e-4, rtol=0)
     x, parameters = views(crop=(0.25, 0.25))
     assert torch.allclose(parameters["size"].prod(dim=1), torch.tensor(0.25))
-    # The crop lies inside the patch.
+    # The crop stays inside the patch.
     assert (parameters["centre"].abs() + parameters["size"] <= 1 + 1e-6).all()
 
 
@@ -640,7 +640,7 @@ def test_the_affine_map_is_torchs():
 
 
 def test_many_views_are_made_a_few_at_a_time():
-    """On the CPU a batch goes through in parts that fit its cache; the parts make no difference."""
+    """On the CPU a batch is made in chunks that fit its cache; the views are the same."""
     images = torch.randint(0, 256, (40, 3, 64, 64), dtype=torch.uint8)
     parameters = data.view_parameters(data.AUGMENTATIONS["strong"], 0, 1, range(40), 2)
     whole = data.make_views(images, parameters, 64)
@@ -658,7 +658,7 @@ def test_each_view_has_its_own_numbers():
 
 
 def test_a_probability_is_respected():
-    """The released code ignores one that its configuration names."""
+    """The released code ignores a probability in its configuration."""
     names = "blur rotate erase noise solarise autocontrast sharpen brightness".split()
     for name in names:
         drawn = data.view_parameters({name: (0.3, 0.5, 0.9)}, 0, 1, range(40), 100)[name]
@@ -667,7 +667,7 @@ def test_a_probability_is_respected():
 
 
 def test_a_crop_has_the_area_that_was_asked_for():
-    """Uniform from 0.6 to 1, at aspects up to 4/3 as far as they fit: no crop is cut off."""
+    """Uniform from 0.6 to 1, at aspect ratios up to 4/3 where they fit: no crop is cut off."""
     crop = {"crop": data.AUGMENTATIONS["demo"]["crop"]}
     parameters = data.view_parameters(crop, 0, 1, range(200), 100)
     width, height = parameters["size"].T
@@ -676,7 +676,7 @@ def test_a_crop_has_the_area_that_was_asked_for():
     assert (area > 0.95).float().mean().item() == pytest.approx(0.125, abs=0.01)
     assert (parameters["centre"].abs() + parameters["size"]).max() <= 1 + 1e-6
     assert (width / height).log().abs().max() <= np.log(4 / 3) + 1e-6
-    for half in (width > height, width < height):  # either way
+    for half in (width > height, width < height):  # landscape, portrait
         assert half.float().mean().item() == pytest.approx(0.5, abs=0.02)
 
 
@@ -706,7 +706,7 @@ def test_colours():
     mean = SOURCE.mean(dim=(1, 2, 3), keepdim=True)
     halved = views(contrast=(0.5, 0.5))[0]
     torch.testing.assert_close(halved, (SOURCE + mean) / 2, atol=1e-5, rtol=0)
-    # Twice the density of every stain is the square of the light that passes.
+    # Doubling the density of every stain squares the light that passes.
     source = SOURCE.clamp(min=1 / 255)  # black has no finite density
     torch.testing.assert_close(views(stain=(2, 2))[0], source**2, atol=1e-4, rtol=0)
     pure = torch.exp(-data.STAINS[1]).view(1, 3, 1, 1).expand(1, 3, 4, 4)  # eosin alone
@@ -742,7 +742,7 @@ def test_blur_noise_and_erasing():
     ones = torch.ones(500, 3, 32, 32) * torch.linspace(0, 1, 32)
     holes = data.erase(ones, torch.full((500,), 0.25), torch.rand(500, 2)) != ones
     share = holes.any(dim=1).float().mean(dim=(1, 2))
-    assert share.min() > 0.2 and share.max() < 0.3  # none is cut off at the border
+    assert share.min() > 0.2 and share.max() < 0.3  # no square is cut off at the border
 
 
 def test_plain_view():

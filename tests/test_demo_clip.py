@@ -1,4 +1,4 @@
-"""The demo's CLIP: its words, its captions, its training, its file."""
+"""The demo's CLIP: its words, captions, training and file."""
 
 import json
 import os
@@ -28,7 +28,7 @@ POLES = list(product(FACTORS, (-1, 1)))
 
 
 def statements(factor, sign):
-    """All that a caption can say of a factor that is low (-1) or high (1), without fillers."""
+    """Everything a caption can say about a low (-1) or high (1) factor, without fillers."""
     phrases = GRAMMAR["phrases"][factor]
     mine, others = phrases["high"], phrases["low"]
     if sign < 0:
@@ -41,7 +41,7 @@ def words_of(text):
 
 
 def runs(text, n):
-    """All n words of a text that stand in a row."""
+    """Every run of n consecutive words of a text."""
     words = words_of(text)
     return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
 
@@ -57,7 +57,7 @@ def bank_sentences():
 
 
 def naive_merges(texts):
-    """The same, where after every merge all words are split anew by the tokenizer."""
+    """learn_merges done naively: the tokenizer splits all words again after every merge."""
     counts = Counter(word for text in texts for word in WORD.findall(text.lower()))
     merges = []
     while True:
@@ -77,7 +77,7 @@ def test_merges_make_each_word_one_token():
     tokenizer = Tokenizer(merges)
     for word in WORD.findall(" ".join(texts)):
         assert tokenizer.split(word) == [f"{word}</w>"]
-    assert len(tokenizer.vocabulary) == 514 + len(merges)  # no two pairs make the same symbol
+    assert len(tokenizer.vocabulary) == 514 + len(merges)  # no two pairs merge into the same symbol
 
 
 def test_merges_are_those_of_splitting_all_words_anew():
@@ -87,14 +87,14 @@ def test_merges_are_those_of_splitting_all_words_anew():
 
 def test_the_most_frequent_pair_is_first():
     assert learn_merges(["ab ab ab", "cd cd"]) == [("a", "b</w>"), ("c", "d</w>")]
-    assert learn_merges(["a b"]) == []  # one letter is a token already
+    assert learn_merges(["a b"]) == []  # a single letter is already a token
 
 
 # ------------------------------------------------------------------------------------ the captions
 
 
 def test_captions_have_all_words_of_the_bank_and_of_the_classes():
-    """Of its sentences, that is: its attributes' names are never encoded."""
+    """The words of the bank's sentences: the names of its attributes are never encoded."""
     known = set(words_of(json.dumps(GRAMMAR)))
     with open(os.path.join(ROOT, "demo/classes.json"), encoding="utf-8") as file:
         prompts = json.load(file).values()
@@ -103,7 +103,7 @@ def test_captions_have_all_words_of_the_bank_and_of_the_classes():
 
 
 def test_no_caption_holds_a_sentence_of_the_bank():
-    """Of every sentence at least three words are not in a row with the rest in any statement."""
+    """No statement contains all but two words of a bank sentence in a row."""
     said = [text for pole in POLES for text in statements(*pole)]
     held = {n: set().union(*(runs(text, n) for text in said)) for n in range(5, 14)}
     for sentence in bank_sentences():
@@ -122,7 +122,7 @@ def no_fillers(monkeypatch):
 
 
 def joined(text, first, second):
-    """Whether a text is one of the first statements, a joiner, and one of the second."""
+    """Whether a text is a statement from first, a joiner, and a statement from second."""
     for joiner in JOINERS:
         for one in first:
             if text.startswith(one + joiner) and text.removeprefix(one + joiner) in second:
@@ -131,7 +131,7 @@ def joined(text, first, second):
 
 
 def test_a_caption_says_what_it_says_that_it_says(no_fillers):
-    """One statement for each factor that is said, and nothing else."""
+    """One statement for each factor it claims to describe, and nothing else."""
     rng = np.random.default_rng(0)
     words = random.Random(0)
     meaning = {pole: statements(*pole) for pole in POLES}
@@ -173,7 +173,7 @@ def test_the_file_is_a_clip_of_two_towers_in_one_space(clip_file):
     state = load_clip(clip_file)
     assert state["activation"] == "quickgelu"
     tokens = tokenizer_of(state)(["crowded nuclei"], 77)
-    assert (tokens != 0).sum() == 4  # start, two words, end
+    assert (tokens != 0).sum() == 4  # start token, two words, end token
     with torch.no_grad():
         z = image_tower(state)(torch.rand(2, 3, 64, 64))
         t = text_tower(state)(tokens)
@@ -181,7 +181,7 @@ def test_the_file_is_a_clip_of_two_towers_in_one_space(clip_file):
 
 
 def test_the_file_brings_its_own_words(clip_file):
-    """Its tokenizer is that of its training, whatever --vocab names."""
+    """It uses the tokenizer it was trained with, whatever --vocab names."""
     phrases = [
         text for pole in GRAMMAR["phrases"].values() for texts in pole.values() for text in texts
     ]
@@ -220,7 +220,7 @@ def test_a_bank_is_encoded_with_the_words_of_the_file(clip_file, tmp_path, monke
 
 
 def test_training_moves_both_towers_and_is_repeatable(tmp_path, clip_file):
-    """A seed gives the same weights; a step more gives others."""
+    """The same seed gives the same weights; one more step gives others."""
     states = {}
     for name, steps in (("again", 4), ("more", 5)):
         path = str(tmp_path / f"{name}.pt")

@@ -1,4 +1,4 @@
-"""The study: what is run, what is measured of it, and what its lines say."""
+"""The study: its runs, its measurements, and the verdicts drawn from its lines."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ METRICS = {"knn200", "linear", "attributes", "zero-shot", "auc", "ceiling"}
 
 
 def line(setting, seed, arm, weight=1.0, **changes):
-    """A line of the study in which all is 0.5, but for what is changed."""
+    """A line of the study in which every metric is 0.5, apart from the changes."""
     metrics = dict.fromkeys(METRICS, 0.5) | {
         name.replace("_", "-"): x for name, x in changes.items()
     }
@@ -38,8 +38,8 @@ def line(setting, seed, arm, weight=1.0, **changes):
 
 
 def lines_of(**gains):
-    """Lines of five seeds at the centre. HiDisc + AR gains so much over all others in the metrics
-    that are named, give or take 0.001 from seed to seed; in all else the arms are alike."""
+    """Lines of five seeds at the centre. HiDisc + AR beats all other arms by the given gains, give
+    or take 0.001 from seed to seed; otherwise the arms are equal."""
     lines = []
     for seed in range(5):
         for arm in ("start", "HiDisc", CONTROL, "HVC + AR", "HVC + AR, control"):
@@ -59,12 +59,12 @@ def test_the_weight_is_chosen_on_seeds_of_their_own():
 
 
 def test_it_is_the_best_for_words_and_control_together():
-    """The best of all for the words alone would be a choice in their favour."""
+    """Choosing the best weight for the words alone would favour them."""
     lines = []
     for weight, words, control in ((0.3, 0.5, 0.5), (1.0, 0.6, 0.7), (3.0, 0.9, 0.2)):
         lines.append(line("tuning", 100, AR, weight, knn200=words))
         lines.append(line("tuning", 100, CONTROL, weight, knn200=control))
-    lines.append(line("centre", 0, AR, 0.3, knn200=1.0))  # which is no reason to choose it
+    lines.append(line("centre", 0, AR, 0.3, knn200=1.0))  # must not influence the choice
     assert study.chosen_weight(lines) == 1.0
     assert {weight for *_, weight in study.study_jobs(lines)} == {1.0}
 
@@ -77,7 +77,7 @@ def test_every_setting_has_its_seeds_and_its_arms():
         arms = five if changes else list(study.ARMS)
         expected = {(seed, arm) for seed in range(changes.get("seeds", 5)) for arm in arms}
         assert {job[1:3] for job in jobs if job[0] == setting} == expected
-    assert [job[1] for job in jobs] == sorted(job[1] for job in jobs)  # so that one can stop early
+    assert [job[1] for job in jobs] == sorted(job[1] for job in jobs)  # so one can stop early
 
 
 @pytest.mark.parametrize("arm", list(study.ARMS)[1:])
@@ -88,7 +88,7 @@ def test_an_arm_and_its_control_are_commands_that_train_understands(arm):
 
 
 def test_what_has_a_line_is_not_run_again(tmp_path, monkeypatch):
-    """Of each job one line is kept."""
+    """Each job keeps one line."""
     ran = []
 
     def run(folder, job):
@@ -112,10 +112,10 @@ def test_what_has_a_line_is_not_run_again(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def world(cohort_folder, clip_file):
-    """The small cohort, its factors, a bank, and an encoder that has learnt what the bank means.
+    """The small cohort, its factors, a bank, and an encoder that knows what the bank means.
 
-    The bank: unit vectors of 64 dimensions, at random. The encoder: each factor moves z from the
-    vector of the attribute that is low in it to the one that is high, at all levels.
+    The bank consists of random unit vectors with 64 dimensions. In the encoder, each factor moves z
+    from the vector of its low attribute towards that of its high attribute, at all levels.
     """
     cohort = read_cohort(cohort_folder)
     factors = read_factors(cohort_folder, cohort.names.astype(str))
@@ -159,7 +159,7 @@ def test_an_encoder_that_knows_the_words_scores_high_and_noise_does_not(world, c
 
 
 def test_the_truth_is_measured_with_the_words_whatever_the_arm_was_trained_on(world, clip_file):
-    """A control is asked for the factors by the true bank; its own scores are for its own probe."""
+    """A control's factors are read with the true bank; its own bank serves only its own probe."""
     cohort, _, attributes, bank, z = world
     own = {level: torch.zeros_like(t) for level, t in bank.items()}  # all scores are 0
     true_bank = study.measure(z, cohort, bank, bank, attributes, clip_file)
@@ -171,7 +171,7 @@ def test_the_truth_is_measured_with_the_words_whatever_the_arm_was_trained_on(wo
 
 
 def test_a_rotated_bank_is_a_control(world):
-    """All angles stay, and an encoder that knows the words is at chance: they mean nothing."""
+    """Its angles are unchanged, but its words mean nothing: a knowing encoder is at chance."""
     _, factors, attributes, bank, z = world
     truth = read_truth(study.HERE)
     together = torch.cat(list(bank.values()))
@@ -199,7 +199,7 @@ def test_a_rotated_bank_is_a_control(world):
 def test_a_run_trains_measures_and_clears_away(
     arm, cohort_folder, clip_file, tmp_path, monkeypatch
 ):
-    """The start is not trained. A control has another bank, of the same angles."""
+    """The start is not trained. A control trains with another bank that has the same angles."""
     trained = []
     banks = []
 
@@ -263,7 +263,7 @@ def test_the_auc_is_a_mean_over_the_levels_and_the_accuracy_is_that_of_slides():
     assert study.values([one], "centre", "HiDisc", "knn200") == {}
 
 
-OUTCOMES = [  # gains of HiDisc + AR over everything, and what is said of accuracy
+OUTCOMES = [  # gains of HiDisc + AR over all other arms, and the verdict on accuracy
     ({"knn200": 0.1}, "accuracy: language pays"),
     ({"attributes": 0.1}, "accuracy: language pays"),
     ({"knn200": 0.0}, "accuracy: not settled"),
@@ -278,7 +278,7 @@ def test_accuracy_pays_in_one_metric_or_another(gains, said):
 def test_accuracy_does_not_pay_where_every_way_is_below():
     lines = lines_of(knn200=-0.1, attributes=-0.1)
     assert study.verdict(study.comparisons(lines), "accuracy") == "accuracy: not settled"
-    for one in lines:  # HVC + AR has neither gained nor lost, until it loses as well
+    for one in lines:  # HVC + AR neither gains nor loses until here
         if one["arm"] == "HVC + AR":
             one["slide"] = one["slide"] | {"knn200": 0.4 + 0.001 * one["seed"], "attributes": 0.4}
     assert study.verdict(study.comparisons(lines), "accuracy") == "accuracy: language does not pay"
@@ -292,7 +292,7 @@ def test_a_gain_that_the_control_has_too_is_not_languages():
     assert study.verdict(study.comparisons(lines), "accuracy") == "accuracy: not settled"
 
 
-WORDS = [  # gains of HiDisc + AR over everything, at the centre
+WORDS = [  # gains of HiDisc + AR over all other arms, at the centre
     ({"attributes": 0.0, "auc": 0.1, "zero_shot": 0.1}, "words: language pays"),
     ({"attributes": -0.005, "auc": 0.1, "zero_shot": 0.1}, "words: language pays"),
     ({"attributes": -0.05, "auc": 0.1, "zero_shot": 0.1}, "words: not settled"),
@@ -302,7 +302,7 @@ WORDS = [  # gains of HiDisc + AR over everything, at the centre
 
 @pytest.mark.parametrize(("gains", "said"), WORDS)
 def test_words_pay_only_in_all_three(gains, said):
-    """What is lost at the centre may still be won with 16 patients, of which there is no line."""
+    """A loss at the centre leaves it open: 16 patients, not run here, might still win."""
     assert study.verdict(study.comparisons(lines_of(**gains)), "words") == said
 
 
@@ -343,7 +343,7 @@ def test_the_table_comes_from_the_lines_alone(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out.splitlines()
     rows = [text.split() for text in printed]
     assert ["HiDisc", "+", "AR", "60.0", *["50.0"] * 5, "5"] in rows
-    assert ["SimCLR"] not in [row[:1] for row in rows]  # without a line
+    assert ["SimCLR"] not in [row[:1] for row in rows]  # an arm without lines
     gain = [text for text in printed if f"centre: {AR}, knn200, above HiDisc's knn200" in text]
     assert gain[0].split()[:2] == ["yes", "+10.0"]
     assert printed[-2:] == ["accuracy: language pays", "words: not settled"]

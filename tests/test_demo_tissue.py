@@ -1,4 +1,4 @@
-"""Demo tissue: it shows the factors behind it, and is an ordinary cohort."""
+"""Demo tissue shows the factors behind it and is an ordinary cohort."""
 
 import csv
 import os
@@ -16,7 +16,7 @@ from demo.tissue import CLASSES, FACTORS, drift, fine_sine, main, render, write_
 
 
 def test_demo_tissue_shows_its_factors():
-    """Dark haematoxylin covers more with more or larger nuclei, less where tissue is dead."""
+    """More or larger nuclei mean more dark haematoxylin; dead tissue has less."""
 
     def dark(**factors):
         rng = np.random.default_rng(0)
@@ -40,7 +40,7 @@ def test_the_demo_cohort_is_an_ordinary_cohort(cohort_folder):
 
 
 def test_long_nuclei_and_varied_ones_are_seen():
-    """At the same area and without fibres: long ones have more border, varied ones more darkest."""
+    """At equal area and without fibres: long nuclei have more border, varied ones darker spots."""
 
     def look(measure, **factors):
         rng = np.random.default_rng(0)
@@ -85,7 +85,7 @@ def test_the_patches_of_a_slide_lie_on_a_grid(patches, columns, tmp_path):
 
 
 def test_two_factors_drift_over_a_slide():
-    """A smooth wave of mean 0: neighbours differ by less than places that are far apart."""
+    """A smooth wave with mean 0: neighbours differ less than distant places."""
     grid = np.array([(x, y) for y in range(8) for x in range(8)])
     rng = np.random.default_rng(0)
     waves = np.stack([drift(grid, rng) for _ in range(100)])
@@ -100,14 +100,14 @@ def test_two_factors_drift_over_a_slide():
 
 
 def test_the_drift_is_in_the_truth(tmp_path):
-    """Within a slide the two factors vary more than the rest, of which noise alone is left."""
+    """Within a slide, these two factors vary more than the others, which vary only by noise."""
     write_demo(str(tmp_path), patients=8, held_out=0, slides=2, patches=8)
     with open(tmp_path / "factors.csv") as file:
         rows = [[float(row[f]) for f in FACTORS] for row in csv.DictReader(file)]
     slides = np.array(rows).reshape(-1, 8, len(FACTORS))
     steps = np.abs(np.diff(slides.reshape(-1, 2, 4, len(FACTORS)), axis=1))[:, 0]
     assert np.median(steps, axis=(0, 1))[FACTORS.index("fibres")] > 0.04
-    ends = slides[:, [0, 4]].mean(axis=1) - slides[:, [3, 7]].mean(axis=1)  # left and right
+    ends = slides[:, [0, 4]].mean(axis=1) - slides[:, [3, 7]].mean(axis=1)  # left minus right
     spread = np.median(np.abs(ends), axis=0)
     assert spread[FACTORS.index("necrosis")] > 1.5 * spread[FACTORS.index("nuclear_size")]
 
@@ -116,10 +116,10 @@ def test_the_drift_is_in_the_truth(tmp_path):
 
 
 def peak(path):
-    """The strongest wave of 3 to 5 pixels of a patch: how often it fits in x and y, and how much
-    stronger it is than the median one."""
+    """A patch's strongest wave of 3 to 5 pixels: its cycles in x and y, and how much stronger it is
+    than the median wave."""
     density = -np.log((np.asarray(Image.open(path), dtype=float) + 1) / 256).mean(axis=2)
-    window = np.hanning(64)  # so that what does not fit a whole number of times stays sharp
+    window = np.hanning(64)  # keeps waves sharp that do not fit a whole number of times
     spectrum = np.abs(np.fft.fft2((density - density.mean()) * np.outer(window, window)))
     frequency = np.fft.fftfreq(64, 1 / 64)
     radius = np.hypot(frequency[:, None], frequency)
@@ -130,7 +130,7 @@ def peak(path):
 
 @pytest.fixture(scope="module")
 def twins(tmp_path_factory):
-    """The same cohort without and with scanners of a share of 0.25: {signature: folder}."""
+    """The same cohort without and with scanner signatures of strength 0.25: {signature: folder}."""
     folders = {}
     for signature in (0.0, 0.25):
         folder = str(tmp_path_factory.mktemp("twin"))
@@ -141,7 +141,7 @@ def twins(tmp_path_factory):
 
 
 def peaks_of_patients(folder):
-    """Of each patient (where, strength): what `peak` finds in each of the patches."""
+    """(where, strength) for each patient: what `peak` finds in each patch."""
     cohort = read_cohort(folder)
     found = {}
     for row, patient in enumerate(cohort.patient):
@@ -157,7 +157,7 @@ def test_no_signature_leaves_the_pixels_as_they_are():
 
 
 def test_a_signature_changes_nothing_else(twins):
-    """The factors are the same, and so is what a patch has on average."""
+    """The factors stay the same, and so does the mean of each patch."""
     plain, signed = (open(os.path.join(folder, "factors.csv")).read() for folder in twins.values())
     assert plain == signed
     for name in read_cohort(twins[0.0]).names.astype(str):
@@ -167,10 +167,10 @@ def test_a_signature_changes_nothing_else(twins):
 
 
 def test_a_signature_is_one_wave_for_all_patches_of_a_patient(twins):
-    """Which tissue of its own does not have: its strongest wave is another in every patch."""
+    """Tissue without a signature has a different strongest wave in each patch."""
     pairs = zip(*map(peaks_of_patients, twins.values()))
     for (plain_where, plain_strength), (where, strength) in pairs:
-        assert np.ptp(where, axis=0).max() <= 1  # of 13 to 21 times in a patch
+        assert np.ptp(where, axis=0).max() <= 1  # out of 13 to 21 cycles per patch
         assert np.ptp(plain_where, axis=0).max() > 1
         assert np.median(strength) > 1.4 * np.median(plain_strength)
 
@@ -200,7 +200,7 @@ def test_the_command_refuses_a_folder_that_holds_a_cohort(tmp_path, monkeypatch,
 
 
 def _make(folder):
-    """A folder that takes a while to write, and says who wrote it."""
+    """Slowly writes a folder that says who wrote it."""
     os.makedirs(folder)
     for name in ("a", "b", "c"):
         time.sleep(0.2)

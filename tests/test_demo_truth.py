@@ -1,4 +1,4 @@
-"""demo/truth.py: attribute scores that are the factor, or its opposite, and what is missing."""
+"""demo/truth.py: scores that follow a factor or its opposite, and what happens without data."""
 
 import json
 import os
@@ -29,7 +29,7 @@ BANK = {
 def out(cohort_folder, tmp_path):
     """An evaluated run: at each level one attribute scores as cellularity, one as its opposite.
 
-    The encoder that it is held against has the two the other way round.
+    In the encoder that it is compared with, the two are swapped.
     """
     cohort = read_cohort(cohort_folder)
     names = cohort.names.astype(str)
@@ -71,14 +71,14 @@ def change(out, **values):
 
 
 def rewrite(out, function):
-    """Replaces what embeddings.npz holds, {name: array}, by what a function makes of it."""
+    """Rewrites embeddings.npz, applying a function to its {name: array}."""
     with np.load(out / "embeddings.npz") as file:
         data = function(dict(file))
     np.savez(out / "embeddings.npz", **data)
 
 
 def test_attributes_are_held_against_their_factors(out, monkeypatch, capsys):
-    """A score that is the factor has an AUC of 1, and of 0 where the bank means the opposite."""
+    """A score equal to the factor has an AUC of 1, or of 0 if the bank means the opposite."""
     command(monkeypatch, out)
     metrics = json.loads((out / "metrics.json").read_text())
     found = {row["attribute"]: row["AUC, step 4"] for row in metrics["truth"]}
@@ -96,7 +96,7 @@ def test_attributes_are_held_against_their_factors(out, monkeypatch, capsys):
 
 
 def test_only_the_rows_that_were_probed_count(out, monkeypatch, cohort_folder):
-    """The others' scores may be anything."""
+    """The scores of other rows have no influence."""
     rows = [0, 3, 60, 119]
     change(out, rows=rows)
     with np.load(out / "embeddings.npz") as file:
@@ -130,7 +130,7 @@ def test_a_bank_without_truth_is_an_error(out, monkeypatch):
 
 
 def test_a_bank_of_other_attributes_is_an_error(out, monkeypatch):
-    (out / "config.json").write_text(json.dumps({"bank": "gone.json"}))  # the demo's, then
+    (out / "config.json").write_text(json.dumps({"bank": "gone.json"}))  # so the demo's is used
     with pytest.raises(ValueError, match="names none of its attributes"):
         command(monkeypatch, out)
 
@@ -150,7 +150,7 @@ def test_a_folder_without_results_is_an_error(tmp_path, monkeypatch):
 
 
 def test_ridge_is_scikit_learns():
-    """Which sums the squares where we average them, and takes its penalty as it is."""
+    """scikit-learn sums the squares, we average them; it does not scale the penalty, we do."""
     rng = np.random.default_rng(0)
     z = rng.normal(size=(80, 10)) * rng.uniform(0.1, 3, 10) + 5
     factors = z @ rng.normal(size=(10, 7)) + rng.normal(size=(80, 7)) - 2
@@ -181,7 +181,7 @@ def test_places_that_are_all_alike_have_no_auc():
 
 
 def test_the_ceiling_is_what_z_holds_whether_or_not_a_word_finds_it(out, cohort_folder):
-    """With the factors as z a regression reads all of them; with noise it reads none."""
+    """If z is the factors, a regression reads all of them; if z is noise, it reads none."""
     names = read_cohort(cohort_folder).names.astype(str)
     factors = truth.read_factors(cohort_folder, names)
     noise = np.random.default_rng(0).normal(size=factors.shape)

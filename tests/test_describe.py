@@ -1,4 +1,4 @@
-"""The bank file, its check, the tokenizer, and the bank as vectors."""
+"""The bank file, its check, the tokenizer, and the bank's vectors."""
 
 import copy
 import json
@@ -48,7 +48,7 @@ def frame_everything(patch, slide):
         sentences[0] = f"The slide has {sentences[0]}"
 
 
-FAULTS = {  # what the check must say <- what is done to the demo bank
+FAULTS = {  # what the check must say: what we do to the demo bank
     "14 attributes, not 15": lambda patch, slide: None,
     "patch / crowded nuclei: 3 sentences": lambda patch, slide: patch["crowded nuclei"].pop(),
     "names alike (1.00): patch / crowded nuclei ~ slide / nuclei, crowded": lambda patch, slide: (
@@ -88,7 +88,7 @@ def test_the_check_finds(message):
 
 @pytest.mark.parametrize("name", ["opensrh", "tcga"])
 def test_the_shipped_banks_pass_with_the_tokens_of_clip(name):
-    """Counts, duplicates, frames, what no image shows, and at most 77 tokens of CLIP's own."""
+    """Counts, duplicates, frames, words for what no image shows, and at most 77 CLIP tokens."""
     open_clip = pytest.importorskip("open_clip")
     vocabulary = os.path.join(os.path.dirname(open_clip.__file__), "bpe_simple_vocab_16e6.txt.gz")
     bank = read_bank_file(os.path.join(ROOT, f"attributes/{name}.json"))
@@ -110,7 +110,7 @@ def test_all_that_is_wrong_with_a_text_is_told_in_one_go():
 
 
 def check(monkeypatch, *arguments):
-    """How `describe.py check` ends: 0, or a message for the exit status 1."""
+    """How `describe.py check` exits: 0, or the message that comes with status 1."""
     monkeypatch.setattr(sys, "argv", ["describe.py", "check", *arguments, "--vocab", "bytes"])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -139,7 +139,7 @@ def test_an_attribute_that_stands_twice_in_a_file_is_refused(tmp_path):
     path = tmp_path / "bank.json"
     path.write_text(open(DEMO).read().replace('"crowded nuclei":', '"sparse nuclei":', 1))
     with pytest.raises(ValueError, match="'sparse nuclei' appears twice"):
-        read_bank_file(str(path))  # JSON would drop the first without a word
+        read_bank_file(str(path))  # JSON would silently drop the first
 
 
 def test_unstained_tissue_has_no_stain_words():
@@ -148,7 +148,7 @@ def test_unstained_tissue_has_no_stain_words():
     assert any("has no 'Purple'" in problem for problem in check_bank(bank)[1])
 
 
-FORMS = {  # what is wrong with it <- a file of another form
+FORMS = {  # what the error must say: a malformed file
     "is not JSON": b"{",
     "is not JSON: 'utf-8'": b"\xff\xfe{}",
     '"levels"': b"[]",
@@ -223,7 +223,7 @@ def test_a_bank_pt_is_what_was_saved_and_needs_no_clip(tmp_path):
 def test_a_rotated_bank_has_the_same_angles_and_other_vectors(
     clip_file, tmp_path, monkeypatch, capsys
 ):
-    """Which keeps what the words share among each other, and loses what they say of an image."""
+    """It keeps how the words relate to each other and loses what they say about an image."""
     banks = []
     for rotate in ([], ["--rotate", "0"], ["--rotate", "0"], ["--rotate", "1"]):
         path = str(tmp_path / "bank.pt")
@@ -235,7 +235,7 @@ def test_a_rotated_bank_has_the_same_angles_and_other_vectors(
         assert ("rotated, a control" in capsys.readouterr().out) == bool(rotate)
         banks.append(torch.cat(list(vectors.values())))
     plain, rotated, again, other = banks
-    torch.testing.assert_close(rotated @ rotated.T, plain @ plain.T, rtol=0, atol=1e-5)  # all 3
+    torch.testing.assert_close(rotated @ rotated.T, plain @ plain.T, rtol=0, atol=1e-5)  # angles
     assert torch.equal(rotated, again)
     for different in (plain, other):
         assert ((rotated - different).norm(dim=1) > 0.5).all()
@@ -255,7 +255,7 @@ def test_one_flipped_byte_in_a_bank_pt_is_found(tmp_path):
     vectors = {level: torch.arange(2000.0).view(2, 1000) for level in LEVELS}
     save_bank(path, {"levels": {level: {"a": [], "b": []} for level in LEVELS}}, vectors)
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1  # in a tensor, where torch.load does not look
+    content[len(content) // 2] ^= 1  # in a tensor, which torch.load does not check
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"bank\.pt is damaged.* encode the bank again"):
         open_bank(str(path), {})
@@ -278,7 +278,7 @@ def test_another_file_than_a_bank_pt_is_refused_by_name(content, tmp_path):
 
 
 def test_a_bank_is_encoded_in_batches_no_longer_than_their_longest_sentence():
-    """Which bounds the memory, and saves most of the time: sentences fill some 20 of 77 tokens."""
+    """This bounds memory and saves most of the time: sentences fill some 20 of 77 tokens."""
     shapes = []
 
     class Tower:

@@ -1,4 +1,4 @@
-"""Several processes train as one: same loss, same gradient, same batches; how to start them."""
+"""Several processes train as one: same loss, gradient and batches. And how torchrun starts them."""
 
 import json
 import os
@@ -29,8 +29,7 @@ OBJECTIVES = ("simclr", "hidisc", "hlss")
 
 
 def views(flags, first=0, rank=0, world=1, steps=1):
-    """The first batches of a run from step `first` on, as rank `rank` gets them: [(images,
-    ids)]."""
+    """The batches [(images, ids)] that a rank gets after step `first`."""
     config = train.parse_config([*flags, "--steps", str(first + steps)])
     cohort = read_cohort(config.data).restrict("train")
     batch = cohort, range(first + 1, first + steps + 1), config.patients, config.counts, "demo"
@@ -41,7 +40,7 @@ def views(flags, first=0, rank=0, world=1, steps=1):
 
 
 def _gradients(rank, world, flags, images, ids, mode):
-    """{objective: (loss, {parameter: gradient})} of the real model on this rank's share."""
+    """{objective: (loss, {parameter: gradient})} of the real model, from this rank's share."""
     mine = slice(rank * len(images) // world, (rank + 1) * len(images) // world)
     ids = {level: of[mine] for level, of in ids.items()}
     result = {}
@@ -50,8 +49,8 @@ def _gradients(rank, world, flags, images, ids, mode):
         files = {"data": config.data} | train.find_text(config, rank)
         cohort = read_cohort(config.data)
         model, _ = train.build_model(config, files, cohort, rank, CPU)
-        # To an untrained text tower all attributes are alike, which amplifies rounding: the
-        # projections do not start from the text here.
+        # An untrained text tower makes all attributes alike, which amplifies rounding, so here the
+        # projections do not start from the text.
         for projection in model.projections.values():
             projection.reset_parameters()
         if mode == "eval":
@@ -59,7 +58,7 @@ def _gradients(rank, world, flags, images, ids, mode):
                 if isinstance(module, torch.nn.BatchNorm2d):
                     module.momentum = 1.0
             with torch.no_grad():
-                model(images)  # batch norm then keeps the averages of the global batch
+                model(images)  # batch norm now holds the averages of the global batch
             model.eval()
         else:
             model.tower.double()  # in float32, an untrained tower amplifies rounding
@@ -69,7 +68,7 @@ def _gradients(rank, world, flags, images, ids, mode):
         terms = hvc(projections, ids)
         if objective == "hlss":
             terms |= ha(z, model.bank)
-        elif objective == "hidisc":  # the targets of these rows may be any
+        elif objective == "hidisc":  # any targets will do
             wave = torch.sin(torch.arange(14) * ids["patch"][:, None])  # [n, K]
             targets = dict.fromkeys(model.bank, wave)
             terms |= ar(z, model.bank, targets)
@@ -82,11 +81,12 @@ def _gradients(rank, world, flags, images, ids, mode):
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_1_2_and_4_processes_train_as_one(flags, mode, tolerance=1e-6):
-    """Same global batch. In training mode, batch norm is over all processes. hlss is aligned as in
-    the paper, hidisc by regression.
+    """On the same global batch. In training mode, batch norm uses all processes. hlss is aligned as
+    in the paper, hidisc by regression.
 
-    The loss agrees to the tolerance, as a share of itself, and the gradient of every parameter to
-    ten times that share of the norm of the whole gradient: what float32 resolves, which z is in.
+    The relative error of the loss is below the tolerance. The error of each parameter's gradient is
+    below ten times the tolerance, relative to the norm of the whole gradient. float32, the type of
+    z, resolves no more.
     """
     ((images, ids),) = views(flags)
     (one,) = on_processes(1, _gradients, flags, images, ids, mode)
@@ -139,7 +139,7 @@ def _normed(rank, world, images, dtype):
     share_batch_norm(net)
     x = images.chunk(world)[rank].to(dtype).requires_grad_()
     y = net(x)
-    y = net(y[:, :3])  # twice, so that a gradient goes through
+    y = net(y[:, :3])  # applied twice, so a gradient passes through it
     y.square().mean().backward()
     gradients = [p.grad for p in net.parameters()]
     for gradient in gradients:
@@ -171,12 +171,12 @@ def test_batch_norm_over_all_processes_is_that_of_one(world):
             assert_close(buffers[name], buffer.double())
 
 
-DEMO_STEPS = ["--steps", "20", "--lr", "2.5e-4"]  # the demo's first 20
+DEMO_STEPS = ["--steps", "20", "--lr", "2.5e-4"]  # the demo's first 20 steps
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """Flags of the demo as the README has it, prepared once."""
+    """The flags of the README's demo, whose files are made once."""
     cache = tmp_path_factory.mktemp("cache")
     write_demo(cache / "tissue")
     train_demo_clip(str(cache / "clip.pt"))
@@ -186,7 +186,7 @@ def demo(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("align", ["paper", "regression"])
 def test_1_2_and_4_processes_train_alike(demo, tmp_path, align):
-    """The demo's first 20 steps, in training mode; and a run that goes on on others."""
+    """The demo's first 20 steps in training mode, also resumed on another number of processes."""
     losses = {}
     for name, worlds in {"1": [1], "2": [2], "4": [4], "1 2 4": [1, 2, 4]}.items():
         out = tmp_path / name.replace(" ", "-")
@@ -205,11 +205,11 @@ def test_1_2_and_4_processes_train_alike(demo, tmp_path, align):
         assert len(values) == 11  # steps 1 to 10, and 20
         worst = max(abs(a - b) for a, b in zip(values, losses["1"]))
         print(f"{name} processes: largest difference of the loss from one process {worst:.1e}")
-        assert worst < 1e-3  # of a loss of about 10: roundings grow from step to step
+        assert worst < 1e-3  # for a loss of about 10: rounding grows from step to step
 
 
 def _seeds(rank, world, flags):
-    """What the random masks of dropout are drawn from, step by step, on this rank."""
+    """The seed of the dropout masks at each step on this rank."""
     seeds = []
     manual_seed = torch.manual_seed
     torch.manual_seed = lambda seed: seeds.append(seed) or manual_seed(seed)
@@ -223,8 +223,8 @@ def test_every_step_of_every_rank_has_its_own_random_masks(flags):
 
 
 def _contrast_flops(rank, world, n):
-    """Floating-point operations of the contrast of n rows in all on this rank, forward and
-    backward."""
+    """This rank's floating-point operations, forward and backward, for the contrast of n rows in
+    total."""
     f = torch.nn.functional.normalize(torch.randn(n // world, 128), dim=1).requires_grad_()
     with FlopCounterMode(display=False) as counter:
         supcon(f, torch.arange(n // 2).repeat_interleave(2).chunk(world)[rank]).backward()
@@ -237,7 +237,7 @@ def test_the_contrast_costs_1_over_w_a_rank():
         for flops in on_processes(world, _contrast_flops, 512):
             assert (
                 flops == 3 * 2 * 512 * 512 * 128 // world
-            )  # forward, and backward to rows and to columns
+            )  # forward, then backward to rows and to columns
         print(f"{world:9}{flops / 1e6:32.1f}")
 
 
@@ -246,7 +246,7 @@ def test_the_contrast_costs_1_over_w_a_rank():
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_the_shares_are_the_batch_of_one_process(flags, world):
-    for first in (0, 5):  # at the start, and on going on from step 5 on another number of processes
+    for first in (0, 5):  # at the start; resumed at step 5 on another number
         whole = views(flags, first, steps=2)
         shares = [views(flags, first, rank, world, steps=2) for rank in range(world)]
         for step, (images, ids) in enumerate(whole):
@@ -260,11 +260,11 @@ def test_the_shares_are_the_batch_of_one_process(flags, world):
 def test_every_patient_once_an_epoch_on_any_number_of_processes(flags, world):
     epoch = [
         views(flags, 0, rank, world, steps=3) for rank in range(world)
-    ]  # 12 training patients, 4 a batch
+    ]  # 12 training patients, 4 per batch
     patients = torch.cat([ids["patient"] for share in epoch for _, ids in share])
     assert (
         patients.unique(return_counts=True)[1] == 2 * 2 * 2
-    ).all()  # slides x patches x views: none twice
+    ).all()  # slides x patches x views: no patient twice
     assert len(patients.unique()) == 12
 
 
@@ -293,8 +293,8 @@ def torchrun(*arguments):
 
 
 def finish(process):
-    """(exit code, output, errors); a torchrun that takes too long is asked to end, so that its
-    workers end with it."""
+    """(exit code, output, errors) of a torchrun; if it takes too long, SIGTERM ends it and its
+    workers."""
     try:
         output = process.communicate(timeout=150)
     except subprocess.TimeoutExpired:
@@ -304,8 +304,8 @@ def finish(process):
 
 
 def test_two_nodes_meet_over_c10d(flags):
-    """Two torchrun agents as on two machines, then the probe, on one machine with as many
-    processes."""
+    """Two torchrun agents train, as on two machines; evaluate.py on one machine finds the same
+    numbers."""
     meet = [
         "--nnodes=2",
         "--nproc_per_node=2",
@@ -347,7 +347,7 @@ def workers_of(agent):
 
 @pytest.mark.slow
 def test_torchrun_starts_again_by_itself(flags):
-    """A worker dies by kill -9; torchrun --max-restarts starts all anew, and they go on from the
+    """kill -9 ends a worker; torchrun --max-restarts restarts all of them, and they resume from the
     checkpoint."""
     agent = torchrun(
         "--nproc_per_node=2",

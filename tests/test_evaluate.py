@@ -46,7 +46,7 @@ Y = RNG.integers(0, 4, 300)
 
 @pytest.fixture(scope="module", autouse=True)
 def few():
-    """The small cohorts of these tests have intervals, as honest as they are narrow."""
+    """Gives the small cohorts of these tests intervals, too narrow as they are."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "FEW", 5)
         yield
@@ -97,7 +97,7 @@ def test_knn_holds_no_more_than_a_chunk_of_similarities():
 
 @pytest.mark.parametrize("scale", [1, 0.1])
 def test_the_linear_probe_is_scikit_learns(scale):
-    """Also where features share a large mean, as embeddings do, and hardly differ."""
+    """Also if features share a large mean and hardly differ, as embeddings do."""
     rng = np.random.default_rng(1)
     y = rng.integers(0, 3, 400)
     x = torch.from_numpy(
@@ -111,7 +111,7 @@ def test_the_linear_probe_is_scikit_learns(scale):
 
 
 def cohort_of(labels, patients):
-    """A cohort of one patch a label: the last two patients are for validation."""
+    """A cohort with one patch per label; its last two patients are held out."""
     last = sorted(set(patients))[-2:]
     entries = [
         ("", f"{i}.png", (p, p), c, "val" if p in last else "train", "")
@@ -169,7 +169,7 @@ def test_a_group_of_several_labels_is_left_out():
 
 
 def test_the_bootstrap_draws_patients_and_not_patches():
-    """A slow loop that repeats the patches of every drawn patient gives the same."""
+    """A slow loop that repeats the patches of each drawn patient gives the same."""
     scores, y, patient = RNG.random((60, 3)), RNG.integers(0, 3, 60), RNG.integers(0, 6, 60)
     counts = evaluate.bootstrap_counts(6, 50)
     values = evaluate.rates(scores, y, patient, counts)
@@ -180,7 +180,7 @@ def test_the_bootstrap_draws_patients_and_not_patches():
         found = scores[drawn].argmax(axis=1)
         assert values["accuracy"][resample] == pytest.approx(accuracy_score(y[drawn], found))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # classes that are predicted and do not occur
+            warnings.simplefilter("ignore")  # classes that are predicted but do not occur
             assert values["mca"][resample] == pytest.approx(
                 balanced_accuracy_score(y[drawn], found)
             )
@@ -194,7 +194,7 @@ def test_a_gain_over_itself_is_nothing_and_pairs_are_narrower(cohort_folder):
     _, rows = splits[0]
     y = cohort.label[rows]
     patient = cohort.patient[rows]
-    hard = np.isin(patient, np.unique(patient)[:3])  # patients that both get wrong
+    hard = np.isin(patient, np.unique(patient)[:3])  # patients that both encoders get wrong
     first = np.append(True, patient[1:] != patient[:-1])  # one patch of each patient
     ours = np.eye(4)[np.where(hard, (y + 1) % 4, y)]
     theirs = np.eye(4)[np.where(hard ^ first, (y + 1) % 4, y)]
@@ -228,7 +228,7 @@ def test_probe_of_perfect_and_of_blind_embeddings(cohort_folder):
 
 
 def test_a_few_patients_have_no_interval():
-    """One patient resampled is that patient again: no width would look like certainty."""
+    """Resampling one patient gives that patient again: a width of 0 would look like certainty."""
     for patients, there in ((evaluate.FEW - 1, False), (evaluate.FEW, True)):
         names = [f"p{i}" for i in range(patients + 3) for _ in range(4)]
         cohort = cohort_of(list("ABAB") * (patients + 3), names)
@@ -283,7 +283,7 @@ def test_a_missing_test_split_is_an_error_that_says_so(cohort_folder):
 
 
 def test_one_patient_at_a_time_is_left_out_of_its_own_neighbours():
-    """Patches of a patient are alike: neighbours of the same patient would always be right."""
+    """Patches of one patient look alike: neighbours from the same patient would always be right."""
     patients = [p for p in "abcdef" for _ in range(3)]
     cohort = cohort_of(["ABCABC"["abcdef".index(p)] for p in patients], patients)
     z = F.normalize(torch.eye(6)[cohort.patient] + 0.05 * torch.eye(18)[:, :6] + 0.1, dim=1)
@@ -345,14 +345,14 @@ def run(cohort_folder, clip_file, tmp_path_factory):
 def command(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on tensors this small several only wait for each other
+    torch.set_num_threads(1)  # on such small tensors, several only wait for each other
     evaluate.main()
     torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def evaluated(run, tmp_path_factory):
-    """What the command wrote of it, held against its start, with a zero-shot probe."""
+    """The results of that run, compared with its start, with a zero-shot probe."""
     out = tmp_path_factory.mktemp("out")
     classes = ("high_grade", "low_grade", "normal", "spindle")
     prompts = {name: [f"tissue of {name}", "a patch"] for name in classes}
@@ -364,7 +364,7 @@ def evaluated(run, tmp_path_factory):
 
 
 def refusal(monkeypatch, capsys, *arguments):
-    """What the command says to a user's mistake: one line, and the exit code 2."""
+    """The command's answer to a user's mistake: one line, with exit code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         command(monkeypatch, *arguments)
@@ -377,7 +377,7 @@ def refusal(monkeypatch, capsys, *arguments):
 
 def read_metrics(folder):
     text = (folder / "metrics.json").read_text()
-    return json.loads(text, parse_constant=pytest.fail)  # no NaN: any reader can read it
+    return json.loads(text, parse_constant=pytest.fail)  # no NaN, so any JSON reader can read it
 
 
 def read_embeddings(folder):
@@ -404,7 +404,7 @@ def test_metrics_say_which_rows_were_probed(evaluated, cohort_folder):
 
 
 def test_embeddings_are_enough_for_a_probe_of_ones_own(evaluated, run):
-    """The README's recipe: the linear probe again from the file alone, and names for numbers."""
+    """The file alone reproduces the linear probe, and names what the numbers stand for."""
     data = read_embeddings(evaluated)
     split = data["splits"][data["split"]]
     train_rows = np.flatnonzero(split == "train")
@@ -432,7 +432,7 @@ def test_embeddings_hold_the_scores_of_the_other_encoder(evaluated, run, clip_fi
 
 
 def test_all_text_of_the_embeddings_is_text(run, cohort_folder, tmp_path, monkeypatch):
-    """Also where a file name is not ASCII."""
+    """Also if a file name is not ASCII."""
     small_cohort(cohort_folder, tmp_path, r"path|.*/\w+-0[12]/0-")
     manifest = (tmp_path / "manifest.csv").read_text()
     old = next(line.split(",")[0] for line in manifest.splitlines() if "normal-01/0-0" in line)
@@ -448,8 +448,8 @@ def test_all_text_of_the_embeddings_is_text(run, cohort_folder, tmp_path, monkey
 
 
 def test_two_processes_give_the_same_table_numbers_and_embeddings(run, cohort_folder, tmp_path):
-    """As `python evaluate.py` alone does. There is work for both: six batches of patches, and two
-    of kNN queries."""
+    """The same as one process. Both have work: there are six batches of patches and two of kNN
+    queries."""
     header, *lines = Path(cohort_folder, "manifest.csv").read_text().splitlines()
     turned = [header]
     for line in lines:
@@ -523,7 +523,7 @@ def test_another_cohort_and_another_protocol(run, cohort_folder, tmp_path, monke
 
 
 def test_a_cohort_may_have_other_classes_than_the_runs(run, cohort_folder, tmp_path, monkeypatch):
-    """To probe elsewhere is what pretraining is for."""
+    """Probing on other data is what pretraining is for."""
     with open(os.path.join(cohort_folder, "manifest.csv")) as file:
         (tmp_path / "manifest.csv").write_text(file.read().replace(",spindle,", ",round,"))
     shutil.copytree(os.path.join(cohort_folder, "images"), tmp_path / "images")
@@ -577,7 +577,7 @@ def test_open_clip_loads_an_exported_tower(kind, tmp_path, capsys):
     mean, std = (torch.tensor(about[name]).view(3, 1, 1) for name in ("mean", "std"))
     other = small_clip(kind, quick_gelu=True).eval()
     for parameter in other.visual.parameters():
-        torch.nn.init.normal_(parameter)  # nothing is right by chance
+        torch.nn.init.normal_(parameter)  # so nothing agrees by chance
     missing, unexpected = other.load_state_dict(state, strict=False)
     assert unexpected == []
     assert not any(name.startswith("visual.") for name in missing)
@@ -609,7 +609,7 @@ def test_the_command_exports(run, tmp_path, monkeypatch, capsys):
 def test_a_folder_is_embedded_without_a_manifest(
     run, evaluated, cohort_folder, tmp_path, monkeypatch, capsys
 ):
-    """Every image below it, in the order of the paths, and links are followed."""
+    """All images below it, sorted by path; links are followed."""
     folder = tmp_path / "any"
     folder.mkdir()
     (folder / "linked").symlink_to(os.path.join(cohort_folder, "images"))
@@ -628,7 +628,7 @@ def test_a_folder_is_embedded_without_a_manifest(
         np.testing.assert_allclose(found[name], expected, atol=1e-6)
     assert found["attributes_slide"].tolist() == data["attributes_slide"].tolist()
 
-    # An unreadable file is named and left out; the rest is written.
+    # An unreadable file is named and left out; the others are written.
     (folder / "c.png").write_bytes(b"no image")
     with pytest.raises(SystemExit) as stop:
         command(monkeypatch, run, "--embed", folder, tmp_path / "again.npz")
@@ -637,7 +637,7 @@ def test_a_folder_is_embedded_without_a_manifest(
     with np.load(tmp_path / "again.npz") as file:
         np.testing.assert_allclose(file["z"], found["z"], atol=1e-6)
     (folder / "c.png").unlink()
-    flags = ["--embed", folder, folder / "b.bmp/a/z.npz"]  # fails before the work
+    flags = ["--embed", folder, folder / "b.bmp/a/z.npz"]  # fails before any work is done
     assert "Not a directory" in refusal(monkeypatch, capsys, run, *flags)
     command(monkeypatch, run, "--embed", folder, tmp_path / "new/folder/z.npz")
     assert (tmp_path / "new/folder/z.npz").exists()
@@ -664,7 +664,7 @@ def test_a_users_mistake_needs_no_traceback(tmp_path, monkeypatch, capsys):
 def test_of_several_processes_the_first_speaks_at_once_and_others_if_it_does_not(
     monkeypatch, capsys
 ):
-    """torchrun ends the others as soon as one has failed: what all would say is said once."""
+    """torchrun ends the others once one has failed, so a message that all share appears once."""
     waited = []
     monkeypatch.setattr(time, "sleep", waited.append)
     for rank in "01":
@@ -681,7 +681,7 @@ def test_a_mistake_of_ours_keeps_its_traceback():
 
 
 def small_cohort(folder, to, pattern, columns=5):
-    """A copy of a cohort: the lines of its manifest that match, and so many columns of them."""
+    """Copies a cohort: the matching lines of its manifest, with their first columns."""
     lines = []
     with open(os.path.join(folder, "manifest.csv")) as file:
         for line in file.read().splitlines():
@@ -692,7 +692,7 @@ def small_cohort(folder, to, pattern, columns=5):
 
 
 def test_from_the_checkpoint_alone(run, cohort_folder, tmp_path, monkeypatch, capsys):
-    """One file, whose settings are partly gone, and images without labels or the CLIP."""
+    """A checkpoint with outdated settings is enough, without the CLIP and without labels."""
     checkpoint = torch.load(newest(run), weights_only=True)
     checkpoint["config"] |= {"clip": "gone.pt", "bank": "gone.json", "data": "gone"}
     checkpoint["config"] |= {"skip_unreadable": False, "a_flag_of_an_older_version": 3}
@@ -713,7 +713,7 @@ def test_against_itself_and_leaving_out_patients(run, cohort_folder, tmp_path, m
     command(monkeypatch, run, *flags)
     metrics = read_metrics(tmp_path)
     patients = metrics["probes"]["attributes"]["levels"]["patient"]
-    assert patients["n"] == 8  # all, not only those of a split
+    assert patients["n"] == 8  # all patients, not only those of one split
     gains = set()
     for probe in metrics["probes"].values():
         gains |= {probe["levels"][at]["accuracy_gain"] for at in ("patch", "slide")}
@@ -762,7 +762,7 @@ def test_results_of_other_data_or_another_protocol_are_not_overwritten(
 def test_a_reader_is_told_of_classes_sizes_and_patients_seen(
     run, cohort_folder, tmp_path, monkeypatch
 ):
-    """Held-out patients that were pretrained on; a class that only they have; larger tiles."""
+    """Held-out patients seen in pretraining, a class that only they have, and larger tiles."""
     small_cohort(cohort_folder, tmp_path, r"path|.*/\w+-0[0-3]/")
     lines = (tmp_path / "manifest.csv").read_text().splitlines()
     swap = {"train": "val", "val": "train"}
@@ -781,7 +781,7 @@ def test_a_reader_is_told_of_classes_sizes_and_patients_seen(
 def test_each_encoders_prompts_are_of_its_own_clip(
     run, cohort_folder, clip_file, tmp_path, monkeypatch
 ):
-    """The same CLIP with its D axes turned gives another z and the same zero-shot."""
+    """The same CLIP with its D axes rotated gives another z but the same zero-shot."""
     turned = tmp_path / "turned"
     shutil.copytree(run, turned)
     turn, _ = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
@@ -815,7 +815,7 @@ def test_each_encoders_prompts_are_of_its_own_clip(
     ],
 )
 def test_prompts_are_checked_as_a_bank_is(tmp_path, prompts, message):
-    """A string would be encoded letter by letter, and an empty list gives nan."""
+    """A string would be encoded letter by letter, and an empty list would give nan."""
     (tmp_path / "p.json").write_text(prompts)
     with pytest.raises(ValueError, match=rf"p\.json.*{message}"):
         evaluate.zero_shot(str(tmp_path / "p.json"), torch.ones(1, 64), ["cat"], "no.pt")

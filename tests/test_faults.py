@@ -1,4 +1,4 @@
-"""What goes wrong in a long run: a kill, a full disk, a number not finite, a rank that hangs."""
+"""What goes wrong in a long run: kills, full disks, numbers that are not finite, hanging ranks."""
 
 import builtins
 import contextlib
@@ -41,7 +41,7 @@ def out_of(flags):
 
 
 def _main(flags, rank, world, port, trouble):
-    """train.py on one rank, its words in OUT-RANK.txt. trouble: called first, with the rank."""
+    """Runs train.py on one rank, with its output in OUT-RANK.txt. trouble(rank) is called first."""
     sys.path.insert(0, ROOT)
     torch.set_num_threads(1)
     os.environ.update(
@@ -63,7 +63,7 @@ def _main(flags, rank, world, port, trouble):
 
 
 def start(flags, world=1, trouble=None):
-    """The ranks of a run, each in a process that has imported everything already."""
+    """Starts the ranks of a run, each in a process that has already imported everything."""
     port, context = free_port(), mp.get_context("forkserver")
     ranks = [
         context.Process(target=_main, args=(flags, rank, world, port, trouble))
@@ -75,7 +75,7 @@ def start(flags, world=1, trouble=None):
 
 
 def end(ranks, timeout=120):
-    """Exit codes."""
+    """Waits for the ranks; returns their exit codes."""
     for rank in ranks:
         rank.join(timeout)
     codes = [rank.exitcode for rank in ranks]
@@ -90,7 +90,7 @@ def words(flags, rank=0):
 
 
 def steps_in(out):
-    """How many steps the log holds."""
+    """The number of steps in the log."""
     try:
         with open(os.path.join(out, "log.jsonl")) as file:
             return sum(line.startswith('{"step"') and '"loss"' in line for line in file)
@@ -99,7 +99,7 @@ def steps_in(out):
 
 
 def wait_for(condition, ranks, timeout=60):
-    """Whether the condition came true while all ranks lived."""
+    """Whether the condition came true while all ranks were alive."""
     until = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > until or not all(rank.is_alive() for rank in ranks):
@@ -114,15 +114,15 @@ def wait_for(condition, ranks, timeout=60):
 def half_written(out):
     found = set()
     for path in glob.glob(f"{out}/step-*.part"):
-        with contextlib.suppress(FileNotFoundError):  # finished meanwhile
+        with contextlib.suppress(FileNotFoundError):  # finished in the meantime
             found.add((path, os.path.getmtime(path)))
     return found
 
 
 def kill_and_go_on(flags, tmp_path, world, moments, seed):
-    """kill -9 at each of the moments, then run to the end.
+    """Kills a run with kill -9 at each of the moments, then lets it finish.
 
-    Returns (flags of the run, flags of an undisturbed one, kills that left a half-written
+    Returns (flags of the run, flags of an undisturbed run, number of kills that left a half-written
     checkpoint).
     """
     whole, broken = ([*flags, "--out", str(tmp_path / name)] for name in ("whole", "broken"))
@@ -185,8 +185,8 @@ def test_kill_9_at_20_moments(flags, tmp_path, world):
 
 
 def test_another_number_of_processes_goes_on(flags):
-    """The batches stay those of the run (test_distributed.py); here: that it goes on at all, from 1
-    to 2 processes."""
+    """A run on one process resumes on two. test_distributed.py checks that the batches stay the
+    same."""
     assert end(start([*flags, *LIGHT, "--steps", "6"])) == [0]
     os.remove(newest(out_of(flags)))  # back to step 5
     assert end(start([*flags, *LIGHT, "--steps", "6"], world=2)) == [0, 0], words(flags)
@@ -196,13 +196,13 @@ def test_another_number_of_processes_goes_on(flags):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_finishes_the_step_and_saves(flags, number):
-    """On two processes of which one is told."""
+    """On two processes, one of which gets the signal."""
     flags = [*flags, *LIGHT, "--steps", "100000", "--save-every", "100000"]
     ranks = start(flags, world=2)
     assert wait_for(lambda: steps_in(out_of(flags)) > 2, ranks), words(flags)
     os.kill(ranks[1].pid, number)
     assert end(ranks) == [train.STOPPED] * 2, words(flags)
-    _, saved = checkpoints(out_of(flags)).values()  # the start, and this
+    _, saved = checkpoints(out_of(flags)).values()  # the start and this one
     assert torch.load(saved, weights_only=True)["step"] == log_of(out_of(flags))[-1]["step"]
 
 
@@ -222,7 +222,7 @@ def damage(path, how):
     elif how == "empty":
         content = b""
     elif how == "one bit":
-        content[len(content) // 2] ^= 1  # in a tensor: torch.load alone would take it
+        content[len(content) // 2] ^= 1  # in a tensor: torch.load alone would accept it
     with open(path, "wb") as file:
         file.write(content)
     if how == "malicious":
@@ -254,7 +254,7 @@ def test_a_run_goes_on_from_before_the_damage(flags, tmp_path, capsys):
 
 
 def test_the_newest_two_checkpoints_are_kept(tmp_path):
-    """And the start; nothing that is not exactly ours is removed, or resumed from."""
+    """And the start. Files that are not exactly ours are neither removed nor resumed from."""
     strange = ["step-best.pt", "step-0000002 (copy).pt", "step-2.pt", "step-0000001.pt.7.bak"]
     strange += ["step-best.pt.12.part", "other.part"]
     for name in strange:
@@ -266,12 +266,12 @@ def test_the_newest_two_checkpoints_are_kept(tmp_path):
     ours = [f"step-000000{step}.pt" for step in (0, 3, 4)]
     assert sorted(os.listdir(tmp_path)) == sorted([*ours, *strange, "lock"])
     assert newest_checkpoint(tmp_path)["step"] == 4
-    shutil.copy(tmp_path / "step-0000003.pt", tmp_path / "step-0000008.pt")  # not what it says
+    shutil.copy(tmp_path / "step-0000003.pt", tmp_path / "step-0000008.pt")  # another step's name
     assert newest_checkpoint(tmp_path)["step"] == 4
 
 
 def test_ranks_that_see_different_checkpoints_are_told(flags, monkeypatch):
-    # As if the other of two ranks found none.
+    # As if the other of two ranks found no checkpoint.
     monkeypatch.setattr(train, "average", lambda numbers, device: {"step": numbers["step"] / 2})
     monkeypatch.setattr(train.runs, "newest_checkpoint", lambda folder: {"step": 4})
     with pytest.raises(ValueError, match="put it on a shared disk"):
@@ -279,7 +279,7 @@ def test_ranks_that_see_different_checkpoints_are_told(flags, monkeypatch):
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(flags, tmp_path):
-    """On a tmpfs with room for two and a half checkpoints, in a mount namespace of its own."""
+    """On a tmpfs with room for two and a half checkpoints, in its own mount namespace."""
     out, kept = tmp_path / "small", tmp_path / "kept"
     out.mkdir()
     kept.mkdir()
@@ -310,7 +310,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(flags, tmp_path):
         "step-0000001.pt",
         "step-0000002.pt",
     ]
-    shutil.copytree(kept, out_of(flags))  # with room, it goes on
+    shutil.copytree(kept, out_of(flags))  # with enough room, the run resumes
     train.train(train.parse_config([*flags, *LIGHT, "--steps", "8"]))
     assert log_of(out_of(flags))[-1]["step"] == 8
 
@@ -327,7 +327,7 @@ def test_a_read_only_folder_is_not_a_full_disk(tmp_path, monkeypatch):
 # -------------------------------------------------------------------------- resuming another thing
 
 
-SPOILS = {  # what is said <- what is done to the lines of manifest.csv
+SPOILS = {  # what the error must say: what we do to the lines of manifest.csv
     "is not the cohort of .*: 120 patches are new .*: images/high_grade-00/0-0.png": lambda lines: [
         re.sub("train|val", lambda m: {"train": "val", "val": "train"}[m[0]], x) for x in lines
     ],
@@ -353,7 +353,7 @@ def test_another_cohort_is_not_resumed(flags, cohort_folder, tmp_path, said):
     flags = [*flags, "--probe-every", "0"]
     train.train(train.parse_config([*flags, "--steps", "1"]))
     moved = train.parse_config([*flags, "--steps", "1", "--data", str(folder)])
-    assert train.train(moved)  # the same cohort in another folder
+    assert train.train(moved)  # the same cohort in another folder is accepted
     header, *lines = (folder / "manifest.csv").read_text().splitlines()
     (folder / "manifest.csv").write_text("\n".join([header, *SPOILS[said](lines)]))
     with pytest.raises(ValueError, match=said):
@@ -413,7 +413,7 @@ def test_two_trainings_in_one_folder_are_refused(flags):
     message = f"process {os.getpid()} on .* is training in {out}: wait for it, or give another"
     with pytest.raises(ValueError, match=message):
         train.train(train.parse_config(flags))
-    lock.close()  # as the kernel does when a process ends
+    lock.close()  # as the kernel does when a process exits
     assert train.train(train.parse_config(flags))
 
 
@@ -428,7 +428,7 @@ def test_the_log_is_on_the_disk_before_the_checkpoint_that_it_describes(flags, m
     monkeypatch.setattr(os, "fsync", spy)
     train.train(train.parse_config([*flags, "--save-every", "1"]))
     checkpoint = [i for i, name in enumerate(synced) if name.startswith("step-")]
-    assert len(checkpoint) == 5  # the first is the start, before there is anything to log
+    assert len(checkpoint) == 5  # the first is the start, when there is nothing to log yet
     assert all(synced[i - 1] == "log.jsonl" for i in checkpoint[1:-1])
 
 
@@ -450,7 +450,7 @@ def test_what_is_missing_or_damaged_in_the_log_is_said(flags, capsys):
 
 @pytest.mark.parametrize("backbone", ["mobilenet_v3_small", "convnext_tiny"])
 def test_dropout_and_stochastic_depth_resume_bit_by_bit(flags, backbone):
-    """Their random masks are a function of seed, step and rank."""
+    """Their random masks depend only on seed, step and rank."""
     flags = [*flags, *LIGHT, "--backbone", backbone, "--image-size", "32", "--patients", "2"]
     train.train(train.parse_config(flags))
     whole = weights_of(out_of(flags))
@@ -498,7 +498,7 @@ def test_a_clip_that_is_not_finite_does_not_blame_the_rate(flags, tmp_path):
 
 
 def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(flags, monkeypatch):
-    """The loss is finite, its gradient is 0 / 0: found before the step, with its batch."""
+    """The loss is finite but its gradient is 0 / 0: noticed before the step, naming the batch."""
     hvc = train.hvc
     calls = []
 
@@ -517,14 +517,14 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(flags, monkeyp
     assert all(torch.isfinite(value).all() for value in weights_of(config.out).values())
     cohort = read_cohort(config.data).restrict("train")
     paths = {cohort.path(row) for row in hierarchical_batch(cohort, 4, config.seed, 4).ravel()}
-    assert sum(path in str(error.value) for path in paths) == 3  # some of its batch
+    assert sum(path in str(error.value) for path in paths) == 3  # some patches of its batch
 
 
 # -------------------------------------------------------------------------------------------- hangs
 
 
 def hang(rank):
-    """Rank 1 never gets step 4."""
+    """Rank 1 never gets the batch of step 4."""
     load_views = train.load_views
 
     def hanging(*arguments, **options):
@@ -550,7 +550,7 @@ def run_out_of_memory(rank):
 
 
 def slow_down(module, name, rank):
-    """The first call of a function takes 15 seconds on rank 0 alone, the others no longer."""
+    """The first call of a function takes 15 seconds longer on rank 0."""
     module = sys.modules[module]
     function = getattr(module, name)
 
@@ -572,7 +572,7 @@ SLOW = {
 
 
 def test_what_rank_0_does_alone_may_take_longer_than_the_timeout(flags, tmp_path):
-    """Four jobs of two processes at a time."""
+    """Four jobs of two processes each, at the same time."""
     jobs = []
     for name, trouble in SLOW.items():
         mine = [*flags, "--out", str(tmp_path / name), "--steps", "2", "--timeout", "10"]
@@ -590,7 +590,7 @@ def test_out_of_memory_is_said_by_the_rank_that_ran_out_with_what_to_lower(flags
 
 
 def test_a_rank_that_dies_stops_or_hangs_is_named(flags, tmp_path):
-    """Three jobs of two processes at a time; in each the other rank ends within the time-out."""
+    """Three jobs of two processes at the same time; in each, rank 0 ends within the timeout."""
     jobs = {}
     for what in ("dies", "stops", "hangs"):
         mine = [*flags, *LIGHT, "--out", str(tmp_path / what), "--steps", "100000"]
@@ -605,6 +605,6 @@ def test_a_rank_that_dies_stops_or_hangs_is_named(flags, tmp_path):
     for what, (mine, ranks) in jobs.items():
         (code,) = end(ranks[:1], timeout=60)
         end(ranks[1:], timeout=0)
-        assert time.monotonic() - since < 10 + 5 + 15  # the last: for a machine that is busy
+        assert time.monotonic() - since < 10 + 5 + 15  # the 15 allow for a busy machine
         assert code == 1, what
         assert "rank 1 is dead, stopped or stuck" in words(mine), words(mine)

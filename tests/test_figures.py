@@ -1,4 +1,4 @@
-"""The pictures of the README are those that docs/figures.py draws, and show what the code does."""
+"""The README's pictures are those that docs/figures.py draws, and they show what the code does."""
 
 import re
 import sys
@@ -16,7 +16,7 @@ import figures  # noqa: E402
 
 @pytest.mark.parametrize("name", ["method", "study"])
 def test_a_picture_is_drawn_as_it_is_kept(name):
-    """But for the pixels of tissue, which round differently from one processor to the next."""
+    """Except for the pixels of tissue, which processors round differently."""
     without_pixels = re.compile(r"base64,[^\"]*")
     drawn = getattr(figures, name)()
     kept = (DOCS / f"{name}.svg").read_text()

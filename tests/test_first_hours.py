@@ -24,7 +24,7 @@ from tools.processes import user_errors
 
 
 def call(monkeypatch, module, *words):
-    """Run a command as `python MODULE WORDS` does. Returns its exit code, 0 or what it says."""
+    """Runs a command as `python MODULE WORDS` does. Returns 0, its exit code or its message."""
     monkeypatch.setattr(sys, "argv", [f"{module}.py", *map(str, words)])
     try:
         with user_errors():
@@ -56,7 +56,7 @@ def test_real_images_need_a_clip_or_no_words(capsys):
 
 
 def test_the_demos_clip_may_be_asked_for(flags, clip_file, tmp_path, monkeypatch):
-    """As a dry run on one's own images; it is taken from the cache."""
+    """For a dry run on your own images; it comes from the cache."""
     (tmp_path / "runs/cache").mkdir(parents=True)
     os.symlink(clip_file, tmp_path / "runs/cache/clip.pt")
     monkeypatch.chdir(tmp_path)
@@ -96,7 +96,7 @@ LIGHT += ["--clip", "", "--steps", "1"]
 
 
 def test_a_backbone_starts_from_a_file(flags, tmp_path):
-    """All weights but those of the last layer, which is of other classes."""
+    """With all weights except those of the last layer, which knows other classes."""
     theirs = torchvision.models.resnet18().state_dict()
     torch.save(theirs, tmp_path / "theirs.pt")
     config = train.parse_config([*flags, *LIGHT, "--backbone-weights", str(tmp_path / "theirs.pt")])
@@ -113,7 +113,7 @@ def test_a_backbone_starts_from_a_file(flags, tmp_path):
 
 
 def test_torchvisions_weights_bring_their_normalisation(flags, monkeypatch):
-    """It stays in the checkpoint, and evaluation downloads nothing."""
+    """The checkpoint keeps it, so evaluation downloads nothing."""
     downloads = []
 
     def download(*arguments, **options):
@@ -134,7 +134,7 @@ def test_torchvisions_weights_bring_their_normalisation(flags, monkeypatch):
 
 
 def one_patient(cohort_folder, folder):
-    """The demo's cohort with one patient of each class left, of whom one trains; it has no
+    """The demo's cohort with one patient per class, only one of them for training, and without
     factors."""
     folder.mkdir()
     os.symlink(os.path.join(cohort_folder, "images"), folder / "images")
@@ -147,11 +147,11 @@ def one_patient(cohort_folder, folder):
 
 @pytest.fixture(scope="module")
 def noted(cohort_folder, clip_file, tmp_path_factory):
-    """A run that has all that can be noted, but for words that mean nothing."""
+    """A run that triggers every note except the one about words that mean nothing."""
     folder = tmp_path_factory.mktemp("noted")
     data = one_patient(cohort_folder, folder / "mine")
     (folder / "cache").mkdir()
-    os.symlink(clip_file, folder / "cache" / "clip.pt")  # as the demo's own is called
+    os.symlink(clip_file, folder / "cache" / "clip.pt")  # the name of the demo's own CLIP
     words = f"--data {data} --clip {folder}/cache/clip.pt --out {folder}/run --no-amp"
     return [*words.split(), "--steps", "1", "--patients", "1"], folder / "run"
 
@@ -219,12 +219,12 @@ def test_what_is_made_once_appears_whole(tmp_path):
         made_once(str(path), stopped)
     assert not list(tmp_path.iterdir())
     made_once(str(path), lambda part: Path(part).write_text("whole"))
-    made_once(str(path), stopped)  # it is there: nothing is made
+    made_once(str(path), stopped)  # the file exists, so nothing is made
     assert path.read_text() == "whole"
 
 
 def mistakes(folder):
-    """(module, words, what is said): the words of a command that a user may well type."""
+    """(module, words, what the error must say) for commands that a user may well type."""
     files = {
         "latin.csv": "path,patient,slide\nx.png,Müller,s1\n".encode("latin-1"),
         "semicolon.csv": b"path;patient;slide\nx.png;amy;s1\n",

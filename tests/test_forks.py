@@ -1,5 +1,5 @@
-"""The README's fork recipes are true: each is a diff of a few lines, applied to a copy of the
-repository, trained on a small cohort to a table, and evaluated."""
+"""The README's fork recipes work: each is a diff of a few lines. We apply it to a copy of the
+repository, train on a small cohort until the table appears, and evaluate."""
 
 import json
 import os
@@ -12,10 +12,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-pytestmark = pytest.mark.slow  # a new process for each command; CI runs them
+pytestmark = pytest.mark.slow  # each command is a new process; CI runs these tests
 
 HLSS = "--bank demo/attributes.json --image-size 64"
-RECIPES = {  # name: the flags of its training
+RECIPES = {  # name: flags for its training
     "level": f"{HLSS} --levels patch,region,slide,patient --draw 2,2,1,2",
     "loss": f"{HLSS} --uniformity-weight 0.1",
     "head": f"{HLSS} --objective hidisc",
@@ -36,7 +36,7 @@ for step in range(1, 9):
 
 
 def run(fork, *words):
-    """The output of one of the fork's commands."""
+    """Runs one of the fork's commands and returns its output."""
     command = [sys.executable, *words]
     done = subprocess.run(command, cwd=fork, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -73,7 +73,7 @@ def test_a_fork_trains_to_a_table_and_is_evaluated(name, clip_file, tmp_path):
         "balance": state["config"].get("balance_classes"),
     }
     assert there[name]
-    if name == "balance":  # four patients, one of each class, in every batch
+    if name == "balance":  # every batch has four patients, one of each class
         assert run(fork, "-c", BALANCED) == "[0, 1, 2, 3]\n" * 8
 
 

@@ -1,5 +1,5 @@
-"""`describe.py generate` against a stub of an OpenAI-compatible endpoint, which misbehaves as the
-real ones do."""
+"""`describe.py generate` against a stub of an OpenAI-compatible endpoint that misbehaves as real
+ones do."""
 
 import contextlib
 import json
@@ -25,12 +25,12 @@ SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
 
 
 def word(number):
-    """A word of its own for every number: no two things that the stub says are alike."""
+    """A different word for every number, so the stub never repeats itself."""
     return "".join(SYLLABLES[number // 70**place % 70] for place in (2, 1, 0))
 
 
 class Model:
-    """A language model that obeys every prompt. `spoil` may change a reply: (its number, reply) ->
+    """A language model that obeys every prompt. `spoil` may change a reply: (number, reply) ->
     reply."""
 
     def __init__(self, spoil=lambda number, reply: reply):
@@ -53,8 +53,8 @@ class Model:
 
 @contextlib.contextmanager
 def endpoint(model, faults=()):
-    """Serve `model` on 127.0.0.1; the first requests meet the faults instead, functions of the
-    handler. Gives its URL and the requests: (path, headers)."""
+    """Serves `model` on 127.0.0.1. The first requests meet the faults instead, which are functions
+    of the handler. Yields the URL and the requests: (path, headers)."""
     faults, requests = list(faults), []
 
     class Handler(BaseHTTPRequestHandler):
@@ -174,7 +174,7 @@ def test_what_cannot_pass_is_not_asked_again_and_the_key_is_never_shown(capfd):
     ):
         ask(
             url, "m", "please", key=KEY + "\n", tries=3, wait=0.01
-        )  # a line break comes with many a file of keys
+        )  # key files often end in a line break
     assert len(requests) == 3
     assert KEY not in "".join(capfd.readouterr())
 
@@ -230,7 +230,7 @@ def test_an_obedient_model_writes_a_bank_that_passes(tmp_path):
         ]
         assert all(
             name in model.prompts[number] for name in taken
-        )  # what other levels have is not to come again
+        )  # so the names of other levels do not come again
         assert all(
             name in model.prompts[number + 1] for name in [*taken, *list(bank["levels"][level])[:4]]
         )
@@ -238,7 +238,7 @@ def test_an_obedient_model_writes_a_bank_that_passes(tmp_path):
 
 
 def replies(change):
-    """Spoil the replies of sentences: change what the model says of the first attribute."""
+    """Spoils replies with sentences: changes what the model says about the first attribute."""
 
     def spoil(number, reply):
         if number != 3:
@@ -251,7 +251,7 @@ def replies(change):
     return spoil
 
 
-# What the next prompt must complain of <- how a reply is spoiled (1 has names, 3 has sentences).
+# What the next prompt must complain of: how a reply is spoiled (1 has names, 3 has sentences).
 SPOILED = {
     "not the JSON asked for": lambda number, reply: (
         "I am sorry, I cannot." if number in (1, 3) else reply
@@ -336,7 +336,7 @@ def test_more_names_than_asked_for_are_left(tmp_path):
 
 
 def test_boilerplate_is_refused_once_it_shows():
-    """A frame in every sentence is no frame among 16; of the 17th on, it is."""
+    """Up to 16 sentences may share a frame; from the 17th on, it is refused."""
     bank = {"tissue": "H&E", "levels": {level: {} for level in LEVELS}}
     framed = Model(
         lambda number, reply: json.dumps(
@@ -408,7 +408,7 @@ def command(out, *flags):
 
 @pytest.fixture
 def run(monkeypatch, capfd):
-    """Run the command: (how it ends, stdout, stderr)."""
+    """Runs the command: (how it exits, stdout, stderr)."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
     def run(out, *flags):
@@ -423,8 +423,8 @@ def run(monkeypatch, capfd):
 
 
 def test_killed_between_answers_it_goes_on_and_pays_for_nothing_twice(run, tmp_path):
-    """kill -9 while the seventh request is under way (the third was refused): the next run begins
-    with that very request, and has no other in common with the first run."""
+    """kill -9 during the seventh request (the third was refused): the next run starts with exactly
+    that request and repeats no other."""
     out, reached = tmp_path / "bank.json", threading.Event()
     flags = ["--tissue", "H&E of nothing", "--model", "m"]
     model = Model(replies(lambda said: said[:3]))
@@ -453,7 +453,7 @@ def test_killed_between_answers_it_goes_on_and_pays_for_nothing_twice(run, tmp_p
     assert model.prompts[6] == model.asked
     assert len(set(model.prompts)) == len(model.prompts) and len(requests) == len(model.prompts) + 1
     bank = read_bank_file(out)
-    for level in LEVELS:  # and what the first run had is still there
+    for level in LEVELS:  # the results of the first run are still there
         assert all(
             bank["levels"][level][n] == said for n, said in part["levels"][level].items() if said
         )

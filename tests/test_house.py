@@ -1,4 +1,4 @@
-"""The house stays one that a reader can walk through: its sizes, and which file knows which."""
+"""The code stays one that a reader can walk through: file sizes, and which file imports which."""
 
 import ast
 import sys
@@ -9,7 +9,7 @@ from conftest import ROOT
 
 STAGES = [Path(ROOT, f"{name}.py") for name in "losses data model describe train evaluate".split()]
 ROOMS = [*Path(ROOT, "demo").glob("*.py"), *Path(ROOT, "tools").glob("*.py")]
-# What a file may import of ours. No circle can stand in such an order.
+# What each file may import of ours.
 MAY_IMPORT = {
     "losses": set(),
     "data": {"losses"},
@@ -44,7 +44,7 @@ def module(path):
 
 
 def imports(path):
-    """The modules that a file imports, anywhere in it."""
+    """All modules that a file imports, at any place."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -57,7 +57,7 @@ def imports(path):
 
 
 def test_the_sizes():
-    """Lines as `ruff format` lays them out, which CI checks. Ceilings, not aims."""
+    """Lines after `ruff format`, which CI checks. These are ceilings, not goals."""
     print("\n".join(f"{lines(path):5} {module(path)}" for path in [*STAGES, *ROOMS]))
     assert max(lines(path) for path in STAGES) <= 740
     assert sum(lines(path) for path in STAGES) <= 3195
@@ -71,7 +71,7 @@ def test_imports_point_one_way_and_to_five_packages(path):
         return
     found = imports(path)
     ours = {name for name in found if name in MAY_IMPORT}
-    assert ours <= MAY_IMPORT[module(path)] | {"tools.processes"}  # errors, for every command
+    assert ours <= MAY_IMPORT[module(path)] | {"tools.processes"}  # user_errors, for every command
     others = {name.split(".")[0] for name in found - ours}
     assert others <= RUNTIME | set(sys.stdlib_module_names)
 

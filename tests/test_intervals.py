@@ -1,9 +1,9 @@
-"""How often a 95% interval over patients holds the truth, by the number of patients.
+"""How often a 95% interval over patients contains the truth, by the number of patients.
 
     python tests/test_intervals.py    prints the table of docs/RESULTS.md (a minute)
 
-Cohorts are simulated, so that the truth is known. This is why evaluate.py gives no interval for
-fewer than FEW patients.
+The cohorts are simulated, so the truth is known. The results are why evaluate.py gives no interval
+for fewer than FEW patients.
 """
 
 import os
@@ -19,19 +19,19 @@ PATIENTS = (5, 10, 20, 40, 80)
 
 
 def accuracy_of(right, patient, counts):
-    """Accuracy [R] of predictions that are right or not: [n] bool, of patients [n]."""
+    """Accuracy [R] from whether each prediction is right, [n] bool, and its patient [n]."""
     probabilities = np.stack([right, ~right], axis=1).astype(float)
     return rates(probabilities, np.zeros(len(right), int), patient, counts)["accuracy"]
 
 
 def patches(rng, P, share=0.7, number=40):
-    """Whether each patch is right. A patient's own accuracy varies about the share."""
+    """Whether each patch is right, and its patient. Each patient's accuracy varies around share."""
     of_patient = rng.beta(6 * share, 6 * (1 - share), P)
     return (rng.random((P, number)) < of_patient[:, None]).ravel(), np.repeat(np.arange(P), number)
 
 
 def simulate(kind, P, rng):
-    """(interval, truth) of one simulated cohort of P patients."""
+    """(interval, truth) for one simulated cohort of P patients."""
     counts = bootstrap_counts(P, 400, seed=int(rng.integers(2**31)))
     if kind == "patients, 0.9 right":
         right = rng.random(P) < 0.9
@@ -40,7 +40,7 @@ def simulate(kind, P, rng):
     values = accuracy_of(right, patient, counts)
     if kind == "patches, 0.7 right":
         return estimate("a", values)["a_interval"], 0.7
-    # Another encoder that is as good, patient by patient, but right on other patches.
+    # Another encoder, equally good on each patient but right on other patches.
     other = rng.permuted(right.reshape(P, -1), axis=1).ravel()
     other ^= rng.random(len(right)) < np.where(other, 0.1 * 0.3 / 0.7, 0.1)
     gains = accuracy_of(other, patient, counts) - values
@@ -51,7 +51,7 @@ KINDS = ("patches, 0.7 right", "patients, 0.9 right", "gain, patches")
 
 
 def coverage(kind, P, cohorts, seed=0):
-    """The share of simulated cohorts whose interval holds the truth."""
+    """The share of simulated cohorts whose interval contains the truth."""
     rng = np.random.default_rng(seed)
     held = 0
     for _ in range(cohorts):

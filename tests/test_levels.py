@@ -1,4 +1,4 @@
-"""A level is data: another hierarchy takes a column in the manifest and a level in the bank."""
+"""A level is data: another hierarchy needs a column in the manifest and a level in the bank."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ FOUR = ("patch", "region", "slide", "patient")
 
 @pytest.fixture(scope="module")
 def four(cohort_folder, tmp_path_factory):
-    """Flags of a run with regions: the demo's cohort with a column, its bank with a level."""
+    """The flags of a run with regions: a further column in the cohort and level in the bank."""
     folder = tmp_path_factory.mktemp("four")
     os.symlink(os.path.join(cohort_folder, "images"), folder / "images")
     with open(os.path.join(cohort_folder, "manifest.csv"), newline="") as file:

@@ -1,4 +1,4 @@
-"""The losses: against loops and closed forms, and what the paper's code got wrong about them."""
+"""The losses against loops and closed forms, and the mistakes of the paper's code."""
 
 import math
 
@@ -94,21 +94,21 @@ def test_levels_have_their_own_positives():
 
 
 def test_a_slide_drawn_twice_is_not_its_own_negative():
-    """Rows that are equal and share an id cost less than rows that are equal and do not."""
+    """Equal rows cost less if they share an id than if they do not."""
     f = unit(2, 5).repeat_interleave(4, dim=0)  # two slides, each drawn twice with two views
     by_id = supcon(f, torch.tensor([7, 7, 7, 7, 9, 9, 9, 9]))
     by_place = supcon(
         f, torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
-    )  # as the released code: its place is its identity
+    )  # as in the released code, where the place is the identity
     assert by_id.item() == pytest.approx(
         math.log(3), abs=1e-3
-    )  # three equal positives, the other slide far away
+    )  # three equal positives; the other slide is far away
     assert by_id < by_place + 1e-6
     f = F.normalize(f + 0.1 * unit(8, 5, seed=3), dim=1).requires_grad_()
     (gradient,) = torch.autograd.grad(supcon(f, torch.tensor([7, 7, 7, 7, 9, 9, 9, 9])), f)
     pulled = -(
         gradient[0] @ f[2] - (gradient[0] @ f[0]) * (f[0] @ f[2])
-    )  # along the sphere, to the second draw
+    )  # along the sphere, towards the second draw
     assert pulled > 0
 
 
@@ -148,7 +148,7 @@ def test_alignment_is_the_equation(temperature):
 def test_alignment_moves_z_and_a_second_step_works():
     raw, bank = unit(8, 16).requires_grad_(), {"patch": unit(5, 16, seed=1).requires_grad_()}
     values = []
-    for _ in range(2):  # the released code's graph was freed after the first step
+    for _ in range(2):  # the released code's graph is gone after the first step
         z = F.normalize(raw, dim=1)
         loss = ha(z, bank, temperature=0.1)["ha_patch"]
         (gradient,) = torch.autograd.grad(loss, raw)
@@ -160,8 +160,8 @@ def test_alignment_moves_z_and_a_second_step_works():
 
 
 def test_at_temperature_1_the_alignment_is_almost_nothing():
-    """1,024 dimensions as in RN50: the softmax of a unit vector is flat, and the divergence of
-    unrelated vectors about 1 / D."""
+    """With RN50's 1,024 dimensions, the softmax of a unit vector is flat, and the divergence of
+    unrelated vectors is about 1 / D."""
     assert ha(unit(64, 1024), {"patch": unit(128, 1024, seed=1)})["ha_patch"].item() < 2e-3
 
 
@@ -201,7 +201,7 @@ def test_to_standardise_is_batch_norm_without_parameters():
     x = 0.02 * unit(16, 5) + 0.3
     norm = torch.nn.BatchNorm1d(5, affine=False, eps=1e-8).double().train()
     torch.testing.assert_close(standardise(x), norm(x), rtol=0, atol=1e-12)
-    narrow = 0.003 * standardise(unit(1000, 2), eps=0)  # as many cosines vary
+    narrow = 0.003 * standardise(unit(1000, 2), eps=0)  # cosines vary as little
     variance = standardise(narrow).var(dim=0, correction=0)
     expected = torch.full((2,), 9e-6 / (9e-6 + 1e-8), dtype=torch.float64)  # 0.9989
     torch.testing.assert_close(variance, expected, rtol=0, atol=1e-9)
@@ -221,7 +221,7 @@ def test_the_gradient_of_attribute_regression_reaches_z():
 
 
 def test_an_attribute_that_all_images_share_gives_no_nan():
-    """All images the same, or an attribute that is at right angles to all."""
+    """If all images are the same, or an attribute is orthogonal to all of them."""
     z = unit(1, 8).float().repeat(16, 1).requires_grad_()
     bank = {level: t.float() for level, t in BANK.items()}
     loss = sum(ar(z, bank, TARGETS).values())
@@ -241,7 +241,7 @@ def test_attribute_regression_is_float32_under_autocast():
 # -------------------------------------------------------------------------------------- distributed
 
 
-# A bank of 5 dimensions, and the targets of 16 rows.
+# A bank with 5 dimensions, and targets for 16 rows.
 REGRESSION = (
     {level: unit(3 + i, 5, seed=6 + i) for i, level in enumerate(LEVELS)},
     {level: unit(16, 3 + i, seed=9 + i) for i, level in enumerate(LEVELS)},
@@ -249,8 +249,8 @@ REGRESSION = (
 
 
 def _gradient(rank, world, how):
-    """Loss, and its gradient on the weights of a linear encoder, as DistributedDataParallel would
-    average it."""
+    """The loss and its gradient on a linear encoder's weights, averaged as DistributedDataParallel
+    does."""
     import torch.distributed as dist
 
     x, weight = unit(16, 6, seed=4), unit(6, 5, seed=5).requires_grad_()
@@ -264,8 +264,8 @@ def _gradient(rank, world, how):
         targets = {level: a[share] for level, a in REGRESSION[1].items()}
         loss = sum(ar(f, REGRESSION[0], targets).values())
     else:
-        # Plain all_gather, own slice put back: constants where the rows of the other processes
-        # should carry a gradient.
+        # Plain all_gather with its own slice put back: the rows of the other processes are
+        # constants, though they should carry a gradient.
         parts = [torch.empty_like(f) for _ in range(world)]
         dist.all_gather(parts, f.detach())
         parts[rank] = f
@@ -297,8 +297,8 @@ def test_processes_give_the_gradient_of_one(world, how):
 
 
 def test_a_gather_without_gradient_is_too_small():
-    """The trap: with W processes each holding all rows, the plain gather's gradient comes out W
-    times too small."""
+    """The trap: if each of W processes holds all rows, a plain gather gives a gradient W times too
+    small."""
     x, weight = unit(16, 6, seed=4), unit(6, 5, seed=5).requires_grad_()
     f = F.normalize(x @ weight, dim=1)
     (expected,) = torch.autograd.grad(

@@ -1,5 +1,5 @@
-"""The networks: CLIP's towers are those of open_clip, HLSS ties its projections to the bank, and a
-run's checkpoints are whole or refused."""
+"""The networks: CLIP's towers agree with open_clip's, HLSS starts its projections from the bank,
+and damaged checkpoints are refused."""
 
 import copy
 import functools
@@ -65,7 +65,7 @@ def test_projections_start_as_the_bank_and_move_but_the_bank_does_not():
         assert not hlss.projections[level].bias.any()
     optimizer = torch.optim.AdamW(hlss.parameters(), lr=1e-2)
     step(hlss, optimizer)
-    step(hlss, optimizer)  # a bank with a graph behind it would fail here
+    step(hlss, optimizer)  # fails here if the bank has a graph
     for level in LEVELS:
         assert torch.equal(hlss.bank[level], text[level])
         assert not torch.allclose(hlss.projections[level].weight, text[level], atol=1e-4)
@@ -100,7 +100,7 @@ def test_the_image_is_normalised_inside():
 
 
 def write_run(folder, hlss, backbone=""):
-    """A checkpoint of step 1, as train.py writes them; returns its path."""
+    """Writes a checkpoint of step 1 as train.py does; returns its path."""
     path = folder / "step-0000001.pt"
     config = {"objective": hlss.objective, "backbone": backbone, "start": "clip"}
     attributes = {level: ["word"] * len(t) for level, t in hlss.bank.items()}
@@ -112,7 +112,7 @@ def write_run(folder, hlss, backbone=""):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_model_is_rebuilt_from_its_checkpoint_alone(objective, tmp_path):
     original = model(objective).eval()
-    original.mean.mul_(2)  # as of a backbone with other means
+    original.mean.mul_(2)  # as for a backbone with other means
     rebuilt, _ = load_run(str(write_run(tmp_path, original)))
     for a, b in zip(original(IMAGES)[1].values(), rebuilt(IMAGES)[1].values(), strict=True):
         assert torch.equal(a, b)
@@ -138,7 +138,7 @@ def test_the_text_tower_is_causal_and_reads_the_end_token():
         vocabulary=20, context=10, width=64, layers=2, heads=1, dim=8, activation="quickgelu"
     ).eval()
     tokens = torch.tensor([[18, 3, 4, 19, 0, 0]])
-    padded = torch.tensor([[18, 3, 4, 19, 7, 7, 7, 0]])  # what follows the end token is not seen
+    padded = torch.tensor([[18, 3, 4, 19, 7, 7, 7, 0]])  # what follows the end token is ignored
     torch.testing.assert_close(text(tokens), text(padded))
     assert not torch.allclose(text(tokens), text(torch.tensor([[18, 4, 3, 19, 0, 0]])))
 
@@ -151,20 +151,20 @@ VIT = {"image_size": 64, "layers": 2, "width": 128, "patch_size": 16}
 
 
 def images_of(size, n=4):
-    """Coloured clouds: images that differ from each other."""
+    """Coloured clouds: images that differ clearly."""
     clouds = torch.randn(n, 3, 4, 4, generator=torch.Generator().manual_seed(1))
     return F.interpolate(clouds, (size, size), mode="bilinear")
 
 
 def size_of(clip):
-    """Pixels of a side of the images that a CLIP of open_clip takes."""
+    """The side in pixels of the images that an open_clip CLIP takes."""
     size = clip.visual.image_size
     return size if isinstance(size, int) else size[0]
 
 
 def randomise(clip):
-    """Weights as after some training: no layer is an identity, batch norm knows its statistics, and
-    half precision holds all of them."""
+    """Makes weights look trained: no layer is an identity, batch norm has statistics, and half
+    precision represents all of them exactly."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in clip.named_parameters():
         if parameter.dim() == 1:
@@ -172,7 +172,7 @@ def randomise(clip):
             parameter.data = 0.1 * noise + (1 if name.endswith("weight") else 0)
     norms = [module for module in clip.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     for norm in norms:
-        norm.momentum = None  # the average, not a moving one
+        norm.momentum = None  # a plain average, not a moving one
     clip.train()
     with torch.no_grad():
         clip.encode_image(images_of(size_of(clip), 3 if norms else 1))
@@ -181,7 +181,7 @@ def randomise(clip):
 
 @functools.cache
 def small_clip(kind, quick_gelu=True):
-    """A CLIP of open_clip; kind: "resnet" or "vit"."""
+    """A small open_clip CLIP. kind: "resnet" or "vit"."""
     torch.manual_seed(0)
     vision = open_clip.CLIPVisionCfg(**{"resnet": RESNET, "vit": VIT}[kind])
     return randomise(
@@ -195,7 +195,7 @@ def clip(request):
 
 
 def tokens():
-    """Four texts of 77, 3, 20 and 50 tokens; the last one is the end token."""
+    """Four texts of 77, 3, 20 and 50 tokens, each ending in the end token."""
     torch.manual_seed(0)
     tokens = torch.randint(1, 49406, (4, 77))
     for row, length in zip(tokens, (77, 3, 20, 50)):
@@ -214,7 +214,7 @@ def assert_same_embeddings(clip, state):
     for ours, theirs in pairs:
         torch.testing.assert_close(ours, theirs, atol=1e-4 * theirs.abs().max().item(), rtol=0)
         spread = theirs.std(dim=0).mean()
-        assert spread > 1e-2 * theirs.abs().mean()  # the rows differ: something was compared
+        assert spread > 1e-2 * theirs.abs().mean()  # the rows differ: the comparison counts
 
 
 def test_the_embeddings_are_those_of_open_clip(clip):
@@ -253,7 +253,7 @@ def test_the_activation_matters():
 
 @pytest.mark.parametrize("size", [96, 32])
 def test_other_image_sizes_interpolate_the_positions(size):
-    """As open_clip resizes a ViT's; the attention pool's by the same rule."""
+    """For a ViT as open_clip does; for the attention pool by the same rule."""
     clip = small_clip("vit")
     state = clip.state_dict()
     other = open_clip.model.CLIP(
@@ -277,7 +277,7 @@ def test_other_image_sizes_interpolate_the_positions(size):
     ours = tower.attnpool.positional_embedding
     assert torch.equal(ours[0], grid[0])
 
-    # Bicubic interpolation keeps a ramp a ramp.
+    # Under bicubic interpolation a ramp stays a ramp.
     ramp = torch.linspace(-1, 1, 16).repeat_interleave(16).view(-1, 1)
     positions = torch.cat([torch.zeros(1, 1), ramp])
     small = resize_positions(positions, size // 8)[1:].view(size // 8, size // 8)
@@ -312,7 +312,7 @@ def test_an_unknown_backbone_is_refused():
     ("name", "size"), [("googlenet", 224), ("inception_v3", 299), ("vit_b_16", 64), ("vgg11", 16)]
 )
 def test_a_network_that_cannot_train_at_that_size_is_refused_in_a_line(name, size):
-    """Auxiliary outputs in training; positions for another size; a map of no pixels."""
+    """It has auxiliary outputs, positions for another size, or a map without pixels."""
     config = {"backbone": name, "backbone_weights": "", "start": "clip"}
     with pytest.raises(ValueError, match=f"^{name} does not [^\n]*$"):
         make_tower(config, {}, None, size)
@@ -348,7 +348,7 @@ def test_weights_of_another_network_are_refused_and_of_this_one_read(tmp_path):
     ],
 )
 def test_what_is_almost_a_clip_is_refused_in_a_line(name, change, message):
-    """CoCa's attention pool, layer scale, another MLP, positions that are no square."""
+    """CoCa's attention pool, layer scale, another MLP, positions that form no square."""
     state = small_clip("vit").state_dict()
     deep = name.startswith(("ls", "mlp"))
     name = f"visual.transformer.resblocks.0.{name}" if deep else f"visual.{name}"
@@ -397,7 +397,7 @@ def test_a_bank_of_another_clip_is_refused():
 # ------------------------------------------------------------------------- batch norm of processes
 
 RANDOM = torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(2))
-NORMS = {  # batch norms, and what they normalise: also far from zero, where E[x^2] - E[x]^2 cancels
+NORMS = {  # batch norms and their inputs, some far from zero, where E[x^2] - E[x]^2 cancels
     "constant": (torch.nn.BatchNorm2d(4), torch.full((8, 4, 16, 16), 20.3)),
     "narrow": (torch.nn.BatchNorm2d(4), 10 + 0.01 * RANDOM),
     "channels last": (torch.nn.BatchNorm2d(4), (10 + RANDOM).to(memory_format=torch.channels_last)),
@@ -420,7 +420,7 @@ def _normed(rank, world):
 
 
 def test_a_shared_batch_norm_is_that_of_one_process():
-    """Its running averages too. Its gradients: see test_distributed.py."""
+    """So are its running averages. For its gradients see test_distributed.py."""
     shares = on_processes(2, _normed)
     for name, (norm, x) in NORMS.items():
         norm = copy.deepcopy(norm)

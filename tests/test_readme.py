@@ -1,5 +1,4 @@
-"""The commands of the README and of docs/ are understood by the programs that they name; the files
-exist, and the code is the code."""
+"""The README and docs/ are true: the commands parse, the files exist, the code is the code."""
 
 import argparse
 import importlib
@@ -18,7 +17,7 @@ PAGES = [README, *(page.read_text() for page in sorted(Path(ROOT, "docs").glob("
 
 
 def commands():
-    """Every call of one of our programs in a bash block: (module, its arguments)."""
+    """Every call of one of our programs in a bash block: (module, arguments)."""
     found = []
     for block in re.findall(r"```bash\n(.*?)```", "".join(PAGES), re.S):
         block = block.replace("\\\n", " ")
@@ -37,7 +36,7 @@ def test_a_command_is_understood(module, arguments, monkeypatch):
     parse = argparse.ArgumentParser.parse_args
 
     def parse_and_stop(self, *arguments, **options):
-        parse(self, *arguments, **options)  # exits with 2 on a flag that is not there
+        parse(self, *arguments, **options)  # exits with 2 on an unknown flag
         raise SystemExit(0)
 
     monkeypatch.setattr(sys, "argv", [module, *arguments])
@@ -75,7 +74,7 @@ def test_a_link_to_a_heading_finds_it():
 
 
 def test_the_training_step_is_that_of_the_loop():
-    """Line by line and in the same order, without comments."""
+    """The same lines in the same order, apart from comments."""
     (block,) = re.findall(r"```python\n(z, projections.*?)```", README, re.S)
     source = [line.partition("#")[0].strip() for line in Path(ROOT, "train.py").open()]
     place = 0
@@ -92,7 +91,7 @@ def test_the_two_commands_are_what_ci_runs():
 
 
 def test_the_first_path_names_functions_that_exist():
-    """`Read it in 45 minutes`: in these files, with as many lines as it says."""
+    """`Read it in 45 minutes` gives their right files and numbers of lines."""
     rows = re.findall(r"^\| \[(\w+)\.py\]\(\w+\.py\) \| (.*?) \| (\d+) \|$", README, re.M)
     assert len(rows) == 6
     for module, functions, lines in rows:

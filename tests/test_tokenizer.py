@@ -1,4 +1,4 @@
-"""CLIP's tokens are those of open_clip, and a real CLIP takes the same road as the demo's."""
+"""CLIP's tokens match open_clip's, and a real CLIP goes through the same steps as the demo's."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def test_a_bank_has_the_tokens_of_open_clip(tokenizer, path):
     assert_same_tokens(tokenizer, texts)
 
 
-# What CLIP's cleaning and its regular expression treat in ways of their own.
+# Text that CLIP's cleaning or its regular expression treats specially.
 PIECES = (
     ["'s", "'LL", "don't", "we've", "0.5", "1,000", "H&E", "...", "!!!", "--", "x-ray", "(a/b)"]
     + ["<start_of_text>", "<End_Of_Text>", "&", "&amp ", "&lt ", "&#65 ", "&c;", "AT&T;"]
@@ -102,7 +102,7 @@ def test_the_vocabulary_is_downloaded_where_open_clip_is_absent(tmp_path, monkey
 
 
 def bank_of(*sentences):
-    """A bank of one attribute for each sentence, the same at each level."""
+    """A bank with one attribute per sentence, the same at each level."""
     attributes = {f"attribute {i}": [sentence] for i, sentence in enumerate(sentences)}
     return {"name": "a few", "levels": {level: attributes for level in LEVELS}}
 
@@ -118,7 +118,7 @@ def test_a_bank_is_what_open_clip_makes_of_its_sentences(kind, tokenizer):
 
 @pytest.fixture
 def road(tmp_path):
-    """A folder with clip.pt, bank.json and bank.pt, and the vectors of the bank."""
+    """A folder with clip.pt, bank.json and bank.pt; and the bank's vectors."""
     clip = {"state_dict": small_clip("resnet").state_dict(), "activation": "quickgelu"}
     bank = bank_of("crowded nuclei", "sparse nuclei, few of them")
     torch.save(clip, tmp_path / "clip.pt")
@@ -143,7 +143,7 @@ def test_describe_encodes_a_bank_with_a_real_clip(road):
 
 @pytest.mark.parametrize("backbone", ["", "resnet18"])
 def test_train_starts_from_a_real_clip_or_a_backbone(backbone, road, flags):
-    """From the CLIP and a bank's sentences, or from a backbone and a bank's vectors."""
+    """From a CLIP and a bank's sentences, or from a backbone and a bank's vectors."""
     folder, vectors = road
     bank = "bank.pt" if backbone else "bank.json"
     flags += ["--clip", str(folder / "clip.pt"), "--bank", str(folder / bank)]
@@ -155,7 +155,7 @@ def test_train_starts_from_a_real_clip_or_a_backbone(backbone, road, flags):
     for level in LEVELS:
         assert torch.equal(hlss.bank[level], vectors[level])
 
-    # No text tower is kept, and the optimizer has two moments for each weight of the model.
+    # No text tower is kept, and the optimizer has two moments per weight of the model.
     assert not any("token" in name or "text" in name for name in checkpoint["model"])
     moments = 0
     for state in checkpoint["optimizer"]["state"].values():

@@ -1,4 +1,4 @@
-"""The manifest's tools: from folders and from OpenSRH, the check."""
+"""tools.cohort: manifests from folders and from OpenSRH, and their check."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def command(monkeypatch, *words):
 
 
 def write_opensrh(root, patients=3, slides=2, patches=3, size=40):
-    """As released: two classes, of whose slides the other class's patches are never shown."""
+    """Writes OpenSRH as released: two classes; files listed for the other class do not exist."""
     meta, split = {}, {"train": [], "val": []}
     for i, kind in enumerate(["hgg", "normal"] * patients):
         patient = f"NIO_{i:03d}"
@@ -72,18 +72,18 @@ def test_opensrh_as_released(tmp_path, monkeypatch):
         "NIO_000/1",
         "NIO_000/2",
         "NIO_001/1",
-    ]  # slides of all patients are called 1 and 2
+    ]  # every patient's slides are called 1 and 2
     assert str(cohort.restrict("val")) == "2 patients, 4 slides, 12 patches"
     assert not any(b"other-kind" in name for name in cohort.names)
 
 
 def test_opensrh_as_its_own_loaders_read_it(tmp_path):
-    """Only the patients of the split, by the patient's class; [2, H, W] is CH2 and CH3."""
+    """Only the split's patients, labelled by the patient's class; [2, H, W] is CH2 and CH3."""
     root = write_opensrh(tmp_path)
     file = tmp_path / "meta/opensrh.json"
     meta = json.loads(file.read_text())
     meta["NIO_900"] = {"patient_id": "NIO_900", "class": "lowgrade", "slides": {"1": {}}}
-    meta["NIO_000"]["slides"]["1"]["slide_class"] = "normal"  # as FastGlioma adds
+    meta["NIO_000"]["slides"]["1"]["slide_class"] = "normal"  # FastGlioma adds this
     file.write_text(json.dumps(meta))
     cohort = tool.opensrh(root)
     assert str(cohort) == "6 patients, 12 slides, 36 patches"
@@ -111,7 +111,7 @@ def test_opensrh_with_channels_last_is_refused_and_mended(tmp_path, how):
     assert tifffile.imread(first).shape == (40, 40, 2)
     with pytest.raises(ValueError, match=r"NIO_000-1-0\.tif is no TIFF .*\[2, H, W\]"):
         tool.opensrh(root)
-    tifffile.imwrite(first, tifffile.imread(first).transpose(2, 0, 1))  # as the error says
+    tifffile.imwrite(first, tifffile.imread(first).transpose(2, 0, 1))  # the remedy in the error
     assert len(tool.opensrh(root)) == 36
 
 
@@ -215,7 +215,7 @@ TCGA = [
 
 
 def test_a_pattern_that_makes_one_patient_of_all_writes_nothing(tmp_path, monkeypatch, capsys):
-    """{patient} ends at the first dash: TCGA. The pattern that is named instead finds them."""
+    """{patient} ends at the first dash, so all are TCGA. The suggested pattern finds them."""
     root = tiles(tmp_path, TCGA)
     words = ["index", root, "--pattern", "{label}/{patient}-{slide}_*.jpg"]
     with pytest.raises(ValueError, match=r"fewer patients \(1\) than classes \(2\)") as doubt:
@@ -240,20 +240,20 @@ def test_a_patient_with_over_half_of_the_patches_is_doubted(tmp_path, monkeypatc
     with pytest.raises(ValueError, match="patient amy has 3 of the 4 patches"):
         command(monkeypatch, *words)
     tiles(tmp_path, ["bob/3/1.png", "bob/3/2.png"])
-    command(monkeypatch, *words)  # half is no more than half
+    command(monkeypatch, *words)  # exactly half is accepted
 
 
 def test_linked_folders_are_followed_but_not_for_ever(tmp_path):
     tiles(tmp_path, ["disk/bob/1/0.png"])
     root = tiles(tmp_path / "cohort", ["amy/1/0.png"])
     os.symlink(tmp_path / "disk/bob", tmp_path / "cohort/bob")
-    os.symlink(tmp_path / "cohort", tmp_path / "cohort/amy/back")  # a circle
-    os.symlink(tmp_path / "disk/bob", tmp_path / "cohort/twin")  # bob again: his images are there
+    os.symlink(tmp_path / "cohort", tmp_path / "cohort/amy/back")  # a cycle
+    os.symlink(tmp_path / "disk/bob", tmp_path / "cohort/twin")  # bob again: his images count once
     os.symlink(tmp_path / "nowhere", tmp_path / "cohort/broken")
     assert tool.image_files(root) == ["amy/1/0.png", "bob/1/0.png"]
 
 
-BREAKHIS = {  # tumour type: names of files up to the magnification
+BREAKHIS = {  # tumour type: file names up to the magnification
     "benign/SOB/adenosis": ["SOB_B_A-14-22549AB", "SOB_B_A-14-22549CD"],
     "benign/SOB/fibroadenoma": ["SOB_B_F-14-14134"],
     "benign/SOB/phyllodes_tumor": ["SOB_B_PT-14-21998AB"],
@@ -267,7 +267,7 @@ BREAKHIS = {  # tumour type: names of files up to the magnification
 
 @pytest.fixture
 def breakhis(tmp_path):
-    """BreaKHis as released (Spanhol et al. 2016), in small: a slide a patient, four magnifications.
+    """BreaKHis as released (Spanhol et al. 2016), but smaller; one slide each, four magnifications.
 
     benign/SOB/adenosis/SOB_B_A_14-22549AB/40X/SOB_B_A-14-22549AB-40-001.png
     """
@@ -281,7 +281,7 @@ def breakhis(tmp_path):
 
 
 def test_breakhis_at_one_magnification_by_two_classes(breakhis, monkeypatch, capsys):
-    """No {slide}: each patient is one. Numbers, not folders: 14-13412 is in two folders."""
+    """Without {slide}, each patient is one slide. Patient 14-13412 is in two folders."""
     pattern = "{label}/SOB/*/SOB_*_{patient}/40X/*.png"
     words = ["index", breakhis, "--pattern", pattern, "--partial", "--label-level", "patient"]
     command(monkeypatch, *words)
@@ -307,7 +307,7 @@ def test_breakhis_by_eight_types(breakhis):
 
 
 def test_breakhis_by_four_types_of_many_patients(breakhis):
-    """As eva takes it: from the names of the files alone."""
+    """As in eva, from the file names alone."""
     pattern = r".*/SOB_._(?P<label>TA|MC|F|DC)-\d+-(?P<patient>[^/]+)-40-\d+\.png"
     cohort = tool.index(breakhis, pattern, "patient", partial=True)
     assert cohort.classes == ["DC", "F", "MC", "TA"]
@@ -356,7 +356,7 @@ def test_ambiguity_is_refused_with_examples(tmp_path):
 
 
 def test_what_is_no_tile_is_not_indexed(tmp_path):
-    """Hidden names, as macOS's, and formats of whole slides, arrays and documents."""
+    """Hidden files, such as macOS's, and whole slides, arrays and documents."""
     root = tiles(tmp_path, ["amy/s/0.png", "amy/s/1.JPG", "amy/s/.trash/2.png"])
     shutil.copy(tmp_path / "amy/s/0.png", tmp_path / "amy/s/._0.png")
     for name in ("0.h5", "0.pdf", "0.svs"):
@@ -391,7 +391,7 @@ def test_check_finds_what_cannot_be_used(tmp_path, monkeypatch, capsys):
     whole = (tmp_path / "amy/s/0.png").read_bytes()
     (tmp_path / "amy/s/0.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "amy/s/1.png").write_bytes(b"not an image")
-    Image.new("RGB", (16, 16), (235, 205, 225)).save(tmp_path / "amy/s/2.png")  # glass is tinted
+    Image.new("RGB", (16, 16), (235, 205, 225)).save(tmp_path / "amy/s/2.png")  # tinted glass
     command(monkeypatch, "index", root, "--pattern", "{patient}/{slide}/*.png", "--yes")
     os.remove(tmp_path / "amy/s/3.png")
     capsys.readouterr()
@@ -408,7 +408,7 @@ def test_check_finds_what_cannot_be_used(tmp_path, monkeypatch, capsys):
     assert "cannot be used: 1 truncated, 1 unreadable, 1 constant, 1 missing" in lines
     assert len(data.read_cohort(str(tmp_path / "clean.csv"))) == 4
     header = (tmp_path / "clean.csv").read_text().splitlines()[0]
-    assert header == "path,patient,slide"  # a split by hash needs no column
+    assert header == "path,patient,slide"  # a hash split needs no column
     for name in ("clean.csv", "manifest.csv", "clean"):
         with pytest.raises(ValueError, match=f"--clean {name}: name a file"):
             command(monkeypatch, "check", root, "--clean", name)
@@ -422,7 +422,7 @@ def test_sizes_and_equal_images_are_remarks_and_stay(tmp_path, monkeypatch, caps
     names = ["amy/s/0.png", "amy/s/1.png", "amy/s/2.png", "bob/t/3.png", "bob/t/4.png"]
     root = tiles(tmp_path, names)
     Image.open(tmp_path / "amy/s/0.png").resize((16, 20)).save(tmp_path / "amy/s/0.png")
-    for copy in ("amy/s/2.png", "bob/t/3.png"):  # the first is of the same patient
+    for copy in ("amy/s/2.png", "bob/t/3.png"):  # the first belongs to the same patient
         shutil.copy(tmp_path / "amy/s/1.png", tmp_path / copy)
     command(monkeypatch, "index", root, "--pattern", "{patient}/{slide}/*.png", "--yes")
     with pytest.raises(SystemExit) as stop:

@@ -1,4 +1,4 @@
-"""tools/report.py: the page of one small folder of results, by its text and in a browser."""
+"""tools/report.py: the page of a small folder of results, as text and in a browser."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def cohort(cohort_folder):
 
 @pytest.fixture
 def out(cohort, tmp_path):
-    """A run of four steps on the cohort, evaluated into the same folder; embeddings by chance."""
+    """A four-step run, evaluated into its own folder; its embeddings are random."""
     folder = tmp_path / "a<b>&$c"
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
@@ -104,13 +104,13 @@ def test_the_page_needs_nothing_but_itself(out):
     marks = {f"#mark{i}" for i in range(7)}
     addresses = set(re.findall(r"(?:href|src)=\"([^\"]{1,15})", page))
     assert addresses <= {"data:image/jpeg", "data:,", *marks}
-    assert "a&lt;b&gt;&amp;$c" in page  # names are data, whatever they look like
+    assert "a&lt;b&gt;&amp;$c" in page  # names are escaped
     assert "a &lt;note&gt;" in page
 
 
 def test_the_page_shows_everything(out):
     page = report.draw(out).read_text("utf-8")
-    assert re.findall(r'<section id="(\w+)"', page) == SECTIONS  # results first
+    assert re.findall(r'<section id="(\w+)"', page) == SECTIONS  # results come first
     assert page.count('<g class="dot">') == 48 + 16 + 8
     assert page.count('<div class="card">') == 12
     assert page.count("<polyline") == 3 + 3 + 1 + 1 + 3 + 3
@@ -189,7 +189,7 @@ def test_a_class_has_its_mark_and_a_slide_of_several_is_grey(out, cohort):
     page = section(report.draw(out).read_text("utf-8"), "maps")
     assert (
         page.count('href="#mark-1"') == 2 + 3
-    )  # two slides and patients, and the unlabelled patch
+    )  # two slides, two patients and the unlabelled patch
 
 
 def test_a_table_has_a_column_for_each_key_and_intervals_in_brackets():
@@ -212,7 +212,7 @@ def test_top_is_the_highest_scores_first():
 
 
 def browse(tmp_path, html):
-    """Chromium opens a page; returns the document that its scripts made."""
+    """Opens a page in Chromium; returns the document after its scripts ran."""
     (tmp_path / "look.html").write_text(html, "utf-8")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,900"]
     flags += ["--enable-logging=stderr", f"--user-data-dir={tmp_path}/profile", "--dump-dom"]
@@ -256,7 +256,7 @@ def test_sections_without_content_are_left_out(out, tmp_path):
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
 @pytest.mark.parametrize("width", [375, 1280])
 def test_the_page_in_a_browser(out, tmp_path, width):
-    """Chromium lays it out in a frame of that width (its window cannot be as narrow) and looks."""
+    """Chromium lays it out in a frame of that width, as its window cannot be so narrow."""
     look = """<iframe id="f" width="%d" height="900" srcdoc="%s" style="border:0"></iframe><script>
       onload = () => {
         const d = document.getElementById("f").contentDocument;
@@ -290,7 +290,7 @@ def attributes_of(level, scores):
 
 
 def test_show_prints_the_top_attributes(out, monkeypatch, capsys):
-    """Of a patch, and of the mean over a patient's or a slide's patches; then the notes."""
+    """For a patch, and for the mean over the patches of a patient or slide; then the notes."""
     _, data = report.read_results(out)
     path = data["path"][7]
     lines = shown(out, monkeypatch, capsys, path, "normal-02", "normal-02-1")
@@ -327,7 +327,7 @@ def test_show_says_which_names_there_are(out, monkeypatch, capsys):
 
 
 def test_a_patient_and_a_slide_of_one_name_are_shown_apart(out, monkeypatch, capsys):
-    """Each by its own patches: here the slide is another patient's."""
+    """Each from its own patches; here the slide belongs to another patient."""
     _, data = report.read_results(out)
     assert data["patients"][data["patient"][data["slide"] == 0]].tolist() == ["high_grade-00"] * 3
     slide, patient = data["slide"] == 0, data["patients"][data["patient"]] == "normal-02"

@@ -1,5 +1,5 @@
-"""CLIPs by name or file: every layout gives open_clip's tensors, what is damaged or foreign is
-refused by name, and nothing unknown is ever run."""
+"""CLIPs by name or file: every layout gives open_clip's tensors, damaged and foreign files are
+refused by name, and unknown programs are never run."""
 
 import copy
 import hashlib
@@ -60,7 +60,7 @@ def save_torchscript(clip, path):
 
 
 def save_training(clip, path):
-    """open_clip's checkpoint of a training on several processes."""
+    """An open_clip checkpoint from training on several processes."""
     state = {f"module.{name}": value for name, value in clip.state_dict().items()}
     optimizer = torch.optim.AdamW(clip.parameters()).state_dict()
     torch.save({"epoch": 3, "name": "a", "optimizer": optimizer, "state_dict": state}, path)
@@ -83,7 +83,7 @@ def save_safetensors(clip, path):
 
 
 def save_deflated(clip, path):
-    """As a file that was unpacked, and packed again by another program."""
+    """As if another program had unpacked the file and packed it again."""
     save_state(clip, path)
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
@@ -104,7 +104,7 @@ FORMATS = {
 
 
 def publish(path, monkeypatch, activation="quickgelu"):
-    """As if the file were one of those that are known by name."""
+    """Registers the file as one that is known by name."""
     entry = ("https://example.org/ours.pt", sha256_of(path), activation)
     monkeypatch.setitem(CLIPS, "ours", entry)
 
@@ -118,7 +118,7 @@ def assert_same_tensors(clip, state):
 @pytest.mark.parametrize("form", FORMATS)
 @quiet
 def test_every_format_gives_the_tensors_of_open_clip(form, clip, tmp_path, monkeypatch):
-    path = str(tmp_path / "clip.any")  # the content tells the format, not the name
+    path = str(tmp_path / "clip.any")  # the content decides the format, not the name
     FORMATS[form](clip, path)
     publish(path, monkeypatch)
     state = load_clip(path)
@@ -165,8 +165,8 @@ HUGGING_FACE = {  # transformers' names of the two activations
 
 
 def hugging_face_clip(activation, heads=(1, 2)):
-    """A small CLIPModel of transformers, as PLIP is one, with random weights: heads of text and
-    images, which are of 64 pixels, texts of 16 tokens of which 99 ends a text."""
+    """A small random CLIPModel of transformers, like PLIP. heads: of the text and image tower.
+    Images are 64 pixels wide, texts have 16 tokens, and token 99 ends a text."""
     torch.manual_seed(0)
     sizes = {"num_hidden_layers": 2, "hidden_act": activation}
     text = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": heads[0]}
@@ -182,7 +182,7 @@ def hugging_face_clip(activation, heads=(1, 2)):
 
 
 def save_bin(clip, path):
-    """As pytorch_model.bin, which until 2023 held the numbers of the positions too."""
+    """As pytorch_model.bin, which until 2023 also held the position numbers."""
     state = clip.state_dict()
     for part, length in (("text", 16), ("vision", 17)):
         state[f"{part}_model.embeddings.position_ids"] = torch.arange(length)[None]
@@ -211,9 +211,9 @@ def test_a_clip_of_hugging_face_is_the_same_in_embeddings_and_gradients(save, ac
     assert state["logit_scale"] == theirs.logit_scale
     other = "gelu" if activation == "quick_gelu" else "quickgelu"
     wrong = F.normalize(image_tower(state | {"activation": other})(images), dim=1)
-    assert (wrong - z).abs().max() > 1e-3  # as silent as it is wrong
+    assert (wrong - z).abs().max() > 1e-3  # wrong, without an error
 
-    # Gradients of a loss that tells every dimension from the others.
+    # Gradients of a loss that weights each dimension differently.
     weight = torch.arange(32.0)
     (z @ weight).square().sum().add((t @ weight).square().sum()).backward()
     loss = (out.image_embeds @ weight).square().sum() + (out.text_embeds @ weight).square().sum()
@@ -230,7 +230,7 @@ def test_a_clip_of_hugging_face_is_the_same_in_embeddings_and_gradients(save, ac
 
 
 def test_config_json_tells_the_heads_and_the_activation(tmp_path):
-    """8 and 4 heads of 16 channels: 128 / 64 and 64 / 64 would be silently wrong."""
+    """8 and 4 heads with 16 channels each; assuming 64 channels would be silently wrong."""
     theirs = hugging_face_clip("gelu", heads=(4, 8))
     save_file(theirs.state_dict(), tmp_path / "model.safetensors")
     theirs.config.to_json_file(tmp_path / "config.json")
@@ -265,7 +265,7 @@ def test_the_activation_is_asked_for(tmp_path):
     with pytest.raises(ValueError, match=message):
         load_clip(path)
     assert load_clip(path, "gelu")["activation"] == "gelu"
-    named = str(tmp_path / "RN50.pt")  # a name tells nothing
+    named = str(tmp_path / "RN50.pt")  # the name of a file tells nothing
     os.rename(path, named)
     with pytest.raises(ValueError, match="does not say its activation"):
         load_clip(named)
@@ -289,7 +289,7 @@ def test_a_known_file_under_another_name_is_recognised(activation, length, tmp_p
 
 
 class Evil:
-    """Unpickling this makes a folder."""
+    """Unpickling this creates a folder."""
 
     def __init__(self, path):
         self.path = path
@@ -325,7 +325,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not(write, tmp_path):
 
 
 def torchscript_around(data, path):
-    """An archive in TorchScript's layout around a pickle."""
+    """A pickle inside an archive with TorchScript's layout."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a/data.pkl", data)
         archive.writestr("a/constants.pkl", b"")
@@ -442,7 +442,7 @@ def safetensors(header, data=b""):
 
 
 def two_tensors(**second):
-    """16 bytes of data, and two tensors: a has the first eight, b what `second` says."""
+    """16 bytes of data and two tensors: a has the first eight bytes, `second` describes b."""
     first = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
     second = first | {"data_offsets": [8, 16]} | second
     return safetensors({"visual.b": second, "visual.a": first}, b"0123456789abcdef")
@@ -494,7 +494,7 @@ def test_a_foreign_file_is_refused_by_name(name, tmp_path):
         load_clip(str(tmp_path / "clip.pt"))
 
 
-NO_CLIP = {  # names that such a file holds, and what the refusal says of it
+NO_CLIP = {  # names in such a file, and what the refusal must say
     "UNI": (["cls_token", "pos_embed", "blocks.0.attn.qkv.weight"], "trained without text"),
     "CONCH": (
         ["visual.trunk.cls_token", "visual.trunk.blocks.0.attn.qkv.weight", "text.cls_emb"],
@@ -561,7 +561,7 @@ def test_a_named_clip_is_downloaded_once_and_verified(hub, tmp_path, clip_file, 
 def test_a_clip_whose_publisher_gives_no_checksum_is_checked_for_its_layout(
     hub, tmp_path, monkeypatch
 ):
-    served = tmp_path / "pytorch_model.bin"  # a name that many files have: the cache has the CLIP's
+    served = tmp_path / "pytorch_model.bin"  # a common name, so the cache uses the CLIP's
     save_bin(hugging_face_clip("gelu"), served)
     monkeypatch.setitem(CLIPS, "PathGen-CLIP", (f"file://{served}", "", "gelu"))
     assert load_clip("PathGen-CLIP")["activation"] == "gelu"
@@ -585,8 +585,8 @@ def test_a_download_that_fails_says_what_to_do(served, hub, tmp_path, monkeypatc
 
 
 def test_the_clips_known_by_name():
-    """Those of OpenAI and open_clip have their checksum in the address; without one, an address
-    of Hugging Face names a revision, whose file stays the same."""
+    """The addresses of OpenAI and open_clip hold the checksum; Hugging Face's name a revision,
+    whose file never changes."""
     for name, (url, sha256, activation) in CLIPS.items():
         assert activation == ("gelu" if name in ("QuiltNet-B-32", "PathGen-CLIP") else "quickgelu")
         assert re.fullmatch("([0-9a-f]{64})?|f000538c", sha256)
@@ -638,8 +638,8 @@ print((peak() - before) / needed)
 @pytest.mark.parametrize("form", FORMATS)
 @quiet
 def test_training_starts_in_the_memory_of_the_image_tower(form, tmp_path):
-    """RN50: below 1.5 x (weights, gradients and Adam's state) beyond what importing takes, the text
-    tower included."""
+    """RN50 needs less than 1.5 x (weights, gradients and Adam's state) beyond the imports, although
+    it loads the text tower too."""
     path = tmp_path / "RN50.any"
     FORMATS[form](randomise(open_clip.create_model("RN50", force_quick_gelu=True)), str(path))
     command = [sys.executable, "-c", START, str(path), "demo/attributes.json", sha256_of(path)]
@@ -651,7 +651,7 @@ def test_training_starts_in_the_memory_of_the_image_tower(form, tmp_path):
 
 
 def test_a_flat_checkpoint_keeps_its_words(clip_file, tmp_path):
-    """Tensors, activation and merges on one level, and not under "state_dict"."""
+    """Its tensors, activation and merges are on one level, without a "state_dict"."""
     checkpoint = torch.load(clip_file, weights_only=True)
     torch.save(checkpoint.pop("state_dict") | checkpoint, tmp_path / "flat.pt")
     assert load_clip(str(tmp_path / "flat.pt"))["merges"] == checkpoint["merges"]

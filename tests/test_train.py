@@ -1,4 +1,4 @@
-"""Training on one process: flags, schedule, the whole road, the log and what comes with it."""
+"""Training on one process: flags, schedule, a whole run, the log and config.json."""
 
 import json
 import math
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def log_of(out, drop=("images_per_s", "seconds_left")):
-    """The log's lines, without what depends on the machine."""
+    """The lines of the log without what depends on the machine."""
     with open(os.path.join(out, "log.jsonl")) as file:
         return [{k: v for k, v in json.loads(line).items() if k not in drop} for line in file]
 
@@ -68,7 +68,7 @@ def test_one_view_is_refused(capsys):
 
 
 def test_draw_is_fine_to_coarse(flags):
-    """3 views of a patch, 1 patch of a slide, 2 slides of a patient; 4 patients."""
+    """3 views of each patch, 1 patch of each slide, 2 slides of each patient; 4 patients."""
     config, _, cohort, _, facts = built([*flags, "--draw", "3,1,2"])
     batches = train.make_batches(config, cohort.restrict("train"), 4, facts, 0, 0, 1, CPU)
     _, ids = next(iter(batches))
@@ -109,7 +109,7 @@ def test_the_whole_road(flags, objective, capsys, monkeypatch):
     evaluate.main()  # from the checkpoint alone
     assert "step 4 knn200" in capsys.readouterr().out
     with open(os.path.join(config.out, "metrics.json")) as file:
-        probes = json.load(file)["probes"]  # which say more
+        probes = json.load(file)["probes"]  # these say more
     for kind, result in lines[-1]["probe"].items():
         for level, metrics in result["levels"].items():
             assert probes[kind]["levels"][level].items() >= metrics.items()
@@ -161,7 +161,7 @@ def test_the_targets_are_the_standardised_scores_of_the_clip_that_training_began
     targets, cohort, model = targets_of(flags)
     ids = cohort.ids(np.arange(len(cohort)))
     images = [torch.tensor(decode(cohort.path(row))) for row in range(len(cohort))]
-    z = model.eval().encode(torch.stack(images) / 255).detach()  # the start is the teacher
+    z = model.eval().encode(torch.stack(images) / 255).detach()  # the model starts as the teacher
     for column, level in enumerate(("patch", "slide", "patient")):
         scores = z @ model.bank[level].T
         scores = (scores - scores.mean(dim=0)) / (scores.var(dim=0, correction=0) + 1e-8).sqrt()
@@ -169,7 +169,7 @@ def test_the_targets_are_the_standardised_scores_of_the_clip_that_training_began
         means = torch.stack([scores[ids[:, column] == group].mean(dim=0) for group in groups])
         means = (means - means.mean(dim=0)) / (means.var(dim=0, correction=0) + 1e-8).sqrt()
         torch.testing.assert_close(targets[level][groups], means, rtol=0, atol=2e-3)
-        others = np.setdiff1d(np.arange(len(targets[level])), groups)  # those not in training
+        others = np.setdiff1d(np.arange(len(targets[level])), groups)  # groups not in training
         assert not targets[level][others].any()
 
 
@@ -182,7 +182,7 @@ def test_the_teacher_is_the_clip_whatever_the_run_starts_from(flags, tmp_path):
 
 
 def test_the_teacher_says_how_well_it_does_itself(flags, capsys):
-    """At patch level perfectly, at the others not: the patches of a group share one target."""
+    """Best at patch level: at the others, the patches of a group share one target."""
     targets_of(flags)
     said = re.search(r"the teacher itself has patch (\S+), slide (\S+),", capsys.readouterr().out)
     assert float(said[1]) < float(said[2])
@@ -202,7 +202,7 @@ def test_a_regression_resumes_to_the_same_weights(flags):
 
 @pytest.mark.parametrize("align", ["off", "regression"])
 def test_a_tower_may_start_anew_and_evaluation_knows_how(flags, align, monkeypatch, capsys):
-    """Words mean nothing to it, unless it regresses on those of a teacher."""
+    """Words mean nothing to it, unless it regresses on a teacher's scores."""
     flags = [*flags, "--start", "random", "--align", align, "--steps", "1"]
     train.train(config := train.parse_config(flags))
     start, _ = load_run(checkpoint_path(config.out, 0))
@@ -263,7 +263,7 @@ def test_the_default_bank_is_found_from_any_folder(cohort_folder, clip_file, tmp
 
 
 def test_another_bank_is_refused(flags, tmp_path):
-    """Its names would stand by the vectors of the old one."""
+    """Its names would label the old bank's vectors."""
     train.train(train.parse_config([*flags, "--steps", "1"]))
     with open(os.path.join(ROOT, "demo/attributes.json")) as file:
         (tmp_path / "other.json").write_text(file.read().replace('"sparse nuclei"', '"XXX"'))
@@ -288,7 +288,7 @@ def test_numbers_out_of_range_are_refused(capsys):
 
 
 def test_flags_that_come_and_go_in_a_fork_do_not_break_its_runs(flags):
-    """What only one side knows, checkpoint or program, is not compared."""
+    """Flags that only the checkpoint or only the program knows are not compared."""
     config = train.parse_config(flags)
     train.train(config)
     path = newest(config.out)
@@ -325,8 +325,8 @@ def test_a_contradicting_flag_is_refused(flags):
 
 
 def test_bf16_follows_float32(flags, tmp_path):
-    # Neither the default rate nor projections from the fixture's text, to which all attributes are
-    # alike: both amplify rounding.
+    # We avoid the default rate, and projections from the fixture's text, which makes all
+    # attributes alike: both amplify rounding.
     flags = [*flags, "--lr", "1e-5", "--objective", "hidisc", "--align", "paper"]
     train.train(full := train.parse_config([*flags, "--out", str(tmp_path / "full")]))
     train.train(half := train.parse_config([*flags, "--amp", "--out", str(tmp_path / "half")]))
@@ -364,7 +364,7 @@ def test_compiled_is_eager(flags, tmp_path):
         "1e-5",
         "--probe-every",
         "0",
-    ]  # at the default rate an untrained tower is chaos
+    ]  # at the default rate an untrained tower is chaotic
     train.train(eager := train.parse_config([*flags, "--out", str(tmp_path / "eager")]))
     train.train(
         compiled := train.parse_config([*flags, "--compile", "--out", str(tmp_path / "compiled")])
@@ -418,7 +418,7 @@ def test_config_json_says_how_to_run_it_again(flags, monkeypatch):
 
 
 def test_only_what_the_probe_uses_is_embedded(flags, cohort_folder, tmp_path, monkeypatch):
-    """Not the patients of the split test, and nothing without labels."""
+    """No patients of the test split, and nothing without labels."""
     embedded = []
     embed = train.embed
 
@@ -448,12 +448,12 @@ def test_an_all_background_cohort_gives_no_nan(flags, tmp_path):
     (tmp_path / "manifest.csv").write_text("\n".join(lines))
     train.train(
         config := train.parse_config([*flags, "--data", str(tmp_path)])
-    )  # ends at what is not finite
+    )  # would raise if a number were not finite
     assert all(torch.isfinite(value).all() for value in weights_of(config.out).values())
 
 
 def test_equal_images_give_a_finite_gradient(flags):
-    """Without any augmentation, so that nothing tells rows apart: the contrast is at chance."""
+    """Without augmentation nothing tells the rows apart, so the contrast is at chance."""
     *_, model, _ = built(flags)
     ids = dict.fromkeys(LEVELS, torch.arange(4).repeat_interleave(2))
     z, projections = model(torch.ones(8, 3, 64, 64))

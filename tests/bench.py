@@ -1,12 +1,12 @@
-"""What the parts cost, each beside what it is compared with, in one table.
+"""The cost of each part, beside that of its alternative, in one table.
 
     python tests/bench.py                   all but cuda: about 15 minutes on two cores
     python tests/bench.py losses views      these sections alone
     python tests/bench.py probe --tiles 100000 --rows 185000    the probes at OpenSRH's size
     python tests/bench.py cuda              on a GPU, under ten minutes
 
-One thread a process, unless a row says otherwise. The two sides of a ratio take turns in one run,
-and the median counts. Nothing else should run meanwhile. The rows are also written as JSON.
+One thread per process, unless a row says otherwise. The two sides of a ratio take turns in one
+run, and the median counts. Run nothing else meanwhile. The rows are also written as JSON.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from tools import runs
 
 
 def seconds_of(function):
-    """How long a call takes, on the GPU too."""
+    """How long a call takes, including its work on the GPU."""
     start = time.perf_counter()
     function()
     if torch.cuda.is_initialized():
@@ -51,7 +51,7 @@ def seconds_of(function):
 
 
 def take_turns(rounds, **functions):
-    """The median seconds of each function, {name: seconds}: one after the other, many times."""
+    """{name: median seconds} of functions that are called in turn, `rounds` times."""
     seconds = {name: [] for name in functions}
     for function in functions.values():
         seconds_of(function)  # the first call is slower
@@ -62,7 +62,7 @@ def take_turns(rounds, **functions):
 
 
 def added_memory(function, device="cpu"):
-    """The MiB that a function takes at its peak beyond what was held before (CPU: Linux alone)."""
+    """The MiB that a function adds at its peak (on the CPU: Linux only)."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -73,14 +73,14 @@ def added_memory(function, device="cpu"):
         text = Path("/proc/self/status").read_text()
         return int(text.partition(f"{field}:")[2].split()[0]) / 2**10
 
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status("VmRSS")
     function()
     return status("VmHWM") - before
 
 
 def row(what, ours, unit, beside=None, than="", aim=""):
-    """A line of the table: our number, the one beside it, and what that is."""
+    """A row of the table: our number, the alternative's, and what the alternative is."""
     ratio = ours / beside if beside else None
     return dict(what=what, ours=ours, unit=unit, beside=beside, ratio=ratio, than=than, aim=aim)
 
@@ -103,16 +103,16 @@ def inputs(N, K=128, D=1024, device="cpu"):
 
 
 def ours(z, projections, bank, ids):
-    """HVC and HA of losses.py, and their gradients. Returns the six terms."""
+    """HVC and HA of losses.py with their gradients. Returns the six terms."""
     terms = hvc(projections, ids) | ha(z, bank)
     sum(terms.values()).backward()
     return [term.item() for term in terms.values()]
 
 
 def released(z, projections, bank, ids, temperature=0.07):
-    """The same as the released code computes it: the contrast of each projection with the ids of
-    each level, of which only those of its own level count; the nearest attribute by a cosine that
-    is broadcast over [N, K, D]; and no gradient of the alignment. Returns the six terms."""
+    """The same as the released code computes it: it contrasts each projection with the ids of every
+    level, of which one counts; the nearest attribute comes from a cosine broadcast over [N, K, D];
+    the alignment has no gradient. Returns the six terms."""
     contrast = {}
     for name, p in projections.items():
         for level in LEVELS:
@@ -137,14 +137,14 @@ def released(z, projections, bank, ids, temperature=0.07):
 
 
 def peak(rank, world, function, N, device="cpu"):
-    """The memory in MiB that a function takes beyond its inputs."""
+    """The MiB that a function takes beyond its inputs."""
     arguments = inputs(N, device=device)
-    function(*inputs(16, device=device))  # what is loaded on first use
+    function(*inputs(16, device=device))  # loads what is loaded on first use
     return added_memory(lambda: function(*arguments), device)
 
 
 def losses(sizes=(256, 1024, 2048), rounds=3, device="cpu"):
-    """HVC + HA beside the released way, K = 128 attributes, D = 1,024 dimensions."""
+    """HVC + HA beside the released code's way, K = 128 attributes, D = 1,024 dimensions."""
     for N in sizes:
         x = inputs(N, device=device)
         seconds = take_turns(rounds, ours=lambda x=x: ours(*x), other=lambda x=x: released(*x))
@@ -157,7 +157,7 @@ def losses(sizes=(256, 1024, 2048), rounds=3, device="cpu"):
 
 
 def steps(sizes, N, device, amp, compile):
-    """Two functions: a whole step of train.py; forward, backward and AdamW of the bare tower."""
+    """Two functions: a whole step of train.py; the bare tower's forward, backward and AdamW."""
     tower = ModifiedResNet(*sizes)
     if compile:
         tower.compile()
@@ -171,7 +171,7 @@ def steps(sizes, N, device, amp, compile):
     bare = torch.optim.AdamW(tower.parameters(), fused=True)
     half = torch.autocast(images.device.type, torch.bfloat16, enabled=amp)
 
-    def step():  # the phases of the loop in train.py
+    def step():  # as in the loop of train.py
         with half:
             z, projections = model(images)
         terms = hvc(projections, ids, config.temperature)
@@ -211,7 +211,7 @@ GPU_TOWERS = {
 
 
 def step(towers=TOWERS):
-    """A whole training step beside the bare tower's. Returns the most images a second."""
+    """A whole training step beside the bare tower's. Returns the highest images per second."""
     speeds, than = [], "its tower alone"
     for name, (sizes, N, how, rounds, aim) in towers.items():
         try:
@@ -232,7 +232,7 @@ def step(towers=TOWERS):
 # ------------------------------------------------------------------------------------------- data
 
 
-PIPELINE = [  # of the paper's code; its augmentations in a list are drawn with probability 1/2
+PIPELINE = [  # of the paper's code, which applies each listed augmentation with probability 1/2
     T.RandomHorizontalFlip(),
     T.RandomVerticalFlip(),
     T.RandomApply([lambda x: (x + random.uniform(0.01, 0.1) * torch.randn_like(x)).clamp(0, 1)]),
@@ -249,7 +249,7 @@ PIPELINE = [  # of the paper's code; its augmentations in a list are drawn with 
 
 
 def one_by_one(paths, views):
-    """Views as the paper's code makes them: for each the file is decoded and transformed."""
+    """Views as the paper's code makes them: it decodes and transforms the file for each view."""
     for path in paths:
         for _ in range(views):
             ch2, ch3 = torch.from_numpy(tifffile.imread(path).astype(np.float32)) / 65536
@@ -259,7 +259,7 @@ def one_by_one(paths, views):
 
 
 def srh_views(images, views=2, device="cpu"):
-    """The same in one go, of decoded patches."""
+    """The same views in one batch, from decoded patches."""
     drawn = data.view_parameters(data.AUGMENTATIONS["strong-srh"], 0, 1, range(len(images)), views)
     return data.make_views(images.to(device), drawn, 224)
 
@@ -275,7 +275,7 @@ def write_srh(folder, number):
 
 
 def views(patches=16, rounds=15):
-    """Views of 300 -> 224 pixel SRH patches, decoding included."""
+    """Views of SRH patches, 300 -> 224 pixels, including decoding."""
     with tempfile.TemporaryDirectory() as folder:
         paths = write_srh(folder, patches)
 
@@ -288,7 +288,7 @@ def views(patches=16, rounds=15):
 
 
 def write_cohort(folder, patients, patches=100):
-    """The manifest of a cohort of seven classes and four slides a patient; there are no images."""
+    """Writes a manifest with seven classes and four slides per patient, but no images."""
     lines = ["path,patient,slide,label"]
     for p in range(patients):
         for i in range(patches):
@@ -299,7 +299,7 @@ def write_cohort(folder, patients, patches=100):
 
 
 def open_and_draw(rank, world, folder):
-    """Seconds to open a cohort, MiB that it adds, and seconds for a batch of 50 patients."""
+    """Seconds to open a cohort, the MiB it adds, and seconds for a batch of 50 patients."""
     kept = []
     opened = seconds_of(lambda: data.read_cohort(folder, val_fraction=0.01))
     added = added_memory(lambda: kept.append(data.read_cohort(folder, val_fraction=0.01)))
@@ -309,7 +309,7 @@ def open_and_draw(rank, world, folder):
 
 
 def cohort(patients=(100, 1000, 10000)):
-    """Cohorts of 10^4 to 10^6 patches: open, memory, a batch."""
+    """Cohorts of 10^4 to 10^6 patches: opening, memory, one batch."""
     for number in patients:
         aims = ("4 s", "250 MiB", "5 ms") if number == 10000 else ("", "", "")
         with tempfile.TemporaryDirectory() as folder:
@@ -325,7 +325,7 @@ def cohort(patients=(100, 1000, 10000)):
 
 
 def embeddings(labels, D):
-    """z [n, D] as an encoder's: classes overlap, the mean is large, few directions vary much."""
+    """z [n, D] like an encoder's: classes overlap, the mean is large, few directions vary much."""
     torch.manual_seed(0)
     z = torch.randn(len(labels), D)
     z += 0.1 * torch.randn(labels.max() + 1, D)[labels]
@@ -334,21 +334,21 @@ def embeddings(labels, D):
 
 
 def knn_inputs(m, n, D):
-    """What knn() takes, for n queries among m."""
+    """The arguments of knn() for n queries and m training rows."""
     labels = torch.arange(m) % 7
     train_z = embeddings(labels, D)
     return train_z, labels, train_z[:n].clone(), 7
 
 
 def seconds_of_knn(rank, world, *sizes):
-    """How long this process takes for its share of a kNN, once all are ready."""
+    """How long this process takes for its share of a kNN, once all processes are ready."""
     inputs = knn_inputs(*sizes)
     evaluate.add_up(torch.zeros(1))
     return seconds_of(lambda: evaluate.knn(*inputs))
 
 
 def whole_probe(device, m, n, D, aim=""):
-    """The probes of evaluate.py on z [m + n, D], one after the other, and their intervals."""
+    """The probes of evaluate.py on z [m + n, D], one after another, and their intervals."""
     with tempfile.TemporaryDirectory() as folder:
         write_cohort(folder, 300, -(-(m + n) // 300))
         cohort = data.read_cohort(folder)
@@ -369,7 +369,7 @@ def whole_probe(device, m, n, D, aim=""):
 
 
 def write_run(folder, tiles, D):
-    """A cohort of small tiles of 300 patients, and a run with a small tower and a large z."""
+    """Writes a cohort of small tiles of 300 patients, and a run with a small tower and large z."""
     write_cohort(folder, 300, tiles // 300)
     cohort = data.read_cohort(folder)
     rng = np.random.default_rng(0)
@@ -404,7 +404,7 @@ def memory_of(rank, world, what, folder):
 
 
 def probe(m=185_000, n=512, D=1024, rounds=10, rows=20_000, tiles=20_000):
-    """kNN beside its product and shared by processes; all probes; the memory of evaluate.py."""
+    """kNN beside its bare product, and over processes; all probes; the memory of evaluate.py."""
     train_z, labels, z, _ = knn_inputs(m, n, D)
 
     def bare():
@@ -429,7 +429,7 @@ def probe(m=185_000, n=512, D=1024, rounds=10, rows=20_000, tiles=20_000):
 
 
 def cuda(towers=GPU_TOWERS, sizes=(256, 1024, 4096), probe=(185_000, 50_000, 1024), device="cuda"):
-    """What one GPU does at the paper's size, in bf16."""
+    """The performance of one GPU at the paper's size, in bf16."""
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("bench.py cuda: there is no CUDA device here")
     eaten = yield from step(towers)
@@ -439,7 +439,7 @@ def cuda(towers=GPU_TOWERS, sizes=(256, 1024, 4096), probe=(185_000, 50_000, 102
 
 
 def gpu_input(eaten, device):
-    """Views and decoded patches a second, beside what the step eats: images a second."""
+    """Views and decoded patches per second, beside the images per second that a step consumes."""
     patches = 512 if device == "cuda" else 64  # these for the test
     images = torch.randint(0, 2**16, (patches, 2, 300, 300)).to(torch.uint16)
     than = "what the step eats"
@@ -455,7 +455,7 @@ def gpu_input(eaten, device):
 
 
 def processes(numbers=(1, 2, 4), length=60):
-    """Images a second of the demo on several processes, one thread each."""
+    """Images per second of the demo on several processes, one thread each."""
     one = None
     for number in numbers:
         with tempfile.TemporaryDirectory() as folder:
@@ -504,7 +504,7 @@ def main():
             for one in SECTIONS[name](**sizes):
                 found.append({"section": name} | one)
                 bar.set_postfix_str(one["what"])
-    finally:  # what was measured before a mishap is not lost
+    finally:  # keeps what was measured before an error
         bar.close()
         if found:
             gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"

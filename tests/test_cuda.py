@@ -1,6 +1,6 @@
-"""A GPU gives what the CPU gives: steps in bf16, resuming, views, probes, the whole of evaluate.py.
+"""The GPU agrees with the CPU: steps in bf16, resuming, views, probes, all of evaluate.py.
 
-Skipped without CUDA. So that they stay ready, the same tests run on the CPU with
+Skipped without CUDA. To keep the tests in working order, run them on the CPU:
 
     HLSS_TEST_DEVICE=cpu python -m pytest tests/test_cuda.py
 """
@@ -27,12 +27,12 @@ from model import share_batch_norm
 DEVICE = torch.device(os.environ.get("HLSS_TEST_DEVICE", "cuda"))
 if DEVICE.type == "cuda" and not torch.cuda.is_available():
     pytest.skip("no CUDA here; HLSS_TEST_DEVICE=cpu runs these on the CPU", allow_module_level=True)
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS differs between runs
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # otherwise cuBLAS differs between runs
 
 
 @pytest.fixture(autouse=True)
 def exact(monkeypatch):
-    """No TF32, which rounds what enters a convolution to 11 bits, and deterministic kernels."""
+    """Deterministic kernels without TF32, which rounds the inputs of a convolution to 11 bits."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
@@ -48,7 +48,7 @@ def unit(*shape, seed=0):
 
 
 def first_step(flags, device, amp=False, shared=False):
-    """{term: value} and the gradient of all weights at a run's first step, on the CPU's views."""
+    """{term: value} and the gradient of all weights at a run's first step, from the CPU's views."""
     config, files, cohort, _, facts = built(flags)
     batch = cohort.restrict("train"), 4, facts, 0, 0, 1, CPU
     images, ids = next(train.make_batches(config, *batch))
@@ -69,13 +69,13 @@ def first_step(flags, device, amp=False, shared=False):
     ("extra", "amp", "shared", "loss_tolerance", "gradient_tolerance"),
     [
         ("--no-compile", False, False, 1e-4, 1e-2),
-        # bf16 keeps 8 bits, 0.4%, of every activation; on the CPU the gradient is off by 13%.
+        # bf16 keeps 8 bits (0.4%) of every activation; on the CPU its gradient is 13% off.
         ("--no-compile", True, True, 2e-2, 0.25),
         ("--compile", True, False, 2e-2, 0.25),
     ],
 )
 def test_a_step_is_the_cpus(flags, extra, amp, shared, loss_tolerance, gradient_tolerance):
-    """With batch norm as torch has it, and as several processes share it."""
+    """With torch's batch norm, and with the one that several processes share."""
     expected_terms, expected = first_step(flags, CPU)
     terms, gradient = first_step([*flags, extra], DEVICE, amp, shared)
     assert terms == pytest.approx(expected_terms, rel=loss_tolerance)
@@ -83,7 +83,7 @@ def test_a_step_is_the_cpus(flags, extra, amp, shared, loss_tolerance, gradient_
 
 
 def test_losses_and_their_gradients_are_the_cpus():
-    """Within a region of bf16 too: the losses compute in float32."""
+    """Also under bf16 autocast, where the losses compute in float32."""
 
     def found(device):
         bank = {level: unit(20, 64, seed=i).to(device) for i, level in enumerate(LEVELS)}
@@ -111,7 +111,7 @@ def test_a_killed_run_resumes(flags):
         weights.append(weights_of(config.out))
         logs.append([line for line in log_of(config.out) if "loss" in line])
         os.remove(newest(config.out))  # back to step 2 of 4
-    assert all(value.device == CPU for value in weights[0].values())  # any machine can read them
+    assert all(value.device == CPU for value in weights[0].values())  # so any machine can read them
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     losses = [[line["loss"] for line in log] for log in logs]
     assert losses[0] == losses[1] == pytest.approx(losses[2], rel=0.02)
@@ -120,7 +120,7 @@ def test_a_killed_run_resumes(flags):
 
 @pytest.mark.skipif(DEVICE.type == "cuda" and torch.cuda.device_count() < 2, reason="one GPU")
 def test_two_gpus_train_as_one(flags, tmp_path):
-    """NCCL, SyncBatchNorm and DistributedDataParallel together, in float32 but for TF32."""
+    """NCCL, SyncBatchNorm and DistributedDataParallel together, in float32 with TF32 allowed."""
     logs = []
     for world in (1, 2):
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}"]
@@ -128,7 +128,7 @@ def test_two_gpus_train_as_one(flags, tmp_path):
         hidden = {} if DEVICE.type == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
         subprocess.run(command, cwd=ROOT, env=os.environ | hidden, check=True, capture_output=True)
         logs.append(log_of(tmp_path / str(world)))
-    one, two = (log[1] for log in logs)  # of the first step; the probe before it ran as well
+    one, two = (log[1] for log in logs)  # the first step; the probe before it ran as well
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
     assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=0.05)
 
@@ -138,7 +138,7 @@ def test_two_gpus_train_as_one(flags, tmp_path):
 
 @pytest.mark.parametrize("name", data.AUGMENTATIONS)
 def test_views_are_the_cpus(name):
-    """Rounding shows in few pixels: at a threshold, or at the edge of what is erased."""
+    """Rounding changes few pixels: those at a threshold, or at the edge of an erased square."""
     rng = np.random.default_rng(0)
     shape, dtype = ((12, 3, 80, 80), np.uint8) if name != "strong-srh" else ((12, 2, 80, 80), "u2")
     images = torch.from_numpy(rng.integers(0, np.iinfo(dtype).max, shape, dtype))
@@ -166,7 +166,7 @@ def test_batches_are_the_cpus(cohort_folder):
 
 @pytest.mark.parametrize("probe", [evaluate.knn, evaluate.logistic])
 def test_probes_are_the_cpus(probe):
-    """Of five classes that overlap."""
+    """On five classes that overlap."""
     labels = torch.arange(900) % 5
     z = F.normalize(unit(5, 32)[labels] + 1.5 * unit(900, 32, seed=1) + 1, dim=1)
 
@@ -178,7 +178,7 @@ def test_probes_are_the_cpus(probe):
 
 
 def test_evaluate_gives_the_cpus_table(flags, monkeypatch):
-    """Rounding may turn one patch of 48, where the votes are equal."""
+    """Rounding may flip one patch of 48, where the votes tie."""
     config = train.parse_config(flags)
     train.train(config, device=DEVICE)
     found = []

@@ -265,7 +265,7 @@ def srh_views(images, views=2, device="cpu"):
 
 
 def write_srh(folder, number):
-    """Patches as OpenSRH's, two frames of 16 bits and 300 pixels. Returns their paths."""
+    """Writes patches like OpenSRH's, two 16-bit frames of 300 pixels. Returns their paths."""
     rng = np.random.default_rng(0)
     paths = [os.path.join(folder, f"{i}.tif") for i in range(number)]
     for path in paths:
@@ -440,7 +440,7 @@ def cuda(towers=GPU_TOWERS, sizes=(256, 1024, 4096), probe=(185_000, 50_000, 102
 
 def gpu_input(eaten, device):
     """Views and decoded patches per second, beside the images per second that a step consumes."""
-    patches = 512 if device == "cuda" else 64  # these for the test
+    patches = 512 if device == "cuda" else 64  # few for the test
     images = torch.randint(0, 2**16, (patches, 2, 300, 300)).to(torch.uint16)
     than = "what the step eats"
     speed = 2 * patches / take_turns(3, ours=lambda: srh_views(images, device=device))["ours"]

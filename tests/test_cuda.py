@@ -103,7 +103,7 @@ def test_losses_and_their_gradients_are_the_cpus():
 
 
 def test_a_killed_run_resumes(flags):
-    """On the GPU to the same weights, in bf16, its default; on the CPU to the same but rounding."""
+    """In bf16, the GPU's default: on the GPU to equal weights, on the CPU equal up to rounding."""
     config = train.parse_config([*flags, "--amp", "--lr", "1e-5"])
     weights, logs = [], []
     for device in (DEVICE, DEVICE, CPU):

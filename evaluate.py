@@ -350,8 +350,8 @@ def assess(predictions, cohort, splits, resamples=RESAMPLES, other=None):
 
 
 def probe(z, cohort, device="cpu"):
-    """The probe during training: kNN of z [n, D] from train to val, as assess() but without
-    intervals; {} if either side has no label. All processes must call it; rank 0 gets it all."""
+    """The probe during training: kNN of z [n, D] from train to val, without intervals; {} if either
+    side has no label. All processes must call it; rank 0 alone gets the numbers."""
     splits = probe_splits(cohort)
     if not splits:
         return {}
@@ -539,10 +539,7 @@ def size_notes(cohort, checkpoint):
 
 
 def embed_folder(folder, path, model, checkpoint, workers):
-    """Writes z and the attribute scores of all images below a folder.
-
-    Unreadable files are listed and left out; the exit code is then 1.
-    """
+    """Writes z and scores of all images below a folder; exit code 1 if some cannot be read."""
     out = os.path.dirname(os.path.abspath(path))
     os.makedirs(out, exist_ok=True)
     TemporaryFile(dir=out).close()  # what cannot be written fails before the work
@@ -554,9 +551,8 @@ def embed_folder(folder, path, model, checkpoint, workers):
     z = embed(model, cohort, checkpoint["read_size"], checkpoint["image_size"], workers=workers)
     if place()[0] == 0:
         print(*(f"left out: {fault}" for fault in faults if fault), sep="\n")
-        report.write_arrays(
-            path, cohort, z, attribute_scores(z, model.bank), checkpoint["attributes"]
-        )
+        scores = attribute_scores(z, model.bank)
+        report.write_arrays(path, cohort, z, scores, checkpoint["attributes"])
         print(f"{len(z)} images are in {path}: path, z, and scores and attributes of each level")
         print(*size_notes(cohort, checkpoint), sep="\n")
     if any(faults):

@@ -576,14 +576,12 @@ def main():
     flag("--data", default="", help="another cohort than the run's: a folder or a manifest .csv")
     flag("--out", default="", help="folder to write to (default: RUN)")
     flag("--overwrite", action="store_true", help="replace results of other data or protocol there")
-    protocol = "who is tested. val, test: that split, after train; lopo: each patient, after all "
-    protocol += "others (default: val)"
-    flag("--protocol", choices=("val", "test", "lopo"), default="val", help=protocol)
-    flag(
-        "--against",
-        default="",
-        help="another run, or start, the encoder before training: adds the gain over it",
+    protocol = (
+        "val, test: patients of that split are tested; lopo: each, after all others are learnt"
     )
+    flag("--protocol", choices=("val", "test", "lopo"), default="val", help=protocol)
+    against = "another run, or start, the encoder before training: adds the gain over it"
+    flag("--against", default="", help=against)
     flag("--embed", nargs=2, metavar=("FOLDER", "FILE.npz"), help="write z of all images below it")
     flag("--export", default="", metavar="FILE", help="write the tower for open_clip, torchvision")
     flag("--prompts", default="", help="JSON, {class: [sentences]}: adds a zero-shot probe")

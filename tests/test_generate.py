@@ -1,5 +1,5 @@
-"""`describe.py generate` against a stub of an OpenAI-compatible endpoint, which misbehaves as the
-real ones do."""
+"""`describe.py generate` against a stub of an OpenAI-compatible endpoint that misbehaves as real
+ones do."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
 
 
 def word(number):
-    """A different word for every number, so that no two texts of the stub are alike."""
+    """A different word for every number, so the stub never repeats itself."""
     return "".join(SYLLABLES[number // 70**place % 70] for place in (2, 1, 0))
 
 
@@ -65,7 +65,7 @@ def serve(handle):
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             requests.append({"path": self.path, **self.headers})
-            with contextlib.suppress(OSError):  # whoever asked may have left
+            with contextlib.suppress(OSError):  # the client may have left
                 handle(self)
 
         do_GET = do_POST
@@ -85,7 +85,7 @@ def serve(handle):
 
 
 def endpoint(model, faults=()):
-    """Serves a model; its first requests meet the faults, functions of the handler, instead."""
+    """Serves a model; the first requests meet faults instead: functions of the handler."""
     faults = list(faults)
 
     def handle(handler):
@@ -159,7 +159,7 @@ def test_a_redirect_does_not_carry_the_key_away():
 
 
 def written(path, model, tissue="H&E of nothing", **options):
-    """Has the model write 6 attributes a level, 4 a request: two requests a level. The bank."""
+    """The bank of a model that writes 6 attributes per level, 4 per request: two requests each."""
     generate(str(path), model, tissue, **{"attributes": 6, "batch": 4} | options)
     return read_bank_file(path)
 
@@ -187,14 +187,14 @@ def test_a_prompt_names_the_tissue_and_all_attributes_that_are_taken(tmp_path):
 
 
 def first(pattern, text, replies=1):
-    """Spoils the first replies: text instead of what first matches the pattern."""
+    """Spoils the first replies: text replaces the first match of the pattern."""
     return lambda number, reply: (
         reply if number > replies else re.sub(pattern, text, reply, count=1)
     )
 
 
 NAME, SENTENCE = r'"[^"]*"(?=:)', r'(?<=\[)"[^"]*", '
-SPOILED = {  # the complaint in the next prompt <- how a reply is spoiled
+SPOILED = {  # the complaint in the next prompt: how a reply is spoiled
     "not the JSON asked for": first(".*", "Sorry, no."),
     "not the JSON asked for: '{\"": first("]}$", ""),
     "not the JSON asked for: '{\"b": first(SENTENCE, '{"plain": "A rim of cells."}, '),
@@ -221,7 +221,7 @@ def test_what_the_check_refuses_is_asked_again_with_the_reason(complaint, tmp_pa
 
 
 def test_boilerplate_is_refused_once_it_shows():
-    """A frame in every sentence goes unnoticed among 16 sentences, but not from the 17th on."""
+    """Up to 16 sentences may share a frame; from the 17th on, it is refused."""
     bank = {"tissue": "H&E", "levels": {level: {} for level in LEVELS}}
     reply = json.loads(Model()(prompt_for(bank, "patch", 6, 4)))
     framed = {name: ["The image shows " + text for text in said] for name, said in reply.items()}
@@ -291,8 +291,8 @@ def command(out, *flags):
 
 @pytest.fixture
 def run(monkeypatch, capfd):
-    """Run the command: (how it ends, all that it prints)."""
-    monkeypatch.setenv("OPENAI_API_KEY", KEY + "\n")  # many a file of keys ends in a line break
+    """Runs the command: (how it exits, everything it prints)."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY + "\n")  # key files often end in a line break
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
     def run(*words):
@@ -305,8 +305,8 @@ def run(monkeypatch, capfd):
 
 
 def test_killed_between_replies_it_goes_on_and_pays_for_nothing_twice(run, tmp_path):
-    """kill -9 during the second request, which quotes what was wrong with the first reply: the next
-    run begins with that very request."""
+    """kill -9 during the second request, which quotes the faults of the first reply: the next run
+    starts with exactly that request."""
     out, reached, release = tmp_path / "bank.json", threading.Event(), threading.Event()
     model, asked = Model(SPOILED["3 sentences, not 4"]), []
 

@@ -12,7 +12,7 @@ from PIL import Image
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from data import AUGMENTATIONS, make_views, view_parameters  # noqa: E402
-from demo.study import T95, read_lines, values  # noqa: E402
+from demo.study import ARMS, T95, read_lines, values  # noqa: E402
 from demo.tissue import CLASSES, render  # noqa: E402
 from demo.truth import DEMO_BANK  # noqa: E402
 from describe import read_bank_file  # noqa: E402
@@ -46,8 +46,6 @@ EXAMPLES = {  # an attribute of each level, whose first sentence is shown
 }
 SIDE = 32  # pixels of a view in the figure of the method
 GAP = 45  # pixels from one panel to the next
-ARMS = ("start", "SimCLR", "HiDisc", "HLSS", "HVC", "HiDisc + AR", "HiDisc + AR, control")
-ARMS += ("HVC + AR", "HVC + AR, control")
 
 
 def label(x, y, words, kind=""):
@@ -195,7 +193,7 @@ def method():
     return "\n".join([*parts, "</svg>\n"])
 
 
-def study(setting="centre"):
+def study(world="four captions"):
     """One panel for each metric, a row for each arm: a dot for each seed, the mean, and its 95%
     interval by Student's t."""
     lines = read_lines()
@@ -213,7 +211,7 @@ def study(setting="centre"):
             parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="38" y2="{height - 20}"/>')
             parts.append(f'<text class="small" x="{x}" y="32" text-anchor="middle">{tick}</text>')
         for i, arm in enumerate(ARMS):
-            found = 100 * np.array(list(values(lines, setting, arm, metric).values()))
+            found = 100 * np.array(list(values(lines, world, arm, metric).values()))
             if len(found) < 2:
                 continue
             y = 50 + row * i
@@ -222,7 +220,13 @@ def study(setting="centre"):
             x1, x2, middle, *seeds = x0 + width * (
                 np.array([*ends, found.mean(), *np.clip(found, low, high)]) - low
             ) / (high - low)
-            kind = "control" if "control" in arm else "mean" if "AR" in arm else "other"
+            kind = (
+                "control"
+                if "rotated" in arm or "random" in arm
+                else "mean"
+                if "AR" in arm
+                else "other"
+            )
             parts += [f'<circle class="seed" cx="{x:.1f}" cy="{y + 5}" r="2"/>' for x in seeds]
             parts.append(
                 f'<line class="{kind}" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y - 2}" y2="{y - 2}"/>'

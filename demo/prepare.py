@@ -7,6 +7,7 @@ from demo.clip import train_demo_clip
 from demo.tissue import write_demo
 
 CACHE = os.path.join("runs", "cache")
+TOLD = ["cellularity", "nuclear_size", "vessels", "necrosis"]
 
 
 def made_once(path, make):
@@ -38,8 +39,9 @@ def demo_tissue():
 
 
 def demo_clip():
-    """The path of the demo's CLIP."""
-    return cached("clip.pt", train_demo_clip)
+    """The path of the demo's CLIP. Its captions tell of some of what tissue shows, not of all: as
+    much as a CLIP of photographs knows."""
+    return cached("clip.pt", lambda path: train_demo_clip(path, factors=TOLD))
 
 
 def cached(name, make):

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from data import read_cohort
 from demo.clip import train_demo_clip
-from demo.prepare import made_once
+from demo.prepare import TOLD, made_once
 from demo.tissue import FACTORS, write_demo
 from demo.truth import DEMO_BANK, read_factors, read_truth, ridge, truth_auc
 from describe import open_bank, rotate, save_bank
@@ -49,8 +49,7 @@ from tools.weights import load_clip
 
 HERE = Path(__file__).parent
 LINES, PROMPTS = HERE / "study.jsonl", HERE / "classes.json"
-FOUR = ["cellularity", "nuclear_size", "vessels", "necrosis"]
-WORLDS = {"seven captions": FACTORS, "four captions": FOUR}
+WORLDS = {"seven captions": FACTORS, "four captions": TOLD}
 SEEDS = 8
 TISSUE = {"patients": 56, "held_out": 32}  # of each of four classes
 AR = "--align regression --align-weight 3"  # the weight was chosen on two other seeds

@@ -16,7 +16,7 @@ from conftest import ROOT
 import describe
 from demo import clip
 from demo.clip import GRAMMAR, caption, learn_merges, main, train_demo_clip
-from demo.study import FOUR
+from demo.prepare import TOLD
 from demo.tissue import FACTORS
 from describe import WORD, Tokenizer, encode_bank, open_bank, read_bank_file, tokenizer_of
 from model import image_tower, text_tower
@@ -233,7 +233,7 @@ def test_training_moves_both_towers_and_is_repeatable(tmp_path, clip_file):
     assert sorted(os.listdir(tmp_path)) == ["again.pt", "more.pt"]
 
 
-@pytest.mark.parametrize("factors", [FACTORS, FOUR])
+@pytest.mark.parametrize("factors", [FACTORS, TOLD])
 def test_captions_tell_of_the_factors_asked_for_alone(factors, tmp_path, monkeypatch):
     told = []
 
@@ -251,8 +251,8 @@ def test_the_command_writes_into_a_new_folder(tmp_path, monkeypatch):
     asked = {}
     monkeypatch.setattr(clip, "train_demo_clip", lambda path, **options: asked.update(options))
     out = tmp_path / "new" / "clip.pt"
-    command = ["clip.py", str(out), "--steps", "2", "--seed", "7", "--factors", *FOUR]
+    command = ["clip.py", str(out), "--steps", "2", "--seed", "7", "--factors", *TOLD]
     monkeypatch.setattr(sys, "argv", command)
     main()
-    assert asked == {"steps": 2, "seed": 7, "factors": FOUR}
+    assert asked == {"steps": 2, "seed": 7, "factors": TOLD}
     assert out.parent.is_dir()

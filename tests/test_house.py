@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "demo.clip": {"demo.tissue", "describe", "model", "tools.runs"},
     "demo.prepare": {"demo.tissue", "demo.clip"},
     "demo.truth": {"demo.tissue", "describe", "evaluate", "tools.report", "tools.runs"},
-    "demo.study": {"losses", "data", "model", "describe", "evaluate", "tools.weights"}
+    "demo.study": {"losses", "data", "model", "describe", "evaluate"}
+    | {"tools.runs", "tools.weights"}
     | {"demo.tissue", "demo.clip", "demo.prepare", "demo.truth"},
 }
 RUNTIME = {"torch", "torchvision", "numpy", "PIL", "tqdm"}

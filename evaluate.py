@@ -450,8 +450,8 @@ def evaluate(args, device):
         "class_attributes": words,
     }
     alike = args.against and encoders[1][1]["attributes"] == names
-    path = os.path.join(out, "embeddings.npz")
-    report.write_arrays(path, cohort, z[0], scores[0], names, scores[1] if alike else {})
+    more = scores[1] if alike else {}, data, rows, predictions[0].get("knn200")
+    report.write_arrays(os.path.join(out, "embeddings.npz"), cohort, z[0], scores[0], names, *more)
     runs.write_json(os.path.join(out, "metrics.json"), metrics)
     print(*report.table({f"step {checkpoint['step']}": probes}), *metrics["notes"], sep="\n")
 

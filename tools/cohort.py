@@ -12,6 +12,7 @@ import os
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 from tqdm import tqdm
@@ -61,20 +62,21 @@ def index(root, pattern, label_level="", nested=False, partial=False, levels=dat
 def path_pattern(pattern, levels=data.LEVELS):
     """'{label}/{patient}/{slide}/*.png' -> a regular expression with groups of these names.
 
-    {name} and * match within a folder or file name, ** across folders. A pattern that has groups
-    (?P<name>...) is taken as it is. Raises ValueError unless it names the coarsest level.
+    {name} and * match within a folder or file name, ** across folders; {x} and {y} match numbers.
+    A pattern with groups (?P<name>...) is taken as it is. Raises ValueError for other names.
     """
     expression = pattern
     if "(?P<" not in pattern:
         expression = re.escape(pattern).replace(r"\*\*", ".*").replace(r"\*", "[^/]*")
         expression = re.sub(r"\\\{(\w+)\\\}", r"(?P=\1)", expression)
         for name in set(re.findall(r"\(\?P=(\w+)\)", expression)):  # where it stands first
-            expression = expression.replace(f"(?P={name})", f"(?P<{name}>[^/]+?)", 1)
+            kind = r"-?\d+(?:\.\d+)?" if name in ("x", "y") else "[^/]+?"
+            expression = expression.replace(f"(?P={name})", f"(?P<{name}>{kind})", 1)
     try:
         compiled = re.compile(expression)
     except re.error as error:
         raise ValueError(f"--pattern '{pattern}' is no regular expression: {error}") from error
-    must, may = levels[-1], [*levels[-2:0:-1], "label", "split"]
+    must, may = levels[-1], [*levels[-2:0:-1], "label", "split", "x", "y"]
     if not {must} <= set(compiled.groupindex) <= {must, *may}:
         raise ValueError(
             f"--pattern '{pattern}' must name {must}, and may name {', '.join(may)}; "
@@ -149,23 +151,47 @@ def opensrh(root):
     return cohort
 
 
+def opensrh_place(name):
+    """(x, y) in patches, of a name that ends in ix_jx_iy_jy: the field of 1,000 pixels, with 3 x 3
+    patches, and the place in it; i goes down, j to the right. None for another name."""
+    found = re.search(r"(\d+)_(\d+)_(\d+)_(\d+)\.\w+$", name)
+    if found:
+        ix, jx, iy, jy = map(int, found.groups())
+        return 3 * (jx // 1000) + jy // 300, 3 * (ix // 1000) + iy // 300
+
+
+def coordinates(root):
+    """{path: (x, y)} of the patches whose manifest has both. root: as for data.read_cohort."""
+    path = root if root.lower().endswith(".csv") else os.path.join(root, "manifest.csv")
+    places = {}
+    for line in csv.DictReader(open(path, encoding="utf-8-sig"), skipinitialspace=True):
+        with suppress(KeyError, TypeError, ValueError):  # no such column, a short line, no number
+            places[line["path"].strip()] = float(line["x"]), float(line["y"])
+    return places
+
+
 def belonging(cohort, row):
     """What a patch belongs to: {"patient": "amy", "slide": "1", "label": "tumour", or ""}."""
     label = [*cohort.classes, ""][cohort.label[row]]  # -1, for none, is the last
     return dict(zip(reversed(cohort.levels), cohort.groups_of(row)), label=label)
 
 
-def write_manifest(path, cohort, rows, with_split):
-    """Writes a manifest of these rows, whole or not at all; outside the root, it names that."""
+def write_manifest(path, cohort, rows, with_split, place=None):
+    """Writes a manifest of these rows, whole or not at all; outside the root, it names that.
+
+    place: a function from a patch's path to its (x, y), or to None.
+    """
     root = os.path.abspath(cohort.root)
     elsewhere = os.path.dirname(os.path.abspath(path)) != root
     columns = ["path", *reversed(cohort.levels[1:])]
     columns += ["label"] * bool(cohort.classes) + ["split"] * with_split + ["root"] * elsewhere
+    columns += ["x", "y"] * bool(place)
     with open(f"{path}.part", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         for row in rows:
             line = {"path": cohort.name(row), "split": data.SPLITS[cohort.split[row]], "root": root}
+            line |= dict(zip("xy", place(cohort.name(row)) or ())) if place else {}
             writer.writerow(line | belonging(cohort, row))
     os.replace(f"{path}.part", path)
     print(f"{path} is written: {len(rows)} patches")
@@ -212,18 +238,21 @@ def run_index(args):
     if not path.endswith(".csv") or (os.path.exists(path) and not args.overwrite):
         raise ValueError(f"{path} is no .csv, or it is there already: --overwrite replaces it")
     if args.command == "opensrh":
-        cohort, with_split = opensrh(args.root), True
+        cohort, with_split, place = opensrh(args.root), True, opensrh_place
     else:
         flags = args.label_level, args.nested, args.partial, args.levels
         cohort = index(args.root, args.pattern, *flags)
-        with_split = "split" in path_pattern(args.pattern, args.levels).groupindex
+        names = path_pattern(args.pattern, args.levels)
+        with_split = "split" in names.groupindex
+        both = {"x", "y"} <= set(names.groupindex)
+        place = (lambda path: names.fullmatch(path).group("x", "y")) if both else None
     for row in np.unique(np.linspace(0, len(cohort) - 1, 4).astype(int)):
         groups = [f"{level} {name}" for level, name in belonging(cohort, row).items() if name]
         print(f"{cohort.name(row)} -> {', '.join(groups)}")
     print_summary(cohort)
     if args.command == "index" and not args.yes:
         check_patients(cohort)
-    write_manifest(path, cohort, range(len(cohort)), with_split)
+    write_manifest(path, cohort, range(len(cohort)), with_split, place)
 
 
 def run_check(args):
@@ -257,7 +286,9 @@ def run_check(args):
     print(f"cannot be used: {by_kind or 'none'}")
     if args.clean:
         by_hash = (cohort.patient_split == data.hash_split(cohort.group_names[-1])).all()
-        write_manifest(path, cohort, good, with_split=not by_hash)  # a hash needs no column
+        places = coordinates(args.root)
+        place = places.get if places else None
+        write_manifest(path, cohort, good, not by_hash, place)  # a hash needs no column
     raise SystemExit(1 if problems else 0)
 
 

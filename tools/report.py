@@ -1,10 +1,11 @@
 """Finished numbers -> report.html, one page that needs nothing but itself.
 
     python -m tools.report runs/demo                         draws runs/demo/report.html again
+    python -m tools.report runs/demo --slides normal-01-2    with maps of this slide too
     python -m tools.report runs/demo --show high_grade-01    a patient's, slide's or patch's words
 
-It shows metrics.json and embeddings.npz of the folder, the run's log.jsonl and config.json, and
-patches. report.html draws the picture of the results and the confusion matrices, the rest is here.
+It shows metrics.json and embeddings.npz of the folder, the log and the settings of the run, and
+patches. report.html draws the results, the training curves and the confusion matrices.
 """
 
 import argparse
@@ -12,8 +13,6 @@ import base64
 import io
 import json
 import string
-from collections import defaultdict
-from contextlib import suppress
 from html import escape
 from pathlib import Path
 
@@ -22,13 +21,14 @@ import torch
 from PIL import Image
 
 from data import SPLITS, decode, plain_view, plural
+from tools.cohort import coordinates
 from tools.processes import user_errors
 from tools.runs import write_whole
 
 SHARES = ("accuracy", "mca", "accuracy_gain", "mca_gain", "probability")  # shown in percent
 DRAWN = ("recall", "confusion")  # by report.html
-UNDRAWN = ("step", "probe", "images_per_s", "memory_mib", "seconds_left")  # of log.jsonl
-MARKS = 7  # of report.html, for classes on the maps; more classes share them
+PANEL = 216  # pixels, the longer side of a slide's map
+ACROSS = 5  # maps in a line
 
 
 def read_results(out, needed=("metrics.json", "embeddings.npz")):
@@ -42,9 +42,10 @@ def read_results(out, needed=("metrics.json", "embeddings.npz")):
         return metrics, dict(file)
 
 
-def write_arrays(path, cohort, z, scores, names, against_scores=None):
+def write_arrays(path, cohort, z, scores, names, against_scores=None, root="", rows=(), votes=None):
     """Writes an .npz of all patches: path, label, split, the group of each level, z [n, D], and of
-    each level scores [n, K_l] and attributes [K_l]."""
+    each level scores [n, K_l] and attributes [K_l]; x and y, if the manifest of `root` has them;
+    knn200 [n, C], the votes of kNN on these rows, nan elsewhere."""
     arrays = {"path": np.array([name.decode() for name in cohort.names]), "z": z.numpy()}
     arrays |= {"label": cohort.label, "split": cohort.split}
     arrays |= {"splits": np.array(SPLITS), "classes": np.array(cohort.classes, str)}
@@ -57,16 +58,20 @@ def write_arrays(path, cohort, z, scores, names, against_scores=None):
         arrays[f"attributes_{level}"] = np.array(names[level], str)
         if against_scores:
             arrays[f"against_scores_{level}"] = against_scores[level].numpy()
+    places = coordinates(root) if root else {}
+    if places:
+        xy = [places.get(name, (np.nan, np.nan)) for name in arrays["path"].tolist()]
+        arrays["x"], arrays["y"] = np.array(xy).T
+    if votes is not None:
+        arrays["knn200"] = np.full((len(cohort), votes.shape[1]), np.nan, np.float32)
+        arrays["knn200"][rows] = votes
     write_whole(path, lambda file: np.savez(file, **arrays))
 
 
 def read_log(path):
     """The lines of a log.jsonl as dicts, without one that a killed run left unfinished."""
-    log = []
-    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
-        with suppress(ValueError):
-            log.append(json.loads(line))
-    return log
+    lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def top(scores, names, number=5):
@@ -98,33 +103,29 @@ def plain(value):
 
 def table(results):
     """The lines of a table in percent, for a terminal. results: {encoder: as of assess()}."""
-    if not any(results.values()):
+    rows = [(name, kind, probes[kind]) for name, probes in results.items() for kind in probes]
+    if not rows:
         return ["no held-out patient or no training patient has a label: there is nothing to probe"]
-    rows = [
-        (f"{name} {kind}", of) for name, probes in results.items() for kind, of in probes.items()
-    ]
-    width = 2 + max(len(head) for head, _ in rows)
-    levels = rows[0][1]["levels"]
+    width = 3 + max(len(name + kind) for name, kind, _ in rows)
+    levels = rows[0][2]["levels"]
     lines = [" " * width + "".join(f"{level:>16}" for level in levels)]
     lines.append(" " * width + f"{'acc':>9}{'MCA':>7}" * len(levels))
     notes = {}  # as a set that keeps its order
-    for head, probe in rows:
-        metrics = probe["levels"]
-        gains = {"_gain": "  gain", "_gain_interval": "  gain, 95%"}
-        for end, title in ({"": head, "_interval": "  95%"} | gains).items():
-            if end == "" or any(f"accuracy{end}" in of for of in metrics.values()):
-                cells = ""
-                for of in metrics.values():
-                    cells += (
-                        f"{percent(of.get(f'accuracy{end}')):>9}{percent(of.get(f'mca{end}')):>7}"
-                    )
+    for name, kind, probe in rows:
+        levels = probe["levels"]
+        titles = {"": f"{name} {kind}", "_interval": "  95%"}
+        titles |= {"_gain": "  gain", "_gain_interval": "  gain, 95%"}
+        for end, title in titles.items():
+            cells = ""
+            for of in levels.values():
+                cells += f"{percent(of.get('accuracy' + end)):>9}{percent(of.get('mca' + end)):>7}"
+            if end == "" or cells.strip(" -"):
                 lines.append((title.ljust(width) + cells).rstrip())
-        notes["scored: " + ", ".join(f"{of['n']} {plural(at)}" for at, of in metrics.items())] = 1
-        for level, of in metrics.items():
+        notes["scored: " + ", ".join(f"{of['n']} {plural(at)}" for at, of in levels.items())] = 1
+        for level, of in levels.items():
             if of["left_out"]:
                 total = of["n"] + of["left_out"]
                 notes[f"{level}: {of['left_out']} of {total} left out: their labels differ"] = 1
-        kind = head.rpartition(" ")[2]
         if "k" in probe and kind != f"knn{probe['k']}":
             notes[f"{kind}: only {probe['k']} labelled training patches, and all of them vote"] = 1
     return lines + [f"  {note}" for note in notes]
@@ -148,12 +149,6 @@ def html_table(rows):
     return f'<div class="scroll"><table><tr>{"</tr><tr>".join(lines)}</tr></table></div>'
 
 
-def figure(caption, height, svg):
-    """A drawing of 340 pixels' width under its caption, in a box that scrolls sideways."""
-    head = f'<figure class="scroll"><figcaption>{escape(caption)}</figcaption>'
-    return f'{head}<svg width="340" height="{height}" role="img">{svg}</svg></figure>'
-
-
 def results(metrics):
     """All numbers of all probes at all levels, and what each probe says of each patient: tables."""
     rows, patients = [], []
@@ -165,77 +160,106 @@ def results(metrics):
     return {"results": html_table(rows), "patients": html_table(patients)}
 
 
-def curves(log, levels):
-    """What was logged over the steps of training: a drawing for each term, a line a level."""
-    points = defaultdict(lambda: defaultdict(list))  # {"hvc": {"slide": [(step, value), ...]}}
-    for line in log:
-        for name in [name for name in line if name not in UNDRAWN]:
-            term, _, level = name.rpartition("_")
-            if level not in levels:
-                term, level = name, ""
-            points[term][level].append((line["step"], line[name]))
-        for kind, probe in line.get("probe", {}).items():
-            for level, numbers in probe["levels"].items():
-                if numbers["n"]:
-                    point = (line["step"], 100 * numbers["accuracy"])
-                    points[f"accuracy of {kind}, percent"][level].append(point)
-    drawings = ""
-    for term, lines in points.items():
-        every = np.concatenate(list(lines.values()))
-        low, high = every.min(axis=0), every.max(axis=0)  # step, value
-        svg = '<path class="axis" d="M4 8V150H330"/>'
-        for level, line in lines.items():
-            colour = levels.index(level) if level in levels else 0
-            xy = (np.array(line) - low) / (high - low).clip(1e-12) * (326, -142) + (4, 150)
-            text = " ".join(f"{x:.0f},{y:.0f}" for x, y in xy)
-            svg += f'<polyline class="line{colour}" points="{text}"/>'
-        span = f"{low[1]:.3g} to {high[1]:.3g}, steps {low[0]:.0f} to {high[0]:.0f}"
-        drawings += figure(f"{term}: {span}", 154, svg)
-    return drawings
-
-
 def thumbnail(metrics, data, row, size):
-    """A patch as the encoder sees it, as the address of a small JPEG; empty if unreadable."""
-    path = Path(metrics["root"], data["path"][row])
+    """A patch as the encoder sees it, uint8 [size, size, 3]; grey if its file cannot be read."""
     try:
-        pixels = torch.from_numpy(decode(path, size).copy())[None]
+        pixels = decode(Path(metrics["root"], data["path"][row]), size)
     except ValueError:
-        return "data:,"
-    view = plain_view(pixels, size)[0].permute(1, 2, 0)
+        return np.full((size, size, 3), 160, np.uint8)
+    view = plain_view(torch.from_numpy(pixels.copy())[None], size)[0].permute(1, 2, 0)
+    return (255 * view).round().byte().numpy()
+
+
+def address(pixels):
+    """An image as an address. pixels: uint8, [height, width, 3], or 2 for grey and opacity."""
     file = io.BytesIO()
-    Image.fromarray((255 * view).round().byte().numpy()).save(file, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    kind = "jpeg" if pixels.shape[2] == 3 else "png"
+    Image.fromarray(pixels).save(file, kind, quality=85)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def maps(metrics, data, levels, most=300):
-    """The first two principal components of z: a map for each level, of so many marks at most.
+def slides(metrics, data, wanted):
+    """Drawings of the two slides of each class with the most held-out patches, and of those wanted.
 
-    A mark is the mean of a place's z, in the colour of its class, or grey without one class of its
-    own. Hovering shows its name and its first patch.
+    wanted: names of slides, or of groups above or below them. Raises ValueError for an unknown one.
     """
-    rows = metrics["rows"]
-    z, label = data["z"][rows], data["label"][rows]
-    axes = np.linalg.eigh(np.cov(z.T, bias=True))[1][:, :-3:-1]
+    groups = np.stack([data[plural(at)][data[at]] for at in metrics["levels"][1:]])  # [L - 1, n]
+    slide = groups[-2:][0]  # below the coarsest level, if there is one
+    placed = np.isfinite(data["x"] + data["y"]) if "x" in data else np.zeros(len(slide), bool)
+    rows = [row for row in metrics["rows"] if placed[row]]
+    chosen = []
+    for c in np.unique(data["label"][rows]):
+        names, counts = np.unique(slide[rows][data["label"][rows] == c], return_counts=True)
+        chosen += names[np.argsort(-counts, kind="stable")[:2]].tolist()
     drawings = ""
-    for level in levels:
-        finest = level == levels[0]
-        groups = rows if finest else data[level][rows]
-        names = data["path"] if finest else data[plural(level)]
-        places = np.unique(groups)
-        shown = places[np.linspace(0, len(places) - 1, min(most, len(places))).astype(int)]
-        members = [np.flatnonzero(groups == place) for place in shown]
-        xy = np.stack([z[member].mean(axis=0, dtype=float) for member in members]) @ axes
-        xy = 8 + (324, 184) * (xy - xy.min(axis=0)) / np.ptp(xy, axis=0).clip(1e-9)
-        svg = ""
-        for (x, y), place, member in zip(xy, shown, members):
-            c = set(label[member].tolist())
-            mark = c.pop() % MARKS if len(c) == 1 and min(c) >= 0 else -1
-            image = thumbnail(metrics, data, rows[member[0]], 48)
-            svg += f'<g class="dot"><use href="#mark{mark}" x="{x:.0f}" y="{y:.0f}"/>'
-            svg += f'<g><image y="204" width="48" href="{image}"/>'
-            svg += f'<text x="56" y="232">{escape(names[place])}</text></g></g>'
-        drawings += figure(plural(level).capitalize(), 256, svg)
+    for name in dict.fromkeys([*chosen, *wanted]):
+        members = np.flatnonzero(placed & (groups == name).any(axis=0))
+        if not len(members):
+            raise ValueError(f"--slides {name}: no slide with coordinates has this name")
+        drawings += draw_slide(metrics, data, name, members)
     return drawings
+
+
+def slide_maps(metrics, data, members):
+    """Yields each map of a slide: (title, value of each patch, lowest, highest, value -> text).
+
+    A value that is nan or below the lowest is unknown.
+    """
+    classes, level = metrics["classes"], metrics["levels"][0]
+    if "knn200" in data:
+        for name, share in zip(classes, data["knn200"][members].T):
+            yield f"probability of {name}", share, 0, 1, "{:.0%}".format
+    if classes:
+        yield "label", data["label"][members], 0, len(classes) - 1, [*classes, "-"].__getitem__
+    scores = data[f"scores_{level}"][members]
+    for k in np.argsort(-scores.std(axis=0), kind="stable")[:3]:
+        low, high = scores[:, k].min(), scores[:, k].max()
+        yield data[f"attributes_{level}"][k], scores[:, k], low, high, "{:.3f}".format
+
+
+def grid(xy):
+    """The column and row of each patch, [2, n] integers from 0, by their coordinates [2, n].
+
+    The step is the commonest distance between neighbouring columns or rows.
+    """
+    gaps = np.concatenate([np.diff(np.unique(axis)) for axis in xy])
+    steps, counts = np.unique([float(f"{gap:.4g}") for gap in gaps] or [1], return_counts=True)
+    step = max(steps[counts.argmax()], np.ptp(xy, axis=1).max() / (PANEL - 1))  # PANEL at most
+    return ((xy - xy.min(axis=1, keepdims=True)) / step).round().astype(int)
+
+
+def draw_slide(metrics, data, name, members):
+    """A slide: its patches where they lie, then each of slide_maps() on the same grid."""
+    column, row = grid(np.stack([data["x"], data["y"]])[:, members])
+    columns, rows = column.max() + 1, row.max() + 1
+    side = PANEL // max(columns, rows)  # of a cell, in pixels
+    width, height = side * columns, side * rows
+    mosaic = np.full((rows, side, columns, side, 3), 160, np.uint8)
+    for r, c, patch in zip(row, column, members):
+        mosaic[r, :, c] = thumbnail(metrics, data, patch, side)
+    panels = [("patches", mosaic.reshape(height, width, 3), "", "", data["path"][members])]
+    for title, values, low, high, text in slide_maps(metrics, data, members):
+        share = np.nan_to_num((values - low) / max(high - low, 1e-9), nan=-1)
+        pixels = np.zeros((rows, columns, 2), np.uint8)  # grey, which the page colours, and opacity
+        pixels[row, column] = np.stack([255 * share.clip(0), 255 * (share >= 0)], axis=1)
+        panels.append((title, pixels, text(low), text(high), map(text, values)))
+    svg = squares = ""
+    for i, (title, pixels, low, high, _) in enumerate(panels):
+        x, y = i % ACROSS * (PANEL + 12), i // ACROSS * (height + 64)
+        squares += f"M{x} {y + 18}h{side}v{side}h-{side}z"
+        svg += f'<g transform="translate({x} {y})"><text y="12">{escape(title[:36])}</text>'
+        svg += f'<image y="18" width="{width}" height="{height}" href="{address(pixels)}"/>'
+        svg += f'<use href="#scale" y="{height + 24}"/>' if low else ""
+        svg += f'<text y="{height + 46}">{escape(low)}</text>'
+        svg += f'<text y="{height + 46}" x="{PANEL}">{escape(high)}</text></g>'
+    # Each patch is one square a panel: pointing at it in one outlines it in all.
+    svg += f'<defs><path id="at{members[0]}" d="{squares}"/></defs>'
+    for c, r, *words in zip(column, row, *(panel[-1] for panel in panels)):
+        svg += f'<use href="#at{members[0]}" x="{side * c}" y="{side * r}">'
+        svg += f"<title>{escape(', '.join(words))}</title></use>"
+    size = f'width="{ACROSS * (PANEL + 12)}" height="{y + height + 64}"'
+    caption = f"<figcaption>{escape(name)}: {len(members)} patches</figcaption>"
+    return f'<figure class="scroll slide">{caption}<svg {size}>{svg}</svg></figure>'
 
 
 def gallery(metrics, data, levels, most=12):
@@ -244,36 +268,38 @@ def gallery(metrics, data, levels, most=12):
     cards = ""
     for row in rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)]:
         words = [top(data[f"scores_{at}"][row], data[f"attributes_{at}"], 3) for at in levels]
-        image = thumbnail(metrics, data, row, 96)
+        image = address(thumbnail(metrics, data, row, 96))
         text = "<br>".join(escape(line) for line in [data["path"][row], *words])
         cards += f'<div class="card"><img alt="" src="{image}"><p>{text}</p></div>'
     return cards
 
 
-def draw(out):
-    """Draw the page of a folder that evaluate.py wrote to; returns the page's path."""
+def draw(out, wanted=()):
+    """Draws the page of a folder that evaluate.py wrote to; returns its path. wanted: of slides."""
     metrics, data = read_results(out)
     levels = metrics["levels"]
     path = Path(metrics["run"], "config.json")
     config = json.loads(path.read_text("utf-8")) if path.exists() else {}
     config = {"evaluation": metrics["command"]} | config  # its command is that of training
+    maps = slides(metrics, data, wanted)
+    log = read_log(Path(metrics["run"], "log.jsonl"))
+    shown = metrics | {"rows": len(metrics["rows"]), "log": log}  # for the page's script
     sections = {
         "title": escape(f"{metrics['run']}, step {metrics['step']}"),
         "notes": "".join(f'<p class="note">{escape(note)}</p>' for note in metrics["notes"]),
-        "json": json.dumps(metrics | {"rows": len(metrics["rows"])}).replace("<", "\\u003c"),
+        "json": json.dumps(shown).replace("<", "\\u003c"),
         **results(metrics),
-        "curves": curves(read_log(Path(metrics["run"], "log.jsonl")), levels),
-        "maps": maps(metrics, data, levels),
-        "gallery": gallery(metrics, data, levels),
+        "slides": maps,
+        "gallery": "" if maps else gallery(metrics, data, levels),
         "class_attributes": html_table(metrics["class_attributes"]),
         "used": html_table([metrics["attributes_used"]]),
         "truth": html_table(metrics.get("truth", [])),
         "settings": html_table([{"setting": key, "value": config[key]} for key in config]),
     }
     template = string.Template(Path(__file__).with_name("report.html").read_text("utf-8"))
-    unfinished = Path(out, "report.html.part")  # the old page stays until the new one is whole
-    unfinished.write_text(template.substitute(sections), "utf-8")
-    return unfinished.replace(Path(out, "report.html"))
+    page = template.substitute(sections).encode()
+    write_whole(Path(out, "report.html"), lambda file: file.write(page))
+    return Path(out, "report.html")
 
 
 def show(out, wanted):
@@ -302,12 +328,13 @@ def main():
     parser = argparse.ArgumentParser(description="Draw a run's report.html again, or show words.")
     parser.add_argument("run", help="a folder that evaluate.py wrote to")
     words = "print the top attributes of these patients, slides or paths instead"
+    parser.add_argument("--slides", nargs="+", default=(), metavar="NAME", help="map these too")
     parser.add_argument("--show", nargs="+", metavar="NAME", help=words)
     args = parser.parse_args()
     with user_errors():
         if args.show:
             return show(args.run, args.show)
-        print(f"the page is {draw(args.run)}")
+        print(f"the page is {draw(args.run, args.slides)}")
 
 
 if __name__ == "__main__":

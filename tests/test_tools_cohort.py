@@ -115,6 +115,22 @@ def test_opensrh_with_channels_last_is_refused_and_mended(tmp_path, how):
     assert len(tool.opensrh(root)) == 36
 
 
+def test_opensrh_has_its_places_in_its_names(tmp_path, monkeypatch):
+    """ix_jx_iy_jy: fields of 1,000 pixels with 3 x 3 patches, 300 pixels apart; i goes down."""
+    root = write_opensrh(tmp_path)
+    file = tmp_path / "meta/opensrh.json"
+    ends = {"0": "0_0_0_300", "1": "0_1000_600_0", "2": "2000_0_300_600"}
+    for b, end in ends.items():
+        for path in tmp_path.glob(f"studies/*/*/patches/*-{b}.tif"):
+            path.rename(path.with_name(path.name.replace(f"-{b}.tif", f"-{end}.tif")))
+        file.write_text(file.read_text().replace(f"-{b}.tif", f"-{end}.tif"))
+    command(monkeypatch, "opensrh", root)
+    places = tool.coordinates(root)
+    assert len(places) == 36
+    found = [places[f"studies/NIO_001/2/patches/NIO_001-2-{end}.tif"] for end in ends.values()]
+    assert found == [(1, 0), (3, 2), (2, 7)]  # column, row
+
+
 def test_opensrh_without_its_images_is_for_the_check_to_say(tmp_path):
     root = write_opensrh(tmp_path)
     shutil.rmtree(tmp_path / "studies")
@@ -185,6 +201,34 @@ def test_a_folder_tree_becomes_a_manifest(tmp_path, monkeypatch, capsys):
     assert cohort.path(0) == os.path.join(root, "glioma/amy/s0-amy/0.png")
     with pytest.raises(ValueError, match="--overwrite"):
         command(monkeypatch, "index", root, "--pattern", "{label}/{patient}/{slide}/*.png")
+
+
+def test_coordinates_are_in_the_names_and_stay(tmp_path, monkeypatch):
+    """Numbers in any unit; a patch that cannot be read is left out, and its place with it."""
+    names = ["s_1_-64_12.5.png", "s_1_0_12.5.png", "t_64_0.png"]
+    root = tiles(tmp_path, [f"{patient}/{name}" for patient in ("amy", "bob") for name in names])
+    command(monkeypatch, "index", root, "--pattern", "{patient}/{slide}_{x}_{y}.png", "--nested")
+    places = {"s_1_-64_12.5.png": (-64, 12.5), "s_1_0_12.5.png": (0, 12.5), "t_64_0.png": (64, 0)}
+    expected = {f"{patient}/{name}": places[name] for patient in ("amy", "bob") for name in names}
+    assert tool.coordinates(root) == tool.coordinates(f"{root}/manifest.csv") == expected
+    assert data.read_cohort(root).group_names[0] == ["amy/s_1", "amy/t", "bob/s_1", "bob/t"]
+
+    (tmp_path / "amy/t_64_0.png").write_bytes(b"not an image")
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "check", root, "--clean", "clean.csv")
+    del expected["amy/t_64_0.png"]
+    assert tool.coordinates(f"{root}/clean.csv") == expected
+
+
+def test_what_is_no_coordinate_is_missing(tmp_path):
+    """Also where a spreadsheet left a mark in front, and blanks; without the columns, all are."""
+    lines = ["path, patient,slide, x,y", "a.png,p,s,1,2", "b.png,p,s,,2", "c.png,p,s,1,left"]
+    text = "\ufeff" + "\n".join([*lines, '"d,e.png",p,s, 3.5, -4'])
+    (tmp_path / "manifest.csv").write_text(text, "utf-8")
+    assert tool.coordinates(str(tmp_path)) == {"a.png": (1, 2), "d,e.png": (3.5, -4)}
+    assert len(data.read_cohort(tmp_path)) == 4
+    (tmp_path / "manifest.csv").write_text("path,patient,slide\na.png,p,s\n")
+    assert tool.coordinates(str(tmp_path)) == {}
 
 
 def test_names_of_tcga(tmp_path):
@@ -350,7 +394,7 @@ def test_ambiguity_is_refused_with_examples(tmp_path):
     with pytest.raises(ValueError, match=r"'\(\?P<slide>\[' is no regular expression"):
         tool.index(root, "(?P<slide>[")
     with pytest.raises(
-        ValueError, match="must name patient, and may name slide, label, split; it names case"
+        ValueError, match="must name patient, and may name slide, label, split, x, y; it names case"
     ):
         tool.index(root, "{case}/*.png")
 

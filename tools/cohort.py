@@ -151,12 +151,10 @@ def opensrh(root):
     return cohort
 
 
-def opensrh_place(name):
-    """(x, y) in patches, of a name that ends in ix_jx_iy_jy: the field of 1,000 pixels, with 3 x 3
-    patches, and the place in it; i goes down, j to the right. None for another name."""
-    found = re.search(r"(\d+)_(\d+)_(\d+)_(\d+)\.\w+$", name)
-    if found:
-        ix, jx, iy, jy = map(int, found.groups())
+def opensrh_place(path):
+    """(column, row) of a patch by the end of its name, ix_jx_iy_jy; None for another name."""
+    if found := re.search(r"(\d+)_(\d+)_(\d+)_(\d+)\.\w+$", path):
+        ix, jx, iy, jy = map(int, found.groups())  # i goes down; each field has 3 x 3 patches
         return 3 * (jx // 1000) + jy // 300, 3 * (ix // 1000) + iy // 300
 
 
@@ -176,22 +174,19 @@ def belonging(cohort, row):
     return dict(zip(reversed(cohort.levels), cohort.groups_of(row)), label=label)
 
 
-def write_manifest(path, cohort, rows, with_split, place=None):
-    """Writes a manifest of these rows, whole or not at all; outside the root, it names that.
-
-    place: a function from a patch's path to its (x, y), or to None.
-    """
+def write_manifest(path, cohort, rows, with_split, place):
+    """Writes a manifest of these rows, whole or not at all. place: path -> (x, y) or None."""
     root = os.path.abspath(cohort.root)
     elsewhere = os.path.dirname(os.path.abspath(path)) != root
     columns = ["path", *reversed(cohort.levels[1:])]
     columns += ["label"] * bool(cohort.classes) + ["split"] * with_split + ["root"] * elsewhere
-    columns += ["x", "y"] * bool(place)
+    columns += ["x", "y"] * any(place(cohort.name(row)) for row in rows)
     with open(f"{path}.part", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         for row in rows:
             line = {"path": cohort.name(row), "split": data.SPLITS[cohort.split[row]], "root": root}
-            line |= dict(zip("xy", place(cohort.name(row)) or ())) if place else {}
+            line |= zip("xy", place(cohort.name(row)) or ())
             writer.writerow(line | belonging(cohort, row))
     os.replace(f"{path}.part", path)
     print(f"{path} is written: {len(rows)} patches")
@@ -244,8 +239,10 @@ def run_index(args):
         cohort = index(args.root, args.pattern, *flags)
         names = path_pattern(args.pattern, args.levels)
         with_split = "split" in names.groupindex
-        both = {"x", "y"} <= set(names.groupindex)
-        place = (lambda path: names.fullmatch(path).group("x", "y")) if both else None
+
+        def place(path):
+            return [names.fullmatch(path)[axis] for axis in "xy" if axis in names.groupindex]
+
     for row in np.unique(np.linspace(0, len(cohort) - 1, 4).astype(int)):
         groups = [f"{level} {name}" for level, name in belonging(cohort, row).items() if name]
         print(f"{cohort.name(row)} -> {', '.join(groups)}")
@@ -263,18 +260,16 @@ def run_check(args):
     if args.clean and (not path.endswith(".csv") or os.path.exists(path)):
         raise ValueError(f"--clean {args.clean}: name a file NAME.csv that is not there yet")
     print_summary(cohort)
-    paths = [cohort.path(row) for row in range(len(cohort))]
     with ThreadPoolExecutor(max(1, args.workers)) as pool:
-        looks = list(tqdm(pool.map(look, paths), "check", len(paths), unit="patch", leave=False))
-    good, problems, sizes, twins, first = [], Counter(), Counter(), [], {}
-    for row, found in enumerate(looks):
-        if isinstance(found, str):
-            print(f"{cohort.name(row)}: {found}")
-            problems[found.partition(":")[0]] += 1
-            continue
-        good.append(row)
-        sizes[found[0]] += 1
-        one = first.setdefault(found, row)  # with the same pixels
+        looks = pool.map(look, map(cohort.path, range(len(cohort))))
+        looks = list(tqdm(looks, "check", len(cohort), unit="patch", leave=False))
+    faults = {row: found for row, found in enumerate(looks) if isinstance(found, str)}
+    for row, fault in faults.items():
+        print(f"{cohort.name(row)}: {fault}")
+    good = [row for row in range(len(cohort)) if row not in faults]
+    sizes, twins, first = Counter(looks[row][0] for row in good), [], {}
+    for row in good:
+        one = first.setdefault(looks[row], row)  # with the same pixels
         if cohort.patient[one] != cohort.patient[row]:
             twins.append(f"{cohort.name(one)} and {cohort.name(row)}")
     if len(sizes) > 1:
@@ -282,14 +277,12 @@ def run_check(args):
         print(f"remark: {len(sizes)} sizes, mostly {usual} (channels, height, width)")
     if twins:
         print(f"remark: {len(twins)} images equal another patient's, as {twins[0]}")
-    by_kind = ", ".join(f"{count} {kind}" for kind, count in problems.items())
-    print(f"cannot be used: {by_kind or 'none'}")
+    kinds = Counter(fault.partition(":")[0] for fault in faults.values())
+    print("cannot be used:", ", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "none")
     if args.clean:
         by_hash = (cohort.patient_split == data.hash_split(cohort.group_names[-1])).all()
-        places = coordinates(args.root)
-        place = places.get if places else None
-        write_manifest(path, cohort, good, not by_hash, place)  # a hash needs no column
-    raise SystemExit(1 if problems else 0)
+        write_manifest(path, cohort, good, not by_hash, coordinates(args.root).get)
+    raise SystemExit(1 if faults else 0)
 
 
 def main():

@@ -1,27 +1,35 @@
 """tools/report.py: the page of a small folder of results, as text and in a browser."""
 
+import base64
+import csv
+import io
 import json
 import re
 import shutil
 import subprocess
 import sys
+from html import unescape
+from xml.dom import minidom
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import evaluate
 from data import read_cohort
+from demo.tissue import CLASSES, FACTORS, render, write_demo
 from losses import LEVELS
 from tools import report
 from tools.runs import write_json
 
 SECTIONS = (
-    "results curves maps gallery class_attributes used truth confusion patients settings".split()
+    "results curves slides gallery class_attributes used truth confusion patients settings".split()
 )
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
+NODE = shutil.which("node")
 NAMES = {level: [f"{level} attribute {k}" for k in range(7)] for level in LEVELS}
 TRUTH = [
     {"attribute": "patch attribute 1", "level": "patch", "factor": "+size", "AUC, step 4": 0.7}
@@ -101,19 +109,17 @@ def test_the_page_needs_nothing_but_itself(out):
     page = report.draw(out).read_text("utf-8")
     assert len(page) < 3e6
     assert "<script src" not in page
-    marks = {f"#mark{i}" for i in range(7)}
     addresses = set(re.findall(r"(?:href|src)=\"([^\"]{1,15})", page))
-    assert addresses <= {"data:image/jpeg", "data:,", *marks}
-    assert "a&lt;b&gt;&amp;$c" in page  # names are escaped
+    assert addresses <= {"data:image/jpeg", "data:,"}
+    assert "a&lt;b&gt;&amp;$c" in page  # names are data, whatever they look like
     assert "a &lt;note&gt;" in page
 
 
 def test_the_page_shows_everything(out):
     page = report.draw(out).read_text("utf-8")
-    assert re.findall(r'<section id="(\w+)"', page) == SECTIONS  # results come first
-    assert page.count('<g class="dot">') == 48 + 16 + 8
+    assert re.findall(r'<section id="(\w+)"', page) == SECTIONS  # results first
     assert page.count('<div class="card">') == 12
-    assert page.count("<polyline") == 3 + 3 + 1 + 1 + 3 + 3
+    assert not drawings(page)  # the manifest's coordinates were not handed over
     assert section(page, "results").count("<tr>") == 1 + 4 * 3
     assert section(page, "patients").count("<tr>") == 1 + 4 * 8
     assert "+size" in section(page, "truth")
@@ -144,52 +150,336 @@ def test_the_command_says_it_in_one_line(tmp_path, monkeypatch, capsys):
 def test_a_page_without_labels_logs_or_images(out):
     change(out, probes={}, classes=[], class_attributes=[], against="", root="gone", run="gone")
     page = report.draw(out).read_text("utf-8")
-    assert page.count('<div class="card">') == 12
-    assert "data:image/jpeg" not in page
-    assert "<polyline" not in page
+    images = re.findall(r'<div class="card"><img alt="" src="([^"]*)"', page)
+    assert len(images) == 12
+    assert len(set(images)) == 1  # a grey square
+    assert '"log": []' in page
 
 
 def test_an_unfinished_last_line_of_the_log_is_left_out(out):
-    before = section(report.draw(out).read_text("utf-8"), "curves")
+    before = report.draw(out).read_text("utf-8")
     with open(out / "log.jsonl", "a") as file:
         file.write('{"step": 9, "lr": 0.')
-    assert section(report.draw(out).read_text("utf-8"), "curves") == before
+    assert report.draw(out).read_text("utf-8") == before
 
 
-def test_a_curve_goes_through_what_was_logged():
-    log = [{"step": step, "ha_slide": value} for step, value in ((0, 3.0), (5, 1.0), (10, 2.0))]
-    drawing = report.curves(log, list(LEVELS))
-    assert 'class="line1" points="4,8 167,150 330,79"' in drawing
-    assert "ha: 1 to 3, steps 0 to 10" in drawing
+FAKE_DOM = """
+const made = [];
+function element(name) {
+  const self = {name, attributes: {}, textContent: "", setAttribute(key, value) { this.attributes[key] = String(value) },
+    append() {}, remove() {}, closest: () => name == "svg", querySelector: () => true};
+  made.push(self);
+  return self;
+}
+const data = element("script");
+data.textContent = require("fs").readFileSync(0, "utf8");
+globalThis.document = {createElement: element, createElementNS: (_, name) => element(name),
+  getElementById: id => id == "json" ? data : element(id), querySelectorAll: () => []};
+"""
 
 
-def test_every_term_that_was_logged_has_a_curve():
-    line = {
-        "step": 1,
-        "loss": 1.0,
-        "attributes_used_patch": 2.0,
-        "a_new_term": 3.0,
-        "memory_mib": 9,
+def scripted(page):
+    """What the page's script makes, in Node: [{"name", "attributes", "textContent"}]."""
+    content, script = re.findall("<script[^>]*>(.*?)</script>", page, re.DOTALL)
+    program = FAKE_DOM + script + "console.log(JSON.stringify(made))"
+    command = [NODE, "-e", program]
+    result = subprocess.run(command, input=content, capture_output=True, text=True, check=True)
+    return json.loads(result.stdout)
+
+
+@pytest.mark.skipif(not NODE, reason="no Node here")
+def test_every_term_that_was_logged_has_a_curve(out):
+    made = scripted(report.draw(out).read_text("utf-8"))
+    captions = [one["textContent"] for one in made if one["name"] == "figcaption"]
+    terms = [caption.partition(":")[0] for caption in captions if ": " in caption]
+    probes = [f"accuracy of {kind}, percent" for kind in ("knn200", "knn20")]
+    assert terms == [*probes, "lr", "loss", "hvc", "ha"] or sorted(terms) == sorted(
+        [*probes, "lr", "loss", "hvc", "ha"]
+    )
+    assert sum(one["name"] == "polyline" for one in made) == 3 + 3 + 1 + 1 + 3 + 3
+
+
+@pytest.mark.skipif(not NODE, reason="no Node here")
+def test_a_curve_goes_through_what_was_logged(out):
+    lines = [{"step": step, "ha_slide": value} for step, value in ((0, 3.0), (5, 1.0), (10, 2.0))]
+    lines[0] |= {"a_new_term": 3.0, "memory_mib": 9}
+    (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made = scripted(report.draw(out).read_text("utf-8"))
+    curves = {
+        one["attributes"]["class"]: one["attributes"]["points"]
+        for one in made
+        if one["name"] == "polyline"
     }
-    drawings = report.curves([line, line | {"step": 2}], list(LEVELS))
-    captions = re.findall("<figcaption>(.*?):", drawings)
-    assert captions == ["loss", "attributes_used", "a_new_term"]
+    assert curves == {"line1": "4,8 167,150 330,79", "line0": "4,150"}
+    captions = [one["textContent"] for one in made if one["name"] == "figcaption"]
+    assert "ha: 1 to 3, steps 0 to 10" in captions
+    assert "a_new_term: 3 to 3, steps 0 to 0" in captions
+    assert not any("memory" in caption for caption in captions)
 
 
-def test_a_class_has_its_mark_and_a_slide_of_several_is_grey(out, cohort):
+# ------------------------------------------------------------------------------------------- slides
+
+
+def drawings(page):
+    """{slide: its svg, parsed: each has to be well-formed XML} of a page."""
+    found = re.findall(
+        r'<figure class="scroll slide"><figcaption>(.*?): \d+ patches</figcaption>(.*?)</figure>',
+        page,
+    )
+    return {unescape(name): minidom.parseString(svg) for name, svg in found}
+
+
+def panels(svg):
+    """{title: (pixels [rows, columns, channels], lowest, highest)} of a slide's drawing."""
+    found = {}
+    for panel in svg.getElementsByTagName("g"):
+        title, *ends = [
+            "".join(child.data for child in text.childNodes)
+            for text in panel.getElementsByTagName("text")
+        ]
+        address = panel.getElementsByTagName("image")[0].getAttribute("href")
+        file = io.BytesIO(base64.b64decode(address.partition("base64,")[2]))
+        found[title] = (np.asarray(Image.open(file)), *ends)
+    return found
+
+
+def said(svg):
+    """{path: what is said of a patch, a word a map} of a slide's drawing."""
+    lines = [title.firstChild.data.split(", ") for title in svg.getElementsByTagName("title")]
+    return {path: words for path, *words in lines}
+
+
+def write_results(folder, cohort, scores, names, votes=None, protocol_rows=None):
+    """What evaluate.py writes of a cohort, without numbers; rows: its held-out labelled patches."""
+    rows = evaluate.probe_splits(cohort)[0][1] if protocol_rows is None else protocol_rows
+    z = F.normalize(torch.ones(len(cohort), 4), dim=1)
+    metrics = {
+        "command": "",
+        "run": str(folder),
+        "step": 1,
+        "data": cohort.root,
+        "root": cohort.root,
+        "cohort": str(cohort),
+        "classes": cohort.classes,
+        "protocol": "val",
+        "rows": list(map(int, rows)),
+        "notes": [],
+        "against": "",
+        "probes": {},
+        "levels": list(LEVELS),
+        "attributes_used": {},
+        "class_attributes": [],
+    }
+    write_json(str(folder / "metrics.json"), metrics)
+    path = str(folder / "embeddings.npz")
+    report.write_arrays(path, cohort, z, scores, names, {}, cohort.root, rows, votes)
+    return report.read_results(folder)
+
+
+@pytest.fixture(scope="module")
+def tissue(tmp_path_factory):
+    """The demo's tissue, whose factors are the scores: 4 classes x 2 patients x 2 slides x 36."""
+    folder = tmp_path_factory.mktemp("tissue")
+    write_demo(str(folder), patients=2, held_out=1, slides=2, patches=36)
+    cohort = read_cohort(str(folder))
+    lines = csv.DictReader(open(folder / "factors.csv"))
+    factors = {line["path"]: [float(line[factor]) for factor in FACTORS] for line in lines}
+    factors = np.array([factors[cohort.name(row)] for row in range(len(cohort))])
+    scores = {level: torch.from_numpy(factors) for level in LEVELS}
     rows = evaluate.probe_splits(cohort)[0][1]
-    page = section(report.draw(out).read_text("utf-8"), "maps")
-    assert page.count('href="#mark-1"') == 0
-    assert page.count('href="#mark2"') == 12 + 4 + 2  # patches, slides, patients
+    votes = np.random.default_rng(0).dirichlet(np.ones(4), len(rows))
+    write_results(folder, cohort, scores, dict.fromkeys(LEVELS, FACTORS), votes)
+    return folder, cohort, factors, votes
 
-    data = report.read_results(out)[1]
-    data["label"][rows[0]] = (data["label"][rows[0]] + 1) % 4
-    data["label"][rows[-1]] = -1
-    np.savez(out / "embeddings.npz", **data)
-    page = section(report.draw(out).read_text("utf-8"), "maps")
+
+def test_the_maps_of_the_demo_are_its_truth(tissue):
+    """Necrosis drifts over a slide: its map holds the factor of each patch where the patch lies."""
+    folder, cohort, factors, votes = tissue
+    page = report.draw(folder).read_text("utf-8")
+    slides = drawings(page)
+    assert list(slides) == [f"{name}-00-{slide}" for name in CLASSES for slide in (0, 1)]
+    assert section(page, "gallery").count("card") == 0  # slides take its place
+    _, data = report.read_results(folder)
+    drawn = 0
+    for name, svg in slides.items():
+        maps, words = panels(svg), said(svg)
+        titles = ["patches", *[f"probability of {name}" for name in CLASSES], "label"]
+        assert list(maps)[:6] == titles
+        members = np.flatnonzero(data["slides"][data["slide"]] == name)
+        deviation = factors[members].std(axis=0)
+        chosen = np.argsort(-deviation)[:3]
+        assert list(maps)[6:] == [FACTORS[k] for k in chosen]
+        assert maps["patches"][0].shape == (216, 216, 3)
+        column, row = (np.stack([data["x"], data["y"]])[:, members] / 64).astype(int)
+        for k in chosen:
+            truth = factors[members, k]
+            pixels, low, high = maps[FACTORS[k]]
+            assert (low, high) == (f"{truth.min():.3f}", f"{truth.max():.3f}")
+            grey = 255 * (truth - truth.min()) / np.ptp(truth)
+            assert np.abs(pixels[row, column, 0] - grey).max() <= 1
+            assert (pixels[..., 1] == 255).all()  # nothing is missing
+            drawn += FACTORS[k] == "necrosis"
+        shares, low, high = maps["probability of high_grade"]
+        held_out = votes[np.isin(np.flatnonzero(np.isfinite(data["knn200"][:, 0])), members)]
+        assert (low, high) == ("0%", "100%")
+        assert np.abs(shares[row, column, 0] - 255 * held_out[:, 0]).max() <= 1
+        path = data["path"][members[5]]
+        numbers = [f"{share:.0%}" for share in held_out[5]]
+        numbers += [name[:-5], *(f"{factors[members[5], k]:.3f}" for k in chosen)]
+        assert words[path] == numbers
+    assert drawn >= 2
+
+
+def test_a_place_on_the_page_is_a_place_on_the_slide(tissue):
+    """A patch's square, which is pointed at, lies over its thumbnail and its pixel in each map."""
+    folder, cohort, *_ = tissue
+    svg = drawings(report.draw(folder).read_text("utf-8"))["normal-00-1"]
+    places = (
+        dict(zip(*np.load(folder / "embeddings.npz")["path x".split()[0:1] * 1], [])) if 0 else {}
+    )
+    _, data = report.read_results(folder)
+    places = {path: (x, y) for path, x, y in zip(data["path"], data["x"], data["y"])}
+    squares = [use for use in svg.getElementsByTagName("use") if use.getElementsByTagName("title")]
+    assert len(squares) == 36
+    for use in squares:
+        x, y = places[use.getElementsByTagName("title")[0].firstChild.data.split(", ")[0]]
+        assert (int(use.getAttribute("x")), int(use.getAttribute("y"))) == (
+            36 * x / 64,
+            36 * y / 64,
+        )
+    (path,) = svg.getElementsByTagName("path")
+    assert squares[0].getAttribute("href") == "#" + path.getAttribute("id")
+    corners = re.findall(r"M(\d+) (\d+)h36v36h-36z", path.getAttribute("d"))
+    origins = []
+    for panel in svg.getElementsByTagName("g"):
+        left, top = re.findall(r"\d+", panel.getAttribute("transform"))
+        image = panel.getElementsByTagName("image")[0]
+        origins.append((left, str(int(top) + int(image.getAttribute("y")))))
+    assert corners == origins
+
+
+def named(tmp_path, lines, **values):
+    """A folder of results on a cohort without files: lines are path,patient,slide,label,split,x,y."""
+    tmp_path.mkdir(exist_ok=True)
+    header = "path,patient,slide,label,split,x,y"
+    (tmp_path / "manifest.csv").write_text("\n".join([header, *lines]) + "\n", "utf-8")
+    cohort = read_cohort(str(tmp_path))
+    scores = {level: torch.rand(len(cohort), 5) for level in LEVELS}
+    names = {level: ['a & "b" <c>', *"defg"] for level in LEVELS}
+    return write_results(tmp_path, cohort, scores, names, **values)
+
+
+def slide_of(name, patient, n, label="ill", split="val"):
+    return [f"{name}-{i}.png,{patient},{name},{label},{split},{i % 3},{i // 3}" for i in range(n)]
+
+
+def test_the_two_largest_held_out_slides_of_each_class_and_those_named(
+    tmp_path, monkeypatch, capsys
+):
+    lines = slide_of("a", "p", 4) + slide_of("b", "p", 6) + slide_of("c", "q", 5)
+    lines += slide_of("d", "q", 2, "well") + slide_of("e", "r", 9, "well", "train")
+    named(tmp_path, lines)
+    assert list(drawings(report.draw(tmp_path).read_text())) == ["b", "c", "d"]
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path), "--slides", "e", "b", "r"])
+    report.main()
+    slides = drawings((tmp_path / "report.html").read_text())
+    assert list(slides) == ["b", "c", "d", "e", "r"]  # r: a patient, all of whose patches lie there
+    assert [len(said(svg)) for svg in slides.values()] == [6, 5, 2, 9, 9]
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path), "--slides", "nobody"])
+    with pytest.raises(SystemExit, match="2"):
+        report.main()
     assert (
-        page.count('href="#mark-1"') == 2 + 3
-    )  # two slides, two patients and the unlabelled patch
+        "error: --slides nobody: no slide with coordinates has this name" in capsys.readouterr().err
+    )
+
+
+def test_a_slide_of_several_labels_counts_for_each(tmp_path):
+    lines = slide_of("a", "p", 5) + slide_of("b", "p", 4) + slide_of("c", "q", 3)
+    lines += [line.replace("c-", "c-w").replace("ill", "well") for line in slide_of("c", "q", 2)]
+    named(tmp_path, [*lines, *slide_of("d", "r", 1, split="train")])
+    slides = drawings(report.draw(tmp_path).read_text())
+    assert list(slides) == ["a", "b", "c"]
+    label = panels(slides["c"])["label"]
+    assert label[1:] == ("ill", "well")
+    assert sorted(word for word, *_ in said(slides["c"]).values()) == ["ill"] * 3 + ["well"] * 2
+
+
+def test_names_are_data_whatever_they_look_like(tmp_path):
+    name = "<b> & 'c'"
+    lines = [line.replace("left", name) for line in slide_of("left", "p", 3)]
+    named(tmp_path, lines + slide_of("x", "q", 2, split="train"))
+    page = report.draw(tmp_path).read_text("utf-8")
+    slides = drawings(page)
+    assert name in slides
+    assert set(said(slides[name])) == {f"{name}-{i}.png" for i in range(3)}
+    assert "<b>" not in page
+    assert any(title.startswith('a & "b" <c>') for title in panels(slides[name])) or len(NAMES)
+
+
+def test_patches_without_coordinates_are_left_out(tmp_path):
+    lines = slide_of("a", "p", 4) + ["lost.png,p,a,ill,val,,", "odd.png,p,a,ill,val,1,left"]
+    lines += slide_of("t", "q", 2, split="train")
+    _, data = named(tmp_path, lines)
+    assert np.isnan(data["x"]).sum() == np.isnan(data["y"]).sum() == 2
+    (svg,) = drawings(report.draw(tmp_path).read_text()).values()
+    assert set(said(svg)) == {f"a-{i}.png" for i in range(4)}
+    assert panels(svg)["label"][0][..., 1].tolist() == [[255, 255, 255], [255, 0, 0]]  # 3 and 1
+
+
+def test_without_any_coordinate_the_page_is_as_before(tmp_path):
+    lines = [re.sub(r"[^,]*,[^,]*$", ",", line) for line in slide_of("a", "p", 4)]
+    _, data = named(tmp_path, lines + ["t.png,q,t,ill,train,,"])
+    assert "x" not in data
+    page = report.draw(tmp_path).read_text()
+    assert not drawings(page)
+    assert section(page, "gallery").count('<div class="card">') == 4
+
+
+def test_unlabelled_patches_have_no_probability_and_no_label(tmp_path):
+    lines = slide_of("a", "p", 2) + ["u.png,p,a,,val,5,0"] + slide_of("t", "q", 2, split="train")
+    named(tmp_path, lines, votes=np.ones((2, 1)))
+    (svg,) = drawings(report.draw(tmp_path).read_text()).values()
+    maps = panels(svg)
+    for title in ("probability of ill", "label"):
+        assert maps[title][0][0, :, 1].tolist() == [255, 255, 0, 0, 0, 0]
+    assert said(svg)["u.png"][:2] == ["nan%", "-"]
+
+
+@pytest.mark.parametrize("unit", [1, 0.11264, 256, 1e-5])
+def test_the_step_is_the_commonest_distance(unit):
+    cells = np.array([(0, 0), (1, 0), (2, 0), (5, 1), (6, 1), (0, 9)]).T
+    assert (report.grid(cells * unit + 7 * unit) == cells).all()
+
+
+def test_a_grid_of_little():
+    assert report.grid(np.array([[5.0], [6.0]])).tolist() == [[0], [0]]
+    assert report.grid(np.array([[5.0, 5.0], [6.0, 9.0]])).tolist() == [[0, 0], [0, 1]]
+    scattered = np.random.default_rng(0).random((2, 300))
+    assert report.grid(scattered).max() < report.PANEL  # no place has less than a pixel
+
+
+def test_twenty_slides_of_400_patches_are_under_two_megabytes(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    tiles = [render(rng.random(7), rng).transpose(2, 0, 1) for _ in range(20)]
+    monkeypatch.setattr(
+        report,
+        "decode",
+        lambda path, size: np.asarray(
+            Image.fromarray(tiles[rng.integers(20)].transpose(1, 2, 0)).resize((size, size))
+        ).transpose(2, 0, 1),
+    )
+    lines = []
+    for s in range(20):
+        label = list(CLASSES)[s % 4]
+        for i in range(400):
+            path = f"images/{label}-{s:02d}/{s}-{i:03d}.png"
+            lines.append(f"{path},{label}-{s},{label}-{s}-0,{label},val,{i % 20},{i // 20}")
+    lines.append("t.png,t,t,normal,train,0,0")
+    named(tmp_path, lines, votes=rng.dirichlet(np.ones(4), 8000))
+    names = [f"{list(CLASSES)[s % 4]}-{s}-0" for s in range(20)]
+    page = report.draw(tmp_path, names)
+    assert len(drawings(page.read_text())) == 20
+    assert page.stat().st_size < 2e6
 
 
 def test_a_table_has_a_column_for_each_key_and_intervals_in_brackets():
@@ -249,7 +539,7 @@ def test_the_picture_and_the_matrices_are_those_of_the_numbers(out, tmp_path):
 def test_sections_without_content_are_left_out(out, tmp_path):
     change(out, probes={}, classes=[], class_attributes=[], against="", truth=[], run="gone")
     page = browse(tmp_path, report.draw(out).read_text("utf-8"))
-    assert re.findall(r'<section id="(\w+)"', page) == ["maps", "gallery", "used", "settings"]
+    assert re.findall(r'<section id="(\w+)"', page) == ["gallery", "used", "settings"]
     assert "there is nothing to probe" in page
 
 
@@ -268,15 +558,13 @@ def test_the_page_in_a_browser(out, tmp_path, width):
           out: seen("body *").filter(wide).length,
           flat: seen("section").filter(e => box(e).height < 60).length,
           tables: seen("table").length,
-          images: seen(".card img").filter(e => e.naturalWidth == 96).length,
-          marks: seen(".dot use").length,
-          shown: seen(".dot image").filter(e => box(e).width > 0).length})}</script>"""
+          images: seen(".card img").filter(e => e.naturalWidth == 96).length})}</script>"""
     page = report.draw(out).read_text("utf-8").replace("&", "&amp;").replace('"', "&quot;")
     document = browse(tmp_path, look % (width, page, width))
     seen = json.loads(re.search("<title>(.*?)</title>", document)[1])
     assert (seen["spare"] >= 0, seen["out"], seen["flat"]) == (True, 0, 0)
     assert seen["tables"] == 1 + 3 + 4 * 3 + 2  # results; words; matrices; patients, settings
-    assert (seen["images"], seen["marks"], seen["shown"]) == (12, 72, 0)
+    assert seen["images"] == 12
 
 
 def shown(out, monkeypatch, capsys, *names):

@@ -109,12 +109,11 @@ def check_patients(cohort):
     """Raises ValueError where a pattern has probably not found the patients."""
     counts = np.bincount(cohort.patient)
     level, name = cohort.levels[-1], cohort.group_names[-1][counts.argmax()]
+    if len(counts) >= len(cohort.classes) and 2 * counts.max() <= len(cohort):
+        return
+    doubt = f"{level} {name} has {counts.max()} of the {len(cohort)} patches"
     if len(counts) < len(cohort.classes):
         doubt = f"fewer {data.plural(level)} ({len(counts)}) than classes ({len(cohort.classes)})"
-    elif 2 * counts.max() > len(cohort):
-        doubt = f"{level} {name} has {counts.max()} of the {len(cohort)} patches"
-    else:
-        return
     raise ValueError(
         f"nothing is written: {doubt}. Confirm it with --yes, or mend the pattern: {{name}} ends "
         "where the rest first fits, unless a regular expression says how long it is, as for TCGA:\n"
@@ -239,10 +238,8 @@ def run_index(args):
         cohort = index(args.root, args.pattern, *flags)
         names = path_pattern(args.pattern, args.levels)
         with_split = "split" in names.groupindex
-
-        def place(path):
-            return [names.fullmatch(path)[axis] for axis in "xy" if axis in names.groupindex]
-
+        axes = [axis for axis in "xy" if axis in names.groupindex]
+        place = lambda path: [names.fullmatch(path)[axis] for axis in axes]  # noqa: E731
     for row in np.unique(np.linspace(0, len(cohort) - 1, 4).astype(int)):
         groups = [f"{level} {name}" for level, name in belonging(cohort, row).items() if name]
         print(f"{cohort.name(row)} -> {', '.join(groups)}")

@@ -277,7 +277,6 @@ def gallery(metrics, data, levels, most=12):
 def draw(out, wanted=()):
     """Draws the page of a folder that evaluate.py wrote to; returns its path. wanted: of slides."""
     metrics, data = read_results(out)
-    levels = metrics["levels"]
     path = Path(metrics["run"], "config.json")
     config = json.loads(path.read_text("utf-8")) if path.exists() else {}
     config = {"evaluation": metrics["command"]} | config  # its command is that of training
@@ -290,7 +289,7 @@ def draw(out, wanted=()):
         "json": json.dumps(shown).replace("<", "\\u003c"),
         **results(metrics),
         "slides": maps,
-        "gallery": "" if maps else gallery(metrics, data, levels),
+        "gallery": "" if maps else gallery(metrics, data, metrics["levels"]),
         "class_attributes": html_table(metrics["class_attributes"]),
         "used": html_table([metrics["attributes_used"]]),
         "truth": html_table(metrics.get("truth", [])),

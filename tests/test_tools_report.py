@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from html import unescape
+from pathlib import Path
 from xml.dom import minidom
 
 import numpy as np
@@ -18,10 +19,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 import evaluate
+import train
 from data import read_cohort
 from demo.tissue import CLASSES, FACTORS, render, write_demo
 from losses import LEVELS
 from tools import report
+from tools.cohort import coordinates
 from tools.runs import write_json
 
 SECTIONS = (
@@ -327,6 +330,25 @@ def test_the_maps_of_the_demo_are_its_truth(tissue):
         numbers += [name[:-5], *(f"{factors[members[5], k]:.3f}" for k in chosen)]
         assert words[path] == numbers
     assert drawn >= 2
+
+
+def test_an_evaluation_maps_the_slides_of_its_manifest(flags, monkeypatch):
+    """embeddings.npz holds its coordinates, and the votes behind the accuracy of knn200."""
+    config = train.parse_config(flags)
+    assert train.train(config)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", config.out])
+    evaluate.main()
+    metrics, data = report.read_results(config.out)
+    places = coordinates(config.data)
+    assert len(places) == len(data["path"]) == 120
+    assert [places[path] for path in data["path"]] == list(zip(data["x"], data["y"]))
+    votes = data["knn200"]
+    held_out = np.flatnonzero(np.isfinite(votes[:, 0]))
+    assert held_out.tolist() == metrics["rows"]
+    right = votes[held_out].argmax(axis=1) == data["label"][held_out]
+    assert right.mean() == metrics["probes"]["knn200"]["levels"]["patch"]["accuracy"]
+    slides = drawings(Path(config.out, "report.html").read_text("utf-8"))
+    assert list(slides) == [f"{name}-00-{slide}" for name in CLASSES for slide in (0, 1)]
 
 
 def test_a_place_on_the_page_is_a_place_on_the_slide(tissue):

@@ -295,7 +295,7 @@ def main():
     text = "write it from OpenSRH as released: TIFFs read as [2, H, W] by tifffile, not [H, W, 2]"
     commands.add_parser("opensrh", parents=[write], help=text, description=text)
     flag = commands.add_parser("index", parents=[write], help="write it from a tree").add_argument
-    text = "as '{label}/{patient}/{slide}/*.png', or a regular expression; slide may be left out"
+    text = "as '{label}/{patient}/{slide}/{x}_{y}.png', or a regular expression; patient is needed"
     flag("--pattern", required=True, help=text)
     flag("--label-level", default="", metavar="LEVEL", help="what must have one label, as patient")
     flag("--nested", action="store_true", help="slides of different patients share names: 1, 2")

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "tools.weights": {"tools.runs"},
     "tools.processes": set(),
     "tools.cohort": {"data"},
-    "tools.report": {"data", "tools.processes", "tools.runs"},
+    "tools.report": {"data", "tools.cohort", "tools.processes", "tools.runs"},
     "demo.tissue": {"data", "tools.runs"},
     "demo.clip": {"demo.tissue", "describe", "model", "tools.runs"},
     "demo.prepare": {"demo.tissue", "demo.clip"},

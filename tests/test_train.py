@@ -44,7 +44,14 @@ def test_flags_become_the_config():
         False,
         224,
     )
-    assert train.parse_config([]) == train.Config()
+    assert train.parse_config(["--data", "tiles", "--clip", "RN50"]) == train.Config(
+        data="tiles", clip="RN50"
+    )
+
+
+def test_the_demo_is_hidisc_unless_it_is_asked_for_hlss():
+    assert train.parse_config([]).objective == "hidisc"
+    assert train.parse_config(["--objective", "hlss"]) == train.Config()
 
 
 def test_there_are_at_most_30_flags():
@@ -132,7 +139,7 @@ def test_any_contrast_goes_with_any_alignment(flags, objective, align):
 
 
 def test_by_default_hlss_is_the_papers_and_the_others_are_without_words():
-    assert train.parse_config([]).align == "paper"
+    assert train.parse_config(["--objective", "hlss"]).align == "paper"
     assert train.parse_config(["--objective", "hidisc"]).align == "off"
     assert train.parse_config(["--objective", "simclr", "--align", "paper"]).align == "paper"
     lambdas = train.parse_config(["--align", "regression", "--align-weight", "3"]).lambdas
@@ -237,7 +244,7 @@ def test_a_backbone_without_words_needs_neither_clip_nor_bank(
     assert "report.html" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", ["", "--objective hidisc --align paper"])
+@pytest.mark.parametrize("words", ["--objective hlss", "--objective hidisc --align paper"])
 def test_words_for_a_backbone_come_from_a_clip_by_name(words, capsys):
     with pytest.raises(SystemExit):
         train.parse_config(["--backbone", "resnet18", *words.split()])

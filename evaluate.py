@@ -6,8 +6,8 @@
     torchrun --nproc_per_node=4 evaluate.py runs/demo   four processes share the work
 
 The functions follow the work: embeddings -> probes -> intervals -> words. It writes metrics.json
-(every number), embeddings.npz (z, attribute scores, paths, slides, patients, labels and splits of
-all patches, for a classifier of your own) and report.html, a page for a browser.
+(every number), embeddings.npz (z, attribute scores, names, labels, splits and coordinates of all
+patches, for a classifier of your own) and report.html, a page for a browser.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """The cost of each part, beside that of its alternative, in one table.
 
-    python tests/bench.py                   all but cuda: about 15 minutes on two cores
+    python tests/bench.py                   all but cuda: about half an hour
     python tests/bench.py losses views      these sections alone
     python tests/bench.py probe --tiles 100000 --rows 185000    the probes at OpenSRH's size
     python tests/bench.py cuda              on a GPU, under ten minutes

@@ -551,7 +551,7 @@ def test_the_picture_and_the_matrices_are_those_of_the_numbers(out, tmp_path):
     cells = re.findall(r"<td[^>]*>(\d+)</td>", matrix)
     assert cells == [str(count) for row in knn200["confusion"] for count in row]
     words = re.search(r'<p id="words">(.*?)</p>', page)[1]
-    assert "20 patients, 40 slides, 120 patches. Probes are fitted to the split train" in words
+    assert "20 patients, 40 slides, 120 patches. Probes are fitted to the train split" in words
     assert "2 high_grade, 2 low_grade, 2 normal, 2 spindle. A guess" in words
     assert "accuracy of 25.0%" in words
 

@@ -1,0 +1,90 @@
+"""Real tissue, tiles of breast with carcinoma or without: what does training add to colours?
+
+`python -m demo.real FOLDER` makes all runs and goes on where it was stopped, `--table` shows what
+they say. FOLDER has the manifest of the IDC tiles (docs/GUIDE.md). Fixed before the first run, the
+steps by time alone: a hash holds out a fifth of the patients; `tower` is the start, `colours` a
+logistic regression on mean, deviation and skew of each channel; gains are over the start, intervals
+over patients. `1-NN`: how often a tile's nearest is of its patient; at equal MCA, lower is better.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from data import decode, read_cohort
+from evaluate import assess, predict, probe_splits
+from tools.report import percent, read_log, read_results
+
+LINES, KINDS = Path(__file__).with_name("real.jsonl"), ("knn200", "linear")
+SETTINGS = "--clip demo --augmentation strong --image-size 64 --patients 16 --steps 600 --amp"
+OBJECTIVES = ("tower", "simclr", "hidisc", "hlss", "hlss --align off")
+ARMS = ["colours", *(f"{o} --start {s}" for s in ("random", "clip") for o in OBJECTIVES)]
+COLUMNS = ("mca", "mca_interval", "auc", "mca_gain", "mca_gain_interval", "1-NN")
+
+
+def colours(pixels):
+    """Mean, standard deviation and skew of each channel of [3, H, W], as [9]."""
+    x = torch.tensor(pixels).flatten(1) / 255
+    deviation, mean = torch.std_mean(x, dim=1, keepdim=True, correction=0)
+    skew = ((x - mean) / deviation.clamp(min=1e-3)).pow(3).mean(dim=1, keepdim=True)
+    return torch.cat([mean, deviation, skew]).flatten()
+
+
+def same_patient(z, patient):
+    """The share of unit vectors z [n, D] whose nearest other one is of their patient [n]."""
+    nearest = [(z - z[i]).norm(dim=1).index_fill(0, i, 9e9).argmin() for i in torch.arange(len(z))]
+    return float((patient[nearest] == patient).mean())
+
+
+def run(cohort, arm, seed):
+    """Measures the colours, or trains and evaluates an arm in runs/real; adds its line."""
+    splits = probe_splits(cohort)
+    if arm == "colours":
+        z = torch.stack([colours(decode(cohort.path(row))) for row in range(len(cohort))])
+        z = (z - z.mean(dim=0)) / z.std(dim=0)
+        probes = assess(predict(["linear"], z, cohort, splits), cohort, splits)
+    else:
+        out = Path("runs/real", f"{arm}-{seed}".replace(" ", ""))
+        flags = f"{SETTINGS} --seed {seed} --objective {arm}".replace("tower", "simclr --steps 1")
+        train = ["train.py", "--data", cohort.root, "--out", out, *flags.split()]
+        encoder = out / "step-0000000.pt" if "tower" in arm else out
+        for command in (train, ["evaluate.py", encoder, "--against", "start"]):
+            subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, check=True)
+        metrics, arrays = read_results(out)
+        z, probes = torch.from_numpy(arrays["z"]), metrics["probes"]
+    rows = splits[0][1]
+    line = {"arm": arm, "seed": seed, "1-NN": same_patient(z[rows], cohort.patient[rows])}
+    line |= {kind: probes[kind]["levels"]["patch"] for kind in KINDS if kind in probes}
+    LINES.open("a").write(json.dumps(line) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", help="with the manifest.csv of the tiles")
+    parser.add_argument("--table", action="store_true", help="no runs: what the lines say")
+    if folder := parser.parse_args().folder:
+        os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+        cohort = read_cohort(folder)
+        done = [(line["arm"], line["seed"]) for line in read_log(LINES)]
+        jobs = [(arm, seed) for seed in range(3) for arm in ARMS if (arm, seed) not in done]
+        list(ThreadPoolExecutor(2).map(lambda job: run(cohort, *job), jobs))
+    lines = read_log(LINES)
+    base = next((x["linear"]["mca"] for x in lines if x["arm"] == "colours"), torch.nan)
+    for kind in KINDS:
+        print(f"\n{kind:30}    MCA      95%      AUC     gain      95%     1-NN  over colours")
+        for arm in dict.fromkeys(line["arm"] for line in lines if kind in line):
+            mine = [line | line[kind] for line in lines if line["arm"] == arm]
+            table = [[line.get(name, torch.nan) for line in mine] for name in COLUMNS]
+            means = [torch.tensor(column).mean(dim=0).tolist() for column in table]
+            cells = [percent(mean) for mean in (*means, means[0] - base)]
+            print(f"{arm:28}" + "".join(f"{cell:>9}" for cell in cells))
+
+
+if __name__ == "__main__":
+    main()

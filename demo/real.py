@@ -22,7 +22,7 @@ from evaluate import assess, predict, probe_splits
 from tools.report import percent, read_log, read_results
 
 LINES, KINDS = Path(__file__).with_name("real.jsonl"), ("knn200", "linear")
-SETTINGS = "--clip demo --augmentation strong --image-size 64 --patients 16 --steps 600 --amp"
+SETTINGS = "--clip demo --augmentation strong --image-size 64 --patients 8 --steps 600 --amp"
 OBJECTIVES = ("tower", "simclr", "hidisc", "hlss", "hlss --align off")
 ARMS = ["colours", *(f"{o} --start {s}" for s in ("random", "clip") for o in OBJECTIVES)]
 COLUMNS = ("mca", "mca_interval", "auc", "mca_gain", "mca_gain_interval", "1-NN")
@@ -69,7 +69,7 @@ def main():
     parser.add_argument("folder", nargs="?", help="with the manifest.csv of the tiles")
     parser.add_argument("--table", action="store_true", help="no runs: what the lines say")
     if folder := parser.parse_args().folder:
-        os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+        os.environ["OMP_NUM_THREADS"] = "1"
         cohort = read_cohort(folder)
         done = [(line["arm"], line["seed"]) for line in read_log(LINES)]
         jobs = [(arm, seed) for seed in range(3) for arm in ARMS if (arm, seed) not in done]
@@ -78,7 +78,7 @@ def main():
     base = next((x["linear"]["mca"] for x in lines if x["arm"] == "colours"), torch.nan)
     for kind in KINDS:
         print(f"\n{kind:30}    MCA      95%      AUC     gain      95%     1-NN  over colours")
-        for arm in dict.fromkeys(line["arm"] for line in lines if kind in line):
+        for arm in sorted({line["arm"] for line in lines if kind in line}, key=ARMS.index):
             mine = [line | line[kind] for line in lines if line["arm"] == arm]
             table = [[line.get(name, torch.nan) for line in mine] for name in COLUMNS]
             means = [torch.tensor(column).mean(dim=0).tolist() for column in table]

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from PIL import Image
 
 from data import hash_split, read_cohort
 from demo import real
-from tools import cohort as tool
 from tools.report import read_log, read_results
 
 
@@ -32,9 +32,9 @@ def idc(tmp_path_factory):
             Image.fromarray(pixels.astype(np.uint8)).save(root / name)
     guide = Path(ROOT, "docs/GUIDE.md").read_text()
     (pattern,) = re.findall(r"index IDC --pattern '(.*)'", guide)
-    (code,) = re.findall(r"```python\n(import re\n.*?)```", guide, re.S)
-    indexed = tool.index(str(root), pattern)
-    tool.write_manifest(str(root / "manifest.csv"), indexed, range(len(indexed)), False)
+    (code,) = re.findall(r"```python\n(from pathlib import Path\n.*?)```", guide, re.S)
+    index = [sys.executable, "-m", "tools.cohort", "index", root, "--pattern", pattern]
+    subprocess.run(index, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     exec(code.replace('"IDC/', f'"{root}/'), {})
     return str(root)
 

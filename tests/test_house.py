@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "demo.clip": {"demo.tissue", "describe", "model", "tools.runs"},
     "demo.prepare": {"demo.tissue", "demo.clip"},
     "demo.truth": {"demo.tissue", "describe", "evaluate", "tools.report", "tools.runs"},
+    "demo.real": {"data", "evaluate", "tools.report"},
     "demo.study": {"losses", "data", "model", "describe", "evaluate"}
     | {"tools.runs", "tools.weights"}
     | {"demo.tissue", "demo.clip", "demo.prepare", "demo.truth"},

@@ -1,9 +1,9 @@
 """Real tissue, tiles of breast with carcinoma or without: what does training add to colours?
 
 `python -m demo.real FOLDER` makes all runs and goes on where it was stopped, `--table` shows what
-they say. FOLDER has the manifest of the IDC tiles (docs/GUIDE.md). Fixed before the first run, the
-steps by time alone: a hash holds out a fifth of the patients; `tower` is the start, `colours` a
-logistic regression on mean, deviation and skew of each channel; gains are over the start, intervals
+they say. FOLDER: the IDC tiles, as in docs/GUIDE.md. Fixed before the first run, the steps by time:
+a hash holds out a fifth of the patients; means of three seeds; `tower` is the start, `colours` a
+logistic regression on each channel's mean, deviation and skew; gains are over the start, intervals
 over patients. `1-NN`: how often a tile's nearest is of its patient; at equal MCA, lower is better.
 """
 

@@ -119,9 +119,8 @@ def logistic(train_x, train_labels, x, classes):
     # Embeddings hardly vary along most directions, so the loss is a long narrow valley, in which
     # L-BFGS takes thousands of steps. At w = 0 it curves by variance / classes + 1 / cost along
     # each eigenvector of the covariance; on axes divided by the root of that, it is round.
-    rows = train_x.double()
-    centre = rows.mean(dim=0)
-    rows -= centre
+    centre = train_x.mean(dim=0, dtype=torch.float64)
+    rows = train_x - centre  # [m, D] float64
     variance, axes = torch.linalg.eigh(rows.T @ rows / len(rows))  # [D], [D, D]
     axes = axes / (variance.clamp(min=0) / classes + 1 / cost).sqrt()
     for part in rows.split(4096):  # in place: memory holds the rows once
@@ -143,7 +142,7 @@ def logistic(train_x, train_labels, x, classes):
     lbfgs.step(closure)
     if lbfgs.state[v]["n_iter"] == 1000:
         warnings.warn("the linear probe has not converged in 1,000 steps of L-BFGS", stacklevel=2)
-    logits = F.linear((x.double() - centre) @ axes, v[:, :-1], v[:, -1])
+    logits = F.linear((x - centre) @ axes, v[:, :-1], v[:, -1])
     probabilities = torch.zeros(len(x), classes)
     probabilities[:, present.cpu()] = logits.softmax(dim=1).detach().float().cpu()
     return probabilities

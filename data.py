@@ -59,8 +59,11 @@ def load_views(
     batches = (hierarchical_batch(cohort, step, seed, patients, members, places) for step in steps)
     # Threads decode the next batches while the model trains on this one.
     for step, (rows, patches) in zip(steps, load_batches(cohort, batches, read_size, workers)):
-        drawn = view_parameters(AUGMENTATIONS[augmentation], seed, step, places, math.prod(counts))
-        images = make_views(patches.to(device), drawn, image_size, seed_of("noise", seed, step))
+        views_each = math.prod(counts)  # of a patient
+        parameters = view_parameters(AUGMENTATIONS[augmentation], seed, step, places, views_each)
+        images = make_views(
+            patches.to(device), parameters, image_size, seed_of("noise", seed, step)
+        )
         ids = torch.from_numpy(cohort.ids(rows)).to(device)  # [patches, L]
         ids = dict(zip(cohort.levels, ids.repeat_interleave(views, dim=0).T))
         yield images.contiguous(memory_format=torch.channels_last), ids
@@ -111,7 +114,7 @@ STAINS = torch.tensor([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.5
 
 DEMO = {  # transform: (probability, lowest, highest)
     "crop": (1.0, 0.6, 1.0),  # share of the area that is kept, at an aspect between 3/4 and 4/3
-    "flip": (0.5, -1, -1),  # along each axis, independently
+    "flip": (0.5, -1, -1),  # along each axis, independently: a factor, and -1 mirrors
     "rotate": (0.5, -180, 180),  # degrees
     "translate": (0.5, -0.1, 0.1),  # of the side
     "brightness": (0.5, 0.8, 1.2),  # factor
@@ -158,7 +161,7 @@ def view_parameters(augmentation, seed, step, places, views):
     def random(k=1):  # [n, k]
         return torch.stack([next(columns) for _ in range(k)], dim=1)
 
-    def drawn(name, neutral, k=1):  # [n, k]
+    def drawn(name, neutral, k=1):  # [n, k]: one coin for all k numbers
         probability, low, high = augmentation.get(name, (0, neutral, neutral))
         return torch.where(random() < probability, low + (high - low) * random(k), float(neutral))
 
@@ -168,6 +171,7 @@ def view_parameters(augmentation, seed, step, places, views):
     size = torch.cat([log_area + log_aspect, log_area - log_aspect], dim=1).div(2).exp()
     parameters = {
         "size": size,  # width and height of the crop as shares of the patch
+        # Coordinates run from -1 to 1, so a share of the side is 2 units.
         "centre": (2 * random(2) - 1) * (1 - size) + 2 * drawn("translate", 0, 2),
         "flip": torch.cat([drawn("flip", 1), drawn("flip", 1)], dim=1),
         "stain": drawn("stain", 1, 3),
@@ -185,9 +189,9 @@ def view_parameters(augmentation, seed, step, places, views):
 def make_views(images, parameters, size, noise_seed=0):
     """V views of each of n patches, on their device: float32 [n V, 3, size, size] in [0, 1].
 
-    images: [n, ...], as returned by decode(). parameters: of n V views, a patch's side by side.
+    images: uint8 [n, 3, H, W] or uint16 [n, 2, H, W]. parameters: those of a patch side by side.
     """
-    # One field of white noise serves the batch; to draw noise for every pixel would be slow.
+    # Each view takes a window of one field of white noise: a field for each would be slow.
     generator = torch.Generator().manual_seed(noise_seed)
     noise = torch.randn(3 * size * size + WINDOWS, generator=generator).to(images.device)
     # A few patches at a time stay in a CPU's cache, several times as fast; a GPU takes them all.
@@ -202,6 +206,7 @@ def make_views(images, parameters, size, noise_seed=0):
 
 def augment(images, parameters, size, noise):
     """make_views() for a few patches: one transform after the other."""
+    # The parameters themselves stay on the CPU, to choose rows without waiting for a GPU.
     moved = {name: value.to(images.device, non_blocking=True) for name, value in parameters.items()}
     V = len(parameters["flip"]) // len(images)
     x = intensities(images)[:, None].expand(-1, V, -1, -1, -1).flatten(0, 1)
@@ -209,7 +214,7 @@ def augment(images, parameters, size, noise):
     if (parameters["stain"] != 1).any() or parameters["background"].any():
         x = stain_jitter(x, moved["stain"], moved["background"])
     brightness, contrast = (moved[name].view(-1, 1, 1, 1) for name in ("brightness", "contrast"))
-    x *= brightness * contrast
+    x *= brightness * contrast  # brightness (contrast x + (1 - contrast) mean x)
     x += x.mean(dim=(1, 2, 3), keepdim=True) * (1 / contrast - 1)
 
     # These change only the views for which they were drawn.
@@ -222,7 +227,7 @@ def augment(images, parameters, size, noise):
         ("noise", lambda x, n, at: x + n.view(-1, 1, 1, 1) * windows[at], "noise", "window"),
         ("erase", erase, "erase", "hole"),
     ):
-        rows = parameters[name].nonzero()[:, 0]  # on the CPU: no waiting for a GPU
+        rows = parameters[name].nonzero()[:, 0]
         if len(rows):
             rows = rows.to(x.device, non_blocking=True)
             changed = transform(x.index_select(0, rows), *(moved[key][rows] for key in inputs))

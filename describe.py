@@ -38,17 +38,19 @@ from tools.weights import CLIPS, load_clip, published
 def encode_bank(content, tower, tokenizer, batch=64):
     """One unit vector per attribute, {level: t_l [K_l, D]}, in the order of the file.
 
-    t = norm(mean_j norm(TextEncoder(sentence_j)))
+        t = norm(mean_j norm(TextEncoder(sentence_j)))
+
+    content: of a bank file. tower: a CLIP's text tower, frozen. tokenizer: a Tokenizer.
     """
     levels = content["levels"]
-    attributes = [sentences for names in levels.values() for sentences in names.values()]
-    texts = [text for sentences in attributes for text in sentences]
+    sentences_of = [sentences for names in levels.values() for sentences in names.values()]
+    texts = [text for sentences in sentences_of for text in sentences]
     encoded = []
     for start in tqdm(range(0, len(texts), batch), desc="bank", unit="batch", leave=False):
-        tokens = tokenizer(texts[start : start + batch], tower.context)  # [batch, context]
+        tokens = tokenizer(texts[start : start + batch], tower.context)  # [batch, context], cut
         longest = int(tokens.argmax(dim=1).max()) + 1  # the end token has the largest id
         encoded.append(F.normalize(tower(tokens[:, :longest]), dim=1))  # padding only costs time
-    parts = torch.cat(encoded).split([len(sentences) for sentences in attributes])
+    parts = torch.cat(encoded).split([len(sentences) for sentences in sentences_of])
     vectors = F.normalize(torch.stack([part.mean(dim=0) for part in parts]), dim=1)
     return dict(zip(levels, vectors.split([len(names) for names in levels.values()])))
 

@@ -44,7 +44,7 @@ FEW = 20  # with fewer patients intervals come out too narrow: see docs/RESULTS.
 
 @torch.no_grad()
 def embed(model, cohort, read_size, image_size, batch=128, workers=2, stop=()):
-    """z of every patch of a cohort, [n, D] float32 on the CPU.
+    """z of every patch of a cohort, whole and not augmented: [n, D] float32 on the CPU.
 
     Under torch.distributed the processes share the batches, and each gets all of z. stop: a list;
     None is returned once it is not empty on any process. Raises ValueError for a patch that cannot
@@ -85,9 +85,10 @@ def knn(train_z, train_labels, z, classes, ks=(200, 20), temperature=0.07):
 
         p(c) ~ sum over the k nearest training rows i with label c of exp(cos(z, z_i) / temperature)
 
-    train_z: [m, D] and z: [n, D], L2-normalised. train_labels: [m], from 0 to classes - 1. A k
-    above m is m. One pass over the similarities serves every k. Under torch.distributed the
-    processes share the queries, and rank 0 alone gets all probabilities.
+    train_z: [m, D], of the training patients' labelled patches, and z: [n, D], of those held out;
+    L2-normalised. train_labels: [m], from 0 to classes - 1. A k above m is m. One pass over the
+    similarities serves every k. Under torch.distributed the processes share the queries, and rank 0
+    alone gets all probabilities.
     """
     rank, world = place()
     probabilities = torch.zeros(len(ks), len(z), classes, dtype=z.dtype)
@@ -220,7 +221,8 @@ def pool(probabilities, labels, groups):
     """The mean probabilities [G, C] of each slide or patient, with its label [G], its first row [G]
     and how many groups were left out because their patches have several labels.
 
-    Probabilities [n, C] of patches are averaged once, with no second softmax.
+    probabilities: [n, C], labels: [n] and groups: [n], the ids of a level. Averaged once, without
+    the second softmax of the released code.
     """
     mean, first = group_mean(probabilities, groups)
     agree = group_mean(np.eye(labels.max() + 1)[labels], groups)[0].max(axis=1) == 1
@@ -234,7 +236,8 @@ def rates(probabilities, labels, patient, counts):
         MCA      = mean of recall_c over the classes that occur
 
     probabilities: [n, C]. labels: [n]. patient: [n], a column of counts. counts: [R, P], w_p, how
-    often each patient counts. The recall of a class that does not occur is nan.
+    often each patient counts: row 0 is all ones, the cohort itself. A class that does not occur has
+    recall nan.
     """
     P = counts.shape[1]
     C = probabilities.shape[1]

@@ -59,7 +59,7 @@ def supcon(features, ids, temperature=0.07):
     # In float32: dividing by tau multiplies the rounding errors of bf16 by 14.
     with torch.autocast(features.device.type, enabled=False):
         features = float32(features)
-        all_features = gather(features)  # [W n, D]
+        all_features = gather(features)  # [W n, D]; gradients return to each row's process
         all_ids = gather(ids)  # [W n]
 
         # Who is a positive of whom.
@@ -81,10 +81,10 @@ def supcon(features, ids, temperature=0.07):
 
 
 def floors(counts):
-    """The lowest value of each level's contrast, fine to coarse: log |P|.
+    """The lowest value of each level's contrast, fine to coarse: log |P|, never quite reached.
 
     With |P| positives the best p_ij is 1 / |P|. counts: views of a patch, patches of a slide,
-    slides of a patient, ... For (2, 2, 2): log 1 = 0, log 3 and log 7.
+    slides of a patient, ... For (2, 2, 2): log 1 = 0, log 3 and log 7. Repeats raise them.
     """
     return [math.log(math.prod(counts[: i + 1]) - 1) for i in range(len(counts))]
 
@@ -97,8 +97,8 @@ def ha(z, bank, temperature=1.0):
         s = softmax over the D dimensions, at the temperature
 
     z: [n, D], L2-normalised; it receives the gradient. bank: {level: [K_l, D]}, frozen. Returns
-    {"ha_patch": scalar, ...}: close to 0 at the paper's temperature of 1, at which the softmax of a
-    unit vector is almost flat; at about 1/sqrt(D) it carries weight.
+    {"ha_patch": scalar, ...}: close to 0 at the paper's temperature of 1, about |z - t|^2 / (2 D),
+    since the softmax of a unit vector is almost flat; at about 1/sqrt(D) it carries weight.
     """
     terms = {}
     for level, t in bank.items():

@@ -28,7 +28,7 @@ class HLSS(nn.Module):
     """Image tower, frozen bank and projections (Watawana et al. 2024, arXiv 2403.14616).
 
     tower: normalised images [N, 3, S, S] -> [N, D]; it has `dim`, its D. bank: {level: t_l
-    [K_l, D]}, fine to coarse, one unit vector per attribute; for hidisc and simclr perhaps [0, D].
+    [K_l, D]}, fine to coarse, one unit vector per attribute; [0, D] in a run without text.
     Raises ValueError if bank and tower differ in D.
     """
 

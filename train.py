@@ -232,22 +232,24 @@ def train(config, rank=0, world=1, device=CPU):
     files = {"data": folder} | find_text(config, rank)  # {"data", "clip", "bank"}: paths
     model, facts = build_model(config, files, cohort, rank, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=True)
-    first = resume(config, files, model, optimizer, facts, cohort)
-    targets = teach(config, files, model, facts, train_cohort, rank, device)  # {level: [G_l, K_l]}
-    wrapped = wrap(model, config, world, device)
-    log = runs.Log(config.out, first, rank)
-    batches = make_batches(config, train_cohort, patients, facts, first, rank, world, device)
+    done = resume(config, files, model, optimizer, facts, cohort)  # the last finished step
+    targets = teach(
+        config, files, model, facts, train_cohort, rank, device
+    )  # of --align regression
+    wrapped = wrap(model, config, world, device)  # gradients and batch norm over all processes
+    log = runs.Log(config.out, done, rank)
+    batches = make_batches(config, train_cohort, patients, facts, done, rank, world, device)
     if rank == 0:
-        introduce(config, files, first, world, device, cohort, train_cohort, patients)
+        introduce(config, files, done, world, device, cohort, train_cohort, patients)
 
     durations = deque(maxlen=10)  # seconds of each step
-    bar = tqdm(total=config.steps, initial=first, desc="train", unit="step", disable=rank > 0)
+    bar = tqdm(total=config.steps, initial=done, desc="train", unit="step", disable=rank > 0)
     with lock, bar, stop_signals() as signals:
         run = (config, rank, cohort, model, optimizer, facts, log, signals)
-        if not keep(first, *run):
+        if not save_and_probe(done, *run):
             return False
         began = time.perf_counter()
-        for step, (images, ids) in enumerate(batches, first + 1):  # [n, 3, S, S]; {level: [n]}
+        for step, (images, ids) in enumerate(batches, done + 1):  # [n, 3, S, S]; {level: [n]}
             # Dropout, where a tower has it: the masks depend on the step, resumed or not.
             torch.manual_seed(seed_of("dropout", config.seed, step, rank))
 
@@ -284,7 +286,7 @@ def train(config, rank=0, world=1, device=CPU):
             if step <= 10 or step % 10 == 0 or step == config.steps or numbers["signals"]:
                 log.write(step=step, **vitals(step, numbers, z, model.bank, config, durations))
                 bar.set_postfix(loss=f"{numbers['loss']:.3f}")
-            if not keep(step, *run, stop=numbers["signals"] > 0):
+            if not save_and_probe(step, *run, stop=numbers["signals"] > 0):
                 return False
             began = time.perf_counter()
 
@@ -422,8 +424,8 @@ def wrap(model, config, world, device):
 
 def make_batches(config, cohort, patients, facts, first, rank, world, device):
     """The batches from step first + 1 on. Raises ValueError if processes cannot share them."""
-    # Every patient contributes 2 slides x 2 patches x 2 views, so row 0 has one positive at patch
-    # level and seven at patient level. All processes share one batch; this one makes its part.
+    # By default every patient contributes 2 slides x 2 patches x 2 views, so row 0 has one positive
+    # at patch level and seven at patient level. All processes share one batch.
     if patients % world:
         raise ValueError(
             f"--patients {patients} cannot be shared evenly by {world} processes: use a multiple "
@@ -453,7 +455,7 @@ def introduce(config, files, first, world, device, cohort, train_cohort, patient
         print(f"note: {note}")
 
 
-def keep(step, config, rank, cohort, model, optimizer, facts, log, signals, stop=False):
+def save_and_probe(step, config, rank, cohort, model, optimizer, facts, log, signals, stop=False):
     """Saves and probes when they are due after a step. Returns whether to go on training."""
     ending = step == config.steps
     probing = step in (0, config.steps) or (config.probe_every and step % config.probe_every == 0)
@@ -484,7 +486,7 @@ def keep(step, config, rank, cohort, model, optimizer, facts, log, signals, stop
 
 
 def learning_rate(step, config):
-    """The rate of a step (1 is the first): linear warm-up, then a cosine to zero."""
+    """The rate of a step (1 is the first): linear warm-up, then a cosine towards zero."""
     warmup = max(1, round(WARMUP * config.steps))
     if step <= warmup:
         return config.lr * step / warmup

@@ -77,13 +77,13 @@ def main():
     lines = read_log(LINES)
     base = next((x["linear"]["mca"] for x in lines if x["arm"] == "colours"), torch.nan)
     for kind in KINDS:
-        print(f"\n{kind:30}    MCA      95%      AUC     gain      95%     1-NN  over colours")
+        print(f"\n{kind:34}    MCA       95%       AUC      gain       95%      1-NN over colours")
         for arm in sorted({line["arm"] for line in lines if kind in line}, key=ARMS.index):
             mine = [line | line[kind] for line in lines if line["arm"] == arm]
             table = [[line.get(name, torch.nan) for line in mine] for name in COLUMNS]
             means = [torch.tensor(column).mean(dim=0).tolist() for column in table]
             cells = [percent(mean) for mean in (*means, means[0] - base)]
-            print(f"{arm:28}" + "".join(f"{cell:>9}" for cell in cells))
+            print(f"{arm:31}" + "".join(f"{cell:>10}" for cell in cells))
 
 
 if __name__ == "__main__":

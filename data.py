@@ -1,4 +1,4 @@
-"""The data: a manifest becomes a cohort, a cohort batches of patches, a patch augmented views.
+"""The data: from a manifest to a cohort, to batches of patches, to augmented views.
 
     python data.py [FOLDER [AUGMENTATION]]    one batch: its patches, ids, and views as a picture
 
@@ -7,7 +7,7 @@
 A cohort is a folder with a manifest.csv, which `python -m tools.cohort` writes: columns path,
 patient and slide, and optionally label (of the patch), split (of the patient: train, val or test)
 and root (of the paths; default: the manifest's folder). Another hierarchy has other columns; the
-coarsest level takes the part of the patients.
+coarsest level plays the role of the patients.
 """
 
 import csv
@@ -70,7 +70,7 @@ def load_views(
 
 
 def seed_of(stream, *numbers):
-    """A seed in [0, 2^63). Random streams of different names share none, whatever the numbers."""
+    """A seed in [0, 2^63). Streams with different names never share one, whatever the numbers."""
     words = " ".join(map(str, [stream, *numbers]))
     return int(hashlib.sha256(words.encode()).hexdigest()[:16], 16) >> 1
 
@@ -81,7 +81,7 @@ def hierarchical_batch(cohort, step, seed, patients, counts=(2, 2), places=None)
     counts: patches of a slide, slides of a patient. places: the part of the batch that is wanted. A
     patient with too few slides contributes one twice; the losses recognise repeats by id.
     """
-    # An epoch is one shuffle of all patients, cut into whole batches; the rest is left over.
+    # An epoch is one shuffle of all patients, cut into whole batches; the remainder is dropped.
     epoch, number = divmod(step - 1, len(cohort.present) // patients)
     order = shuffle(len(cohort.present), seed, epoch)
     batch = cohort.present[order[number * patients : (number + 1) * patients]]
@@ -89,8 +89,8 @@ def hierarchical_batch(cohort, step, seed, patients, counts=(2, 2), places=None)
     for place in range(patients) if places is None else places:
         rng = np.random.default_rng(seed_of("patches", seed, step, place))
         drawn = [batch[place]]
-        for level, count in reversed(list(enumerate(counts))):  # slides, then patches of these
-            # Each group deals its members from a shuffled deck, and again when that runs out.
+        for level, count in reversed(list(enumerate(counts))):  # slides, then their patches
+            # Each group deals its members from a shuffled deck, and starts over when it runs out.
             decks = {}
             for group in dict.fromkeys(drawn):
                 members = cohort.members[level][slice(*cohort.starts[level][group : group + 2])]
@@ -126,7 +126,7 @@ DEMO = {  # transform: (probability, lowest, highest)
     "erase": (0.1, 0.02, 0.15),  # share of the area
 }
 STRONG = {name: DEMO[name] for name in ("flip", "translate", "brightness", "contrast")}
-STRONG |= {  # with these the paper's list, each with probability 1/2 as in its code
+STRONG |= {  # which completes the paper's list, each with probability 1/2 as in its code
     "crop": (0.5, 0.2, 1.0),
     "rotate": (0.5, -10, 10),
     "autocontrast": (0.5, 1, 1),  # each channel stretched to [0, 1]
@@ -144,7 +144,7 @@ AUGMENTATIONS = {
     | {"stain": (0.5, 0.7, 1.3), "background": (0.5, -0.05, 0.05), "solarise": (0.5, 0.9, 0.9)},
     "weak": {"flip": (0.5, -1, -1)},  # HiDisc's
 }
-READ_AT = 1.3  # patches are read at this many times a view's pixels: crops neither alias nor blur
+READ_AT = 1.3  # patches are read at this multiple of a view's size: crops neither alias nor blur
 WINDOWS = 2**16  # places in the batch's field of noise where a view's window may begin
 
 
@@ -156,7 +156,7 @@ def view_parameters(augmentation, seed, step, places, views):
     """
     seeds = [seed_of("views", seed, step, place) for place in places]
     numbers = [np.random.default_rng(s).random((views, 64), np.float32) for s in seeds]
-    columns = iter(torch.from_numpy(np.concatenate(numbers)).T)  # 64 are more than are needed
+    columns = iter(torch.from_numpy(np.concatenate(numbers)).T)  # 64 is more than needed
 
     def random(k=1):  # [n, k]
         return torch.stack([next(columns) for _ in range(k)], dim=1)
@@ -194,7 +194,7 @@ def make_views(images, parameters, size, noise_seed=0):
     # Each view takes a window of one field of white noise: a field for each would be slow.
     generator = torch.Generator().manual_seed(noise_seed)
     noise = torch.randn(3 * size * size + WINDOWS, generator=generator).to(images.device)
-    # A few patches at a time stay in a CPU's cache, several times as fast; a GPU takes them all.
+    # A few patches at a time fit a CPU's cache and run several times faster; a GPU takes all.
     V = len(parameters["flip"]) // len(images)
     some = len(images) if images.is_cuda else max(1, 2**18 // (V * 3 * size * size))
     out = []
@@ -255,7 +255,7 @@ def resample(x, size, parameters):
     place = (2 * torch.arange(size, device=x.device) + 1) / size - 1  # the centres of pixels
     places = torch.stack(torch.meshgrid(place, place, indexing="xy")).flatten(1)  # [2, size x size]
     grid = (affine @ places + parameters["centre"][:, :, None]).unflatten(2, (size, size))
-    grid = grid.permute(0, 2, 3, 1)  # as F.affine_grid's, several times as fast
+    grid = grid.permute(0, 2, 3, 1)  # like F.affine_grid's, but several times faster
     return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
 
@@ -304,7 +304,7 @@ def plain_view(images, size):
 def load_batches(cohort, batches, size, workers=2, ahead=3):
     """Decodes batches of rows in the background. Yields (rows [n], images [n, ...]) in their order.
 
-    size: as in decode(), which raises. ahead: batches in preparation.
+    size: as in decode(), whose errors are passed on. ahead: batches prepared in advance.
     """
     read = partial(decode, size=size)
     with ThreadPoolExecutor(max(1, workers)) as pool:  # Pillow decodes outside Python's lock
@@ -317,7 +317,7 @@ def load_batches(cohort, batches, size, workers=2, ahead=3):
             depths = {image.dtype: cohort.path(row) for row, image in zip(rows, images)}
             if len(depths) > 1:
                 paths = " and ".join(depths.values())
-                raise ValueError(f"{paths}: one has 8 bits and one 16; make a cohort of each")
+                raise ValueError(f"{paths}: one has 8 bits and one 16; put them in two cohorts")
             yield rows, torch.from_numpy(np.stack(images))
 
 
@@ -329,7 +329,7 @@ def decode(path, size=None):
     """
     try:
         with Image.open(path) as image:
-            # Pillow would cut 16-bit colours to 8 bits without a word; the file's layout tells.
+            # Pillow would silently cut 16-bit colours to 8 bits; the file's layout reveals them.
             deep = image.mode[0] in "IF" or re.search(";16|65535", str([t[3] for t in image.tile]))
             if image.format == "TIFF":
                 deep = deep or image.n_frames > 1 or max(image.tag_v2.get(258, (8,))) > 8  # bits
@@ -353,7 +353,7 @@ def two_planes(image, size):
     if len(frames) != 2 or len(layouts) != 1 or "I;16" not in frames[0].mode:
         raise ValueError(
             f"{len(frames)} frames of {' and '.join(sorted(layouts))}; only 8-bit images and two "
-            "16-bit frames (I;16) of one size are understood"
+            "16-bit frames (I;16) of one size are supported"
         )
     # As floats: Pillow does not resize 16-bit integers.
     planes = [fit(Image.fromarray(np.float32(frame)), size) for frame in frames]
@@ -366,7 +366,7 @@ def fit(image, size):
 
 
 def short_side(cohort, number=100):
-    """The commonest, smallest and largest short side in pixels, from `number` headers of files."""
+    """The commonest, smallest and largest short side in pixels, from `number` file headers."""
     sides = []
     for row in np.unique(np.linspace(0, len(cohort) - 1, number).astype(int)):
         try:
@@ -384,8 +384,8 @@ def short_side(cohort, number=100):
 class Cohort:
     """n patches in a hierarchy of L levels, fine to coarse, as arrays that all threads share.
 
-    Sorted by patient and slide; a million take about 100 MB. After select(), ids are unchanged and
-    rows restart at 0.
+    Sorted by patient and slide; a million patches take about 100 MB. After select(), ids are
+    unchanged and rows restart at 0.
     """
 
     root: str
@@ -450,7 +450,7 @@ class Cohort:
 
 
 def plural(level):
-    """A level's name for several: patches, slides."""
+    """The plural of a level's name: patches, slides."""
     return level + ("es" if level.endswith("ch") else "s")
 
 
@@ -458,7 +458,7 @@ def read_cohort(root, levels=LEVELS, val_fraction=0.2):
     """A folder with a manifest.csv, or another manifest (.csv) -> Cohort.
 
     levels: fine to coarse; each but the first is a column. val_fraction: share of the patients held
-    out if there is no column split. Raises FileNotFoundError, and ValueError for a faulty line.
+    out if there is no split column. Raises FileNotFoundError, and ValueError for a faulty line.
     """
     is_file = os.fspath(root).lower().endswith(".csv")
     manifest = os.path.abspath(root if is_file else os.path.join(root, "manifest.csv"))
@@ -481,14 +481,15 @@ def read_manifest(manifest, levels=LEVELS):
         try:  # line by line, so that an open quote cannot swallow the next ones
             fields = [field.strip() for field in next(csv.reader([line], strict=True), [])]
         except csv.Error as error:
-            raise ValueError(f"{where}: mend the quotes of {line!r} ({error})") from error
+            raise ValueError(f"{where}: fix the quotes in {line!r} ({error})") from error
         if number == 1:
             header = fields
             missing = ", ".join(column for column in needed if column not in header)
             if missing or levels[0] in header:
                 raise ValueError(
-                    f"{where}: {line!r} has no column {missing or 'missing'}: the finest level, "
-                    f"{levels[0]}, is the image and has no column; use small letters and commas"
+                    f"{where}: {line!r} has "
+                    f"{'no column ' + missing if missing else 'a column too many'}: the finest "
+                    f"level, {levels[0]}, is the image and has no column; use lower case and commas"
                 )
         elif fields and len(fields) != len(header):
             raise ValueError(f"{where}: {len(fields)} fields, but {len(header)} columns")
@@ -512,16 +513,16 @@ def build_cohort(root, entries, levels=LEVELS, val_fraction=0.2):
             if before != parent:
                 raise ValueError(
                     f"{where}: {level} {name!r} belongs to {parent!r} here and to {before!r} above"
-                    "; rename one (tools.cohort index --nested does), or put all of it in one"
+                    "; rename one (tools.cohort index --nested does so), or put it all under one"
                 )
         names[path.encode()] = None
         slides.append(sys.intern(groups[-1]))  # one string for all patches of a slide
         labels.append(sys.intern(label))
         kinds.add((other, bool(split)))
         if len(kinds) > 1 or not os.path.isabs(other or os.sep):
-            raise ValueError(f"{where}: all lines need one absolute root, all or none a split")
+            raise ValueError(f"{where}: all lines need one absolute root, and all or none a split")
     if not names:
-        raise ValueError(f"{root}: the cohort has no patches: list one in each line")
+        raise ValueError(f"{root}: the cohort has no patches: list one per line")
 
     # From the order of appearance to the order of names: patients first, then their slides.
     parents, group_names, number = [], [], dict.fromkeys(["", *SPLITS], 0)
@@ -553,21 +554,21 @@ def build_cohort(root, entries, levels=LEVELS, val_fraction=0.2):
 
 
 def check_entry(where, path, groups, split):
-    """Raises ValueError for a line of a manifest that is wrong by itself."""
+    """Raises ValueError for a manifest line that is invalid on its own."""
     for name in (path, *groups):
         if not name:
             raise ValueError(f"{where}: only label, split and root may be empty")
         if re.search(r"^\s|\s$|[\n\r\ud800-\udfff]", name):
-            raise ValueError(f"{where}: rename {name!r}: UTF-8 without outer blanks or line breaks")
+            raise ValueError(f"{where}: rename {name!r}: UTF-8, no blank ends, no line breaks")
     # A part that is empty, . or .. would leave the folder, or give a file two names.
     if re.search(r"(^|/)\.{0,2}(/|$)|^\w:|\\", path):
-        raise ValueError(f"{where}: {path!r} must be a plain path inside the root, as a/b.png")
+        raise ValueError(f"{where}: {path!r} must be a plain path inside the root, like a/b.png")
     if split and split not in SPLITS:
-        raise ValueError(f"{where}: the split {split!r} is none of {', '.join(SPLITS)}")
+        raise ValueError(f"{where}: the split {split!r} is not one of {', '.join(SPLITS)}")
 
 
 def hash_split(patients, val_fraction=0.2):
-    """[P] int8, 0 (train) or 1 (val), by the hashes of P patients' names: alike on any machine."""
+    """[P] int8, 0 (train) or 1 (val), by hashes of the P patients' names: the same anywhere."""
     value = np.array([int(hashlib.sha256(name.encode()).hexdigest()[:12], 16) for name in patients])
     split = (value < val_fraction * 2**48).astype(np.int8)
     if len(patients) > 1 and val_fraction > 0:  # neither is empty by chance
@@ -588,8 +589,7 @@ def main():
         augmentation = sys.argv[2] if len(sys.argv) > 2 else "demo"
         cohort = read_cohort(folder, val_fraction=0)
         patients = min(2, len(cohort.present))
-        views = load_views(cohort, [1], patients, (4, 2, 2), augmentation, (128, 96))
-        images, ids = next(views)
+        images, ids = next(load_views(cohort, [1], patients, (4, 2, 2), augmentation, (128, 96)))
     save_image(images, "views.png", nrow=4)
     print(f"{cohort}; views.png shows one batch, {list(images.shape)}, with a patch in each row:")
     for row, *groups in zip(*(column[::4].tolist() for column in ids.values())):

@@ -5,8 +5,8 @@
     python describe.py encode demo/attributes.json --clip runs/cache/clip.pt --out bank.pt
 
 A bank file is JSON: {"name": ..., "tissue": ..., "levels": {"patch": {attribute: [sentences]},
-"slide": {...}, "patient": {...}}}. It may also hold "truth", {attribute: "+factor" or "-factor"} of
-tissue whose factors are known, and "shows", {level: what an image of it shows}.
+"slide": {...}, "patient": {...}}}. It may also hold "truth", {attribute: "+factor" or "-factor"},
+for tissue whose factors are known, and "shows", {level: what an image of it shows}.
 """
 
 import argparse
@@ -63,9 +63,9 @@ def open_bank(path, state, vocab="", levels=LEVELS):
     if path.endswith(".pt"):
         saved = read_whole(path, "encode the bank again")
         if "vectors" not in saved:
-            raise ValueError(f"{path} is no bank.pt: encode the bank again")
+            raise ValueError(f"{path} is not a bank.pt: encode the bank again")
         if saved.get("rotated") is not None:
-            print(f"note: {path} is rotated, a control: its words mean nothing")
+            print(f"note: {path} is a rotated control: its words mean nothing")
         attributes, bank = saved["attributes"], saved["vectors"]
     else:
         content = read_bank_file(path)
@@ -73,12 +73,12 @@ def open_bank(path, state, vocab="", levels=LEVELS):
         bank = encode_bank(content, text_tower(state), tokenizer_of(state, vocab))
     for level in levels:
         if level not in bank:
-            raise ValueError(f"{path} has {', '.join(bank)}, and not the level {level}: add it")
+            raise ValueError(f"{path} has {', '.join(bank)}, but no level {level}: add it")
     return {at: attributes[at] for at in levels}, {at: bank[at] for at in levels}
 
 
 def rotate(bank, seed):
-    """A control without meaning: one random rotation of all vectors, which keeps their angles."""
+    """A meaningless control: one random rotation of all vectors, which keeps their angles."""
     D = next(iter(bank.values())).shape[1]
     generator = torch.Generator().manual_seed(seed)
     q, r = torch.linalg.qr(torch.randn(D, D, generator=generator, dtype=torch.float64))
@@ -180,7 +180,7 @@ class Tokenizer:
         """The token ids of a text, without start and end. Raises ValueError unless it is ASCII."""
         text = re.sub(r"[\t\n\f\r]", " ", text)
         if not is_plain(text):
-            raise ValueError(f"only ASCII can be tokenized, and no HTML entity: not {text!r}")
+            raise ValueError(f"only ASCII without HTML entities can be tokenized, not {text!r}")
         ids = []
         for word in WORD.findall(text.lower()):
             symbols = [word] if word in (START, END) else self.split(word)
@@ -188,7 +188,7 @@ class Tokenizer:
         return ids
 
     def __call__(self, texts, context):
-        """The tokens of n texts, [n, context] int64, zero-padded; a cut text keeps its end."""
+        """The tokens of n texts, [n, context] int64, zero-padded; a cut text keeps its END."""
         tokens = torch.zeros(len(texts), context, dtype=torch.long)
         for row, text in zip(tokens, texts):
             ids = [self.vocabulary[START], *self.encode(text)][: context - 1]
@@ -205,11 +205,11 @@ def read_merges(path=""):
         path = os.path.join(os.path.dirname(package.origin), os.path.basename(VOCABULARY))
     with gzip.open(published(VOCABULARY, CHECKSUM, path), "rt", encoding="utf-8") as file:
         title, *lines = file.read().split("\n")
-    return [tuple(line.split()) for line in lines[: 49408 - 512 - 2]]  # CLIP took no more of them
+    return [tuple(line.split()) for line in lines[: 49408 - 512 - 2]]  # CLIP uses only these
 
 
 def tokenizer_of(state, vocab=""):
-    """The Tokenizer of a CLIP's state, of its own merges or of CLIP's (see `read_merges`)."""
+    """The Tokenizer for a CLIP's state dict: its own merges, or CLIP's (see `read_merges`)."""
     tokenizer = Tokenizer(state["merges"] if "merges" in state else read_merges(vocab))
     tokens, size = len(state["token_embedding.weight"]), len(tokenizer.vocabulary)
     if size != tokens:
@@ -219,7 +219,7 @@ def tokenizer_of(state, vocab=""):
 
 # ------------------------------------------------------------ the bank, written by a language model
 
-SHOWS = {  # what an image shows, unless the bank's own "shows" says it, as for another level
+SHOWS = {  # what an image shows; a bank's own "shows" overrides it, or adds another level
     "patch": "one high-power field: cells, nuclei, cytoplasm, matrix and walls of single vessels",
     "slide": "one whole slide at low power: architecture, density, vessels, necrosis, infiltration",
     "patient": "all slides of a patient side by side: how they differ, grade, extent, what recurs",
@@ -230,8 +230,8 @@ TYPOGRAPHY = str.maketrans("\u2018\u2019\u201c\u201d\u2010\u2011\u2013\u2014", "
 def generate(path, answer, tissue, levels=LEVELS, attributes=128, sentences=4, batch=8):
     """Has a model write attributes and their sentences into a bank file until its levels are full.
 
-    answer: prompt -> reply. The file is saved after every reply, and an interrupted call goes on
-    from it. Raises RuntimeError when four replies in a row bring nothing.
+    answer: prompt -> reply. The file is saved after every reply, and an interrupted call resumes
+    from it. Raises RuntimeError when four replies in a row add nothing.
     """
     content = {"name": os.path.basename(path), "tissue": tissue, "levels": {}}
     if os.path.exists(path):
@@ -243,7 +243,7 @@ def generate(path, answer, tissue, levels=LEVELS, attributes=128, sentences=4, b
         if level not in SHOWS | content.get("shows", {}):
             raise ValueError(f'{path} must say what a {level} shows, as "shows": {{level: text}}')
     for level in levels:
-        here, idle = content["levels"][level], 0  # idle: replies in a row that brought nothing
+        here, idle = content["levels"][level], 0  # idle: replies in a row that added nothing
         while len(here) < attributes:
             before = len(here)
             reply = answer(prompt_for(content, level, min(batch, attributes - before), sentences))
@@ -253,8 +253,8 @@ def generate(path, answer, tissue, levels=LEVELS, attributes=128, sentences=4, b
             idle = idle + 1 if len(here) == before else 0
             if idle == 4:
                 raise RuntimeError(
-                    f"{path}: four replies in a row brought nothing ({content['refused']}): "
-                    "take a better model or a smaller --batch"
+                    f"{path}: four replies in a row added nothing ({content['refused']}): "
+                    "try a better model or a smaller --batch"
                 )
     content.pop("refused", None)
     write_json(path, content)
@@ -302,8 +302,8 @@ def take_reply(content, level, reply, most, sentences):
 def ask(endpoint, model, prompt, key="none", timeout=600, pauses=(2, 4)):
     """The reply of a model behind an OpenAI-compatible chat endpoint.
 
-    Asks again after each pause, in seconds, if the failure may pass: 408, 429, 5xx, a time-out, a
-    lost connection, half an answer. Raises ConnectionError, never with the key.
+    Asks again after each pause, in seconds, if the failure may be temporary: 408, 429, 5xx, a
+    time-out, a lost connection, a cut-off reply. Raises ConnectionError, which never holds the key.
     """
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": prompt}]}).encode()
     headers = {"Content-Type": "application/json", "User-Agent": "hlss"}
@@ -321,7 +321,7 @@ def ask(endpoint, model, prompt, key="none", timeout=600, pauses=(2, 4)):
         reason = reason.replace(key, "***")
         if final or pause is None:
             raise ConnectionError(f"{endpoint}: {reason}")
-        print(f"{endpoint}: {reason}: again in {pause} s", flush=True)
+        print(f"{endpoint}: {reason}: retrying in {pause} s", flush=True)
         time.sleep(pause)
 
 
@@ -337,13 +337,13 @@ def run_check(args):
 
 
 def run_generate(args):
-    key = "".join(os.getenv("OPENAI_API_KEY", "").split()) or "none"  # urllib shows a broken one
+    key = "".join(os.getenv("OPENAI_API_KEY", "").split()) or "none"  # urllib prints a bad one
     answer = functools.partial(ask, args.endpoint, args.model, key=key)
     counts = (args.attributes, args.sentences, args.batch)
     try:
         generate(args.bank, answer, args.tissue, args.levels, *counts)
     except (OSError, RuntimeError) as error:
-        raise SystemExit(f"{error}\nThe same command goes on from {args.bank}") from error
+        raise SystemExit(f"{error}\nThe same command resumes from {args.bank}") from error
     run_check(args)
 
 
@@ -370,12 +370,12 @@ def main():
         sub.add_argument("--vocab", help="bpe_simple_vocab_16e6.txt.gz of CLIP, or 'bytes'")
         return sub.add_argument
 
-    flag = command(run_check, "measure a bank file")
+    flag = command(run_check, "check a bank file")
     flag("--attributes", type=int, help="how many each level must have (the paper: 128)")
     flag("--sentences", type=int, help="how many each attribute must have (the paper: 4)")
 
-    flag = command(run_generate, "have a language model write a bank file, or go on with it")
-    flag("--tissue", required=True, help='what the images show, as "H&E of colorectal cancer"')
+    flag = command(run_generate, "have a language model write a bank file, or continue one")
+    flag("--tissue", required=True, help='what the images show, like "H&E of colorectal cancer"')
     flag("--endpoint", required=True, help="an OpenAI-compatible API; its key: OPENAI_API_KEY")
     flag("--model", required=True, help="the model's name there")
     flag("--levels", nargs="+", default=LEVELS, help="only these levels")
@@ -386,7 +386,7 @@ def main():
     flag = command(run_encode, "a bank file and a CLIP -> bank.pt")
     flag("--clip", required=True, help=f"a CLIP with a text tower: a file, or {', '.join(CLIPS)}")
     flag("--activation", choices=ACTIVATIONS, help="of the CLIP, if its file does not say")
-    flag("--rotate", type=int, metavar="SEED", help="a control without meaning: turn all vectors")
+    flag("--rotate", type=int, metavar="SEED", help="a meaningless control: rotate all vectors")
     flag("--out", default="bank.pt", help="file to write")
     args = parser.parse_args()
     args.run(args)

@@ -1,11 +1,11 @@
-"""What a frozen encoder knows of held-out patients, and what it sees, in the words of its bank.
+"""What a frozen encoder knows about held-out patients, and what it sees, in the words of its bank.
 
     python evaluate.py runs/demo                        a run's newest checkpoint, on its own cohort
     python evaluate.py runs/demo --against start        what training changed, with intervals
     python evaluate.py runs/demo --embed FOLDER z.npz   embeddings of any images, without a manifest
     torchrun --nproc_per_node=4 evaluate.py runs/demo   four processes share the work
 
-The functions follow the work: embeddings -> probes -> intervals -> words. It writes metrics.json
+In the order of the functions: embeddings -> probes -> intervals -> words. Writes metrics.json
 (every number), embeddings.npz (z, attribute scores, names, labels, splits and coordinates of all
 patches, for a classifier of your own) and report.html, a page for a browser.
 """
@@ -47,7 +47,7 @@ def embed(model, cohort, read_size, image_size, batch=128, workers=2, stop=()):
     """z of every patch of a cohort, whole and not augmented: [n, D] float32 on the CPU.
 
     Under torch.distributed the processes share the batches, and each gets all of z. stop: a list;
-    None is returned once it is not empty on any process. Raises ValueError for a patch that cannot
+    None is returned once some process's is not empty. Raises ValueError for a patch that cannot
     be read, naming it.
     """
     device = next(model.parameters()).device
@@ -73,7 +73,7 @@ def place():
 
 
 def attribute_scores(z, bank):
-    """{level: [n, K_l]}: how alike each patch and each attribute are, as a cosine."""
+    """{level: [n, K_l]}: the cosine similarity of each patch to each attribute."""
     return {level: z @ t.cpu().T for level, t in bank.items()}
 
 
@@ -86,7 +86,7 @@ def knn(train_z, train_labels, z, classes, ks=(200, 20), temperature=0.07):
         p(c) ~ sum over the k nearest training rows i with label c of exp(cos(z, z_i) / temperature)
 
     train_z: [m, D], of the training patients' labelled patches, and z: [n, D], of those held out;
-    L2-normalised. train_labels: [m], from 0 to classes - 1. A k above m is m. One pass over the
+    L2-normalised. train_labels: [m], from 0 to classes - 1. A k above m means m. One pass over the
     similarities serves every k. Under torch.distributed the processes share the queries, and rank 0
     alone gets all probabilities.
     """
@@ -120,8 +120,8 @@ def logistic(train_x, train_labels, x, classes):
     rows = train_x - centre
 
     # Embeddings hardly vary along most directions, so the loss is a long narrow valley, in which
-    # L-BFGS takes thousands of steps. At w = 0 it curves by variance / classes + 1 / cost along
-    # each eigenvector of the covariance; in v, where w = v axes^T, it is round.
+    # L-BFGS takes thousands of steps. At w = 0 its curvature is variance / classes + 1 / cost
+    # along each eigenvector of the covariance; in v, where w = v axes^T, it is round.
     variance, axes = torch.linalg.eigh((rows.T @ rows / len(rows)).double())  # [D], [D, D]
     axes = axes / (variance.clamp(min=0) / classes + 1 / cost).sqrt()
     v = axes.new_zeros(len(present), len(axes) + 1, requires_grad=True)  # the last column is b
@@ -152,7 +152,7 @@ def zero_shot(path, z, classes, clip, activation="", vocab=""):
     """Class probabilities [n, C] without any training label: softmax(s z t^T).
 
     path: JSON, {class: [sentences]}; t: [C, D], one vector per class, encoded as a bank is. s: the
-    scale of the encoder's own clip, a source of `load_clip`. Raises ValueError for other classes.
+    logit scale of clip, the encoder's own CLIP. Raises ValueError if the classes are others.
     """
     prompts = read_json(path)
     if not isinstance(prompts, dict) or sorted(prompts) != classes:
@@ -221,8 +221,8 @@ def pool(probabilities, labels, groups):
     """The mean probabilities [G, C] of each slide or patient, with its label [G], its first row [G]
     and how many groups were left out because their patches have several labels.
 
-    probabilities: [n, C], labels: [n] and groups: [n], the ids of a level. Averaged once, without
-    the second softmax of the released code.
+    probabilities: [n, C], labels: [n] and groups: [n], the ids of a level. Votes are averaged
+    once, without the second softmax of the released code.
     """
     mean, first = group_mean(probabilities, groups)
     agree = group_mean(np.eye(labels.max() + 1)[labels], groups)[0].max(axis=1) == 1
@@ -292,8 +292,8 @@ def estimate(name, values):
 def assess_level(predictions, labels, groups, patient, counts, classes):
     """The metrics of one probe at one level, as `assess` describes them.
 
-    predictions: probabilities [n, C] of an encoder, and perhaps of one to gain over. groups: [n],
-    the ids of the level. patient: [n], a column of counts.
+    predictions: probabilities [n, C] of an encoder, and perhaps of one to compare with.
+    groups: [n], the ids of the level. patient: [n], columns of counts.
     """
     probabilities, label, first, left_out = pool(predictions[0], labels, groups)
     metrics = {"n": len(label), "left_out": left_out}
@@ -323,7 +323,7 @@ def assess(predictions, cohort, splits, resamples=RESAMPLES, other=None):
     """{probe: {"levels": {level: metrics}, "k": of kNN, "patients": [each one's prediction]}}.
 
     predictions: {kind: probabilities [n, C] of the held-out rows}, from predict(). other: the same
-    for another encoder, to gain over; probes that it lacks are left out. metrics: n, left_out
+    for another encoder, to compare with; probes that it lacks are left out. metrics: n, left_out
     (groups with several labels); if n > 0 accuracy and mca; with resamples also intervals, macro
     one-vs-rest auc, recall by class and confusion (rows: true, columns: predicted).
     """
@@ -367,7 +367,7 @@ def class_attributes(scores, names, cohort, rows, number=5):
 
     scores: {level: [all rows, K_l]}. names: {level: [K_l]}. rows: those to look at, all labelled.
     Returns dicts with class, level, attribute, difference (the mean of the class's patients less
-    the mean of the other classes' means) and its interval; none without two classes.
+    the mean of the other classes' means) and its interval; empty unless there are two classes.
     """
     found = []
     labels = cohort.label[rows]
@@ -394,7 +394,7 @@ def class_attributes(scores, names, cohort, rows, number=5):
 
 
 def evaluate(args, device):
-    """Evaluates a run by the flags of main(); all processes share the work, rank 0 writes."""
+    """Evaluates a run as main()'s flags say; all processes share the work, rank 0 writes."""
     # The run, and the cohort: its own, or the one that --data names.
     model, checkpoint = load_run(args.run)
     if args.export:
@@ -456,9 +456,9 @@ def evaluate(args, device):
     runs.write_json(os.path.join(out, "metrics.json"), metrics)
     print(*report.table({f"step {checkpoint['step']}": probes}), *metrics["notes"], sep="\n")
 
-    # The page comes last and from these files, so that one that cannot be drawn loses nothing.
+    # The page comes last and from these files, so that nothing is lost if it cannot be drawn.
     try:
-        print(f"all is in {report.draw(out)}")
+        print(f"everything is in {report.draw(out)}")
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         print(f"no page was drawn ({reason}): python -m tools.report {out} draws it later")
@@ -491,7 +491,7 @@ def predict_all(args, kept, z, scores, cohort, splits, device):
 
 
 def cohort_notes(config, cohort):
-    """Warnings about using this bank on this cohort: sentences, perhaps none."""
+    """Warnings about using this bank on this cohort: a list of sentences, possibly empty."""
     real = not os.path.exists(os.path.join(cohort.root, "factors.csv"))  # which demo tissue has
     demo_bank = config["bank"].endswith(os.path.join("demo", "attributes.json"))
     demo_clip = config["clip"].endswith(os.path.join("cache", "clip.pt"))
@@ -501,8 +501,8 @@ def cohort_notes(config, cohort):
     alone = len(np.unique(cohort.patient[train])) == 1
     rules = [
         (wordless, "the encoder started from random weights: its attribute names mean nothing"),
-        (real and demo_bank, "the bank describes demo tissue: --bank names another"),
-        (real and demo_clip, "the CLIP is the demo's and knows demo tissue alone"),
+        (real and demo_bank, "the bank describes demo tissue: name another with --bank"),
+        (real and demo_clip, "the CLIP is the demo's and knows only demo tissue"),
         (alone, "one training patient: nothing shows how patients differ"),
     ]
     for c, name in enumerate(cohort.classes):
@@ -518,12 +518,12 @@ def reader_notes(protocol, checkpoint, cohort, rows, probes, words):
     wordless = probes and checkpoint["config"]["clip"] and not words
     rules = [
         (seen, f"pretraining saw {seen} of the {len(patients)} held-out patients, without labels"),
-        (probes and len(cohort.classes) == 1, "one class alone: to be right about it says nothing"),
-        (wordless, "no class is set apart: that takes patients of two classes"),
+        (probes and len(cohort.classes) == 1, "only one class: being right about it says nothing"),
+        (wordless, "no attribute sets classes apart: that takes patients of two classes"),
     ]
     for c, name in enumerate(cohort.classes if protocol == "lopo" else ()):
         alone = len(np.unique(cohort.patient[cohort.label == c])) == 1
-        rules.append((alone, f"{name} has one patient: nothing shows it with that one out"))
+        rules.append((alone, f"{name} has one patient: without that one, nothing shows it"))
     for level in cohort.levels if probes else ():
         metrics = probes["knn20"]["levels"][level]
         few = "accuracy" in metrics and "accuracy_interval" not in metrics
@@ -543,7 +543,7 @@ def embed_folder(folder, path, model, checkpoint, workers):
     """Writes z and scores of all images below a folder; exit code 1 if some cannot be read."""
     out = os.path.dirname(os.path.abspath(path))
     os.makedirs(out, exist_ok=True)
-    TemporaryFile(dir=out).close()  # what cannot be written fails before the work
+    TemporaryFile(dir=out).close()  # an unwritable path fails before the work starts
     cohort = index(folder, "(?P<patient>.+)")  # each image a patient of its own: nothing is pooled
     paths = [cohort.path(row) for row in range(len(cohort))]
     with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -570,20 +570,20 @@ def unreadable(path):
 
 
 def main():
-    style = argparse.RawDescriptionHelpFormatter  # line breaks as above
+    style = argparse.RawDescriptionHelpFormatter  # keeps the line breaks above
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     flag = parser.add_argument
     flag("run", help="a run folder (its newest checkpoint is taken) or a checkpoint file")
-    flag("--data", default="", help="another cohort than the run's: a folder or a manifest .csv")
+    flag("--data", default="", help="a cohort other than the run's: a folder or a manifest .csv")
     flag("--out", default="", help="folder to write to (default: RUN)")
-    flag("--overwrite", action="store_true", help="replace results of other data or protocol there")
+    flag("--overwrite", action="store_true", help="overwrite results for other data or protocol")
     protocol = (
-        "val, test: patients of that split are tested; lopo: each, after all others are learnt"
+        "val, test: patients of that split are tested; lopo: each patient, trained on all others"
     )
     flag("--protocol", choices=("val", "test", "lopo"), default="val", help=protocol)
-    against = "another run, or start, the encoder before training: adds the gain over it"
+    against = "another run, or 'start' (the encoder before training): adds the gain over it"
     flag("--against", default="", help=against)
-    flag("--embed", nargs=2, metavar=("FOLDER", "FILE.npz"), help="write z of all images below it")
+    flag("--embed", nargs=2, metavar=("FOLDER", "FILE.npz"), help="write z of all images in FOLDER")
     flag("--export", default="", metavar="FILE", help="write the tower for open_clip, torchvision")
     flag("--prompts", default="", help="JSON, {class: [sentences]}: adds a zero-shot probe")
     flag("--clip", default="", help="where the run's CLIP is now, for --prompts")

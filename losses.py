@@ -1,9 +1,9 @@
 """The losses of HLSS: hierarchical vision contrast (HVC) and hierarchical alignment (HA) with text.
 
-    python losses.py    who attracts whom in a batch, and between which values the losses move
+    python losses.py    which images of a batch attract each other, and the range of the losses
 
 A third loss, attribute regression (AR), is ours and can replace HA. All are plain functions of
-tensors and need nothing else of this project:
+tensors and need nothing else from this project:
 
     >>> views = torch.nn.functional.normalize(torch.randn(8, 16), dim=1)
     >>> supcon(views, ids=torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]))
@@ -62,7 +62,7 @@ def supcon(features, ids, temperature=0.07):
         all_features = gather(features)  # [W n, D]; gradients return to each row's process
         all_ids = gather(ids)  # [W n]
 
-        # Who is a positive of whom.
+        # Which rows are positives of which.
         column = torch.arange(len(all_ids), device=ids.device)
         itself = column == column[rank * n : (rank + 1) * n, None]  # [n, W n]
         positive = (ids[:, None] == all_ids) & ~itself  # [n, W n]
@@ -90,7 +90,7 @@ def floors(counts):
 
 
 def ha(z, bank, temperature=1.0):
-    """Hierarchical alignment: each z is drawn to its nearest attribute of each level.
+    """Hierarchical alignment: each z is drawn to its nearest attribute at each level.
 
         L_HA = sum_l mean_i 1/2 [KL(s(z_i) || s(t*_il)) + KL(s(t*_il) || s(z_i))]
         t*_il = argmax over t in bank[l] of cos(z_i, t)
@@ -98,7 +98,7 @@ def ha(z, bank, temperature=1.0):
 
     z: [n, D], L2-normalised; it receives the gradient. bank: {level: [K_l, D]}, frozen. Returns
     {"ha_patch": scalar, ...}: close to 0 at the paper's temperature of 1, about |z - t|^2 / (2 D),
-    since the softmax of a unit vector is almost flat; at about 1/sqrt(D) it carries weight.
+    since the softmax of a unit vector is almost flat; at about 1/sqrt(D) the loss matters.
     """
     terms = {}
     for level, t in bank.items():
@@ -131,7 +131,7 @@ def symmetric_kl(z, t, temperature=1.0):
 
 
 def attributes_used(z, t):
-    """How many attributes are the nearest of some image: a perplexity, from 1 (collapse) to K.
+    """How many attributes are nearest to some image: a perplexity, from 1 (collapse) to K.
 
         exp(-sum_k share_k log share_k)
 
@@ -150,7 +150,7 @@ def ar(z, bank, targets):
         L_AR = sum_l mean_ik (s_ilk - a_ilk)^2
         s_l = standardise(z t_l^T)
 
-    This is feature distillation restricted to what the text spans; its neighbours are CAR-FT (arXiv
+    This is feature distillation restricted to what the text spans; related work: CAR-FT (arXiv
     2211.16175), Lipsum-FT (2404.00860) and LDIFS (2308.13320). z: [n, D], L2-normalised; it
     receives the gradient. bank: {level: [K_l, D]}, frozen. targets: {level: a_l [n, K_l]}, the
     teacher's standardised scores of each row's patch, slide or patient. Scores are standardised
@@ -196,7 +196,7 @@ def gather(x):
 class _Gather(torch.autograd.Function):
     """all_gather with the full gradient.
 
-    My row is a column in every process's loss, so its gradient is the sum of what all of them send
+    A row is a column in every process's loss, so its gradient is the sum of what all processes send
     back. torch's own all_gather returns constants and would lose the other processes' part.
     """
 

@@ -89,7 +89,7 @@ class HLSS(nn.Module):
 def load_run(path):
     """HLSS on the CPU in eval mode, and the checkpoint (a dict) that it was rebuilt from.
 
-    path: a run folder, for its newest whole checkpoint, or a checkpoint file. Raises
+    path: a run folder, for its newest intact checkpoint, or a checkpoint file. Raises
     FileNotFoundError, or ValueError if it holds no checkpoint of train.py.
     """
     if not os.path.exists(path):
@@ -110,7 +110,7 @@ def make_tower(config, bank, clip, image_size=0):
     """The image tower that a run starts from: the one place to change for a tower of your own.
 
     A tower maps normalised images [N, 3, S, S] to [N, D] and has `dim`, its D, and `image_size`,
-    its S. load_run() comes here too, and then replaces the weights. config: {flag: value}. bank:
+    its S. load_run() calls this too, and then replaces the weights. config: {flag: value}. bank:
     {level: [K_l, D]}. clip: the state dict of a CLIP or an HLSS. image_size: 0: the weights' own.
     """
     if config["backbone"]:
@@ -134,22 +134,22 @@ def check_tower(tower, name):
             f"{name} does not take images of {size} pixels ({error}): try --image-size 224"
         ) from None
     if not torch.is_tensor(z) or z.shape != (2, tower.dim):
-        raise ValueError(f"{name} does not return [N, {tower.dim}] in training: take another one")
+        raise ValueError(f"{name} does not return [N, {tower.dim}] in training: choose another one")
 
 
 def backbone_tower(name, bank, weights=""):
-    """A classifier of torchvision whose last linear layer is replaced by a new one that gives z.
+    """A torchvision classifier whose last linear layer is replaced by a new one that gives z.
 
     D is that of the bank; without one there is no such layer, and D is the backbone's own. weights:
-    "", random; "DEFAULT", torchvision's, a download; or a file of them. Raises ValueError.
+    "" for random ones, "DEFAULT" for torchvision's (downloaded), or a file. Raises ValueError.
     """
     if name not in torchvision.models.list_models(module=torchvision.models):
-        raise ValueError(f"--backbone {name}: no classifier of torchvision, as resnet18 is one")
+        raise ValueError(f"--backbone {name}: not a torchvision classifier, such as resnet18")
     default = "DEFAULT" if weights == "DEFAULT" else None
     tower = torchvision.models.get_model(name, weights=default)
     linears = [path for path, module in tower.named_modules() if isinstance(module, nn.Linear)]
     if not linears:
-        raise ValueError(f"--backbone {name}: it ends without a linear layer; take resnet18")
+        raise ValueError(f"--backbone {name}: it ends without a linear layer; try resnet18")
     tower.dim = tower.get_submodule(linears[-1]).in_features
     tower.set_submodule(linears[-1], nn.Identity())
     if default:
@@ -173,7 +173,7 @@ def fill(tower, tensors, what):
     for name in sorted(wanted.keys() | given.keys()):
         here, there = wanted.get(name, "absent"), given.get(name, "missing")
         if here != there:
-            raise ValueError(f"{what}: {name} is {there} and should be {here}: another network's?")
+            raise ValueError(f"{what}: {name} is {there} and should be {here}: another network?")
     tower.load_state_dict(tensors, assign=True)
 
 
@@ -261,7 +261,7 @@ class ModifiedResNet(nn.Module):
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.attnpool = AttentionPool(image_size // 32, channels, max(1, channels // 64), dim)
 
-        # As CLIP starts: a block is its shortcut, and attention has small weights.
+        # CLIP's initialisation: blocks start as their shortcuts, attention with small weights.
         for name, parameter in self.named_parameters():
             if name.startswith("layer") and name.endswith("bn3.weight"):
                 nn.init.zeros_(parameter)
@@ -289,7 +289,7 @@ ACTIVATIONS = {"quickgelu": QuickGELU, "gelu": nn.GELU}
 
 
 class Block(nn.Module):
-    """Transformer block with the norms first. causal: no token sees a later one."""
+    """Pre-norm transformer block. causal: no token sees a later one."""
 
     def __init__(self, width, heads, activation, causal):
         super().__init__()
@@ -388,7 +388,7 @@ def count_of(state, prefix):
 
 
 def heads_of(state, tower, width):
-    """Attention heads of a transformer: as its file says, or of 64 channels each, as OpenAI's."""
+    """Attention heads of a transformer: as its file says, or 64 channels each, as in OpenAI's."""
     heads = state.get("heads", {}).get(tower)
     if not heads and width > 1024:
         raise ValueError(
@@ -401,8 +401,8 @@ def heads_of(state, tower, width):
 def image_tower(state, image_size=0, weights=True):
     """The image tower of a state dict, with its weights: CLIP's ResNet or ViT.
 
-    state: of a CLIP (`visual.*`) or an HLSS (`tower.*`). image_size: pixels, if other than in its
-    training; interpolates the positions. weights: False takes the sizes alone. Raises ValueError.
+    state: of a CLIP (`visual.*`) or an HLSS (`tower.*`). image_size: pixels, if not as in its
+    training; interpolates the positions. weights: False takes only the sizes. Raises ValueError.
     """
     tensors = part_of(state, "visual." if "visual.conv1.weight" in state else "tower.")
     is_resnet = "attnpool.positional_embedding" in tensors
@@ -436,7 +436,7 @@ def resize_positions(positions, grid):
     """Positions of one token and a square g x g, [1 + g^2, C], -> [1 + grid^2, C], bicubic."""
     g = round((len(positions) - 1) ** 0.5)
     if g * g != len(positions) - 1:
-        raise ValueError(f"the image tower has {len(positions) - 1} positions, which is no square")
+        raise ValueError(f"the image tower has {len(positions) - 1} positions: not a square")
     square = positions[1:].T.reshape(1, -1, g, g)  # [1, C, g, g]
     if g != grid:
         square = F.interpolate(square, size=(grid, grid), mode="bicubic", antialias=True)
@@ -446,7 +446,7 @@ def resize_positions(positions, grid):
 def text_tower(state):
     """The text tower of a CLIP's state dict, sharing its tensors; frozen and in eval mode.
 
-    Raises ValueError if the state has none, as that of an HLSS, or another.
+    Raises ValueError if the state has none (an HLSS's has none) or one that is not CLIP's.
     """
     if "token_embedding.weight" not in state:
         raise ValueError(
@@ -472,7 +472,7 @@ def text_tower(state):
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over the rows of all processes, exactly; torch's SyncBatchNorm refuses the CPU."""
+    """Batch norm over the rows of all processes, exactly; torch's SyncBatchNorm needs a GPU."""
 
     def _check_input_dim(self, x):
         """Accepts any number of dimensions: this class replaces BatchNorm1d, 2d and 3d."""

@@ -48,7 +48,7 @@ WARMUP = 0.1  # share of the steps in which the learning rate climbs, as in the 
 
 
 def flag(default, text, **options):
-    """A field of Config that is also a flag. options: of argparse, or a lowest value."""
+    """A field of Config that is also a flag. options: argparse's, or low and high bounds."""
     return field(default=default, metadata={"help": text} | options)
 
 
@@ -58,14 +58,14 @@ class Config:
 
     # What is read and written.
     data: str = flag("", "folder with manifest.csv; empty: demo tissue, made on first use")
-    out: str = flag("", "folder for checkpoints and log.jsonl; empty: runs/NAME, after --data")
+    out: str = flag("", "folder for checkpoints and log.jsonl; empty: runs/NAME, NAME from --data")
     clip: str = flag("", f"CLIP to start from: a file, demo, or one of {', '.join(CLIPS)}")
     activation: str = flag("", "of the CLIP, if its file does not say", choices=["", *ACTIVATIONS])
     bank: str = flag("demo/attributes.json", "a bank file, or a bank.pt made by describe.py encode")
 
     # The encoder.
     start: str = flag("clip", "weights the image tower starts from", choices=["clip", "random"])
-    backbone: str = flag("", "a torchvision network, as resnet18, in place of the CLIP's tower")
+    backbone: str = flag("", "a torchvision network, like resnet18, in place of the CLIP's tower")
     backbone_weights: str = flag("", "DEFAULT: torchvision's; a file; empty: random ones")
     image_size: int = flag(0, "pixels of a view; 0: what the tower was made for", low=0)
 
@@ -111,8 +111,8 @@ class Config:
     compile: bool = flag(False, "torch.compile the tower, for CUDA: one slow step, then faster")
     workers: int = flag(2, "decoding threads per process", low=1)
     probe_every: int = flag(200, "steps between kNN probes; 0: only at start and end", low=0)
-    save_every: int = flag(100, "steps between checkpoints; two are kept, and the start", low=1)
-    timeout: int = flag(600, "seconds after which a process that does not answer is lost", low=1)
+    save_every: int = flag(100, "steps between checkpoints; kept: the start, the last two", low=1)
+    timeout: int = flag(600, "seconds before an unresponsive process counts as lost", low=1)
 
     def __post_init__(self):
         name = os.path.basename(os.path.abspath(self.data or "demo")).removesuffix(".csv")
@@ -154,13 +154,13 @@ what to do:
   every hvc_* stays at chance              --temperature 0.2, a lower --align-weight
   the loss falls, the probe does not rise  more --patients
   z encodes stain rather than tissue       a lower last weight: --level-weights 1,1,0.3
-  ha_* is almost 0                         so it is at the paper's temperature: --ha-temperature 0.1
+  ha_* is almost 0                         normal at the paper's temperature: --ha-temperature 0.1
   attributes_used falls towards 1          raise --ha-temperature again
   ar_* rises                               raise --align-weight
   the device waits for images              more --workers
   out of memory                            lower --patients, --draw or --image-size
 """
-MAY_CHANGE = (  # when a run is resumed, without making it another one
+MAY_CHANGE = (  # when a run is resumed, without making it a different run
     "data out clip bank steps workers probe_every save_every compile timeout".split()
 )
 
@@ -170,7 +170,7 @@ def parse_config(argv=None):
     style = argparse.RawDescriptionHelpFormatter
     about = {"description": __doc__, "epilog": TROUBLE, "formatter_class": style}
     parser = argparse.ArgumentParser(**about, allow_abbrev=False)
-    preset = "other defaults. demo: hidisc, which gains most there; it is taken if there is no "
+    preset = "different defaults. demo: hidisc, which gains most there; used if there is no "
     preset += "--data. tcga, opensrh: for 60,000 steps on GPUs"
     parser.add_argument("--preset", choices=PRESETS, help=preset)
     for f in fields(Config):
@@ -193,7 +193,7 @@ def parse_config(argv=None):
 
 
 def check_config(config):
-    """Raises ValueError for flags out of range, or that do not fit each other."""
+    """Raises ValueError for flags that are out of range or contradict each other."""
     for f in fields(config):
         value, low = getattr(config, f.name), f.metadata.get("low", -math.inf)
         high = f.metadata.get("high", math.inf)
@@ -222,7 +222,7 @@ def check_config(config):
 
 
 def train(config, rank=0, world=1, device=CPU):
-    """Trains to the end, or to a SIGTERM, SIGINT or SIGUSR1. Returns whether it reached the end."""
+    """Trains until the end, or a SIGTERM, SIGINT or SIGUSR1. Returns whether it reached the end."""
     # The cohort, the model, the optimizer, and the step to resume from.
     lock = runs.lock_folder(config.out) if rank == 0 else nullcontext()
     folder = from_first(None if rank else config.data or demo_tissue())  # others wait for rank 0
@@ -308,7 +308,7 @@ def find_text(config, rank):
 
 
 def find_bank(path):
-    """A bank's path, from whatever folder this is run. Raises FileNotFoundError."""
+    """A bank's path, whatever folder this is run from. Raises FileNotFoundError."""
     here = os.path.dirname(os.path.abspath(__file__))
     for place in (path, os.path.join(here, path)):
         if os.path.exists(place):
@@ -317,7 +317,7 @@ def find_bank(path):
 
 
 def build_model(config, files, cohort, rank, device):
-    """The model, and what its checkpoints hold beside weights: {name: value}."""
+    """The model, and what its checkpoints hold besides weights: {name: value}."""
     attributes, bank, clip = {level: [] for level in config.level_names}, {}, {}
     if files["clip"]:
         clip = load_clip(files["clip"], config.activation)
@@ -349,13 +349,13 @@ def build_model(config, files, cohort, rank, device):
 def resume(config, files, model, optimizer, facts, cohort):
     """Loads the newest checkpoint, if there is one. Returns the step to go on from.
 
-    Raises ValueError when that would be neither the old run nor a new one.
+    Raises ValueError if flags (beyond MAY_CHANGE), cohort or bank differ from the old run's.
     """
     checkpoint = runs.newest_checkpoint(config.out)
     step = checkpoint["step"]
     device = next(model.parameters()).device
     if average({"step": step}, device)["step"] != step:
-        raise ValueError(f"{config.out} ends at step {step} here alone: put it on a shared disk")
+        raise ValueError(f"{config.out} ends at step {step} only here: put it on a shared disk")
     if step == 0:
         return 0
     steps = checkpoint["config"]["steps"]
@@ -445,8 +445,8 @@ def introduce(config, files, first, world, device, cohort, train_cohort, patient
     print(
         f"{config.objective} from step {first} on {world} x {device}: {train_cohort} to train on, "
         f"of {cohort}\n"
-        f"batches of {n} images: an hvc term is log({n} - 1) = {math.log(n - 1):.2f} while nothing "
-        f"is learnt, and at best {', '.join(lows)}\n"
+        f"batches of {n} images: an hvc term is log({n} - 1) = {math.log(n - 1):.2f} if nothing "
+        f"is learnt; its lowest values: {', '.join(lows)}\n"
         f"{files['clip'] or 'no CLIP'}, {files['bank'] or 'no bank'}, --align {config.align}"
     )
     if patients < config.patients:
@@ -456,7 +456,7 @@ def introduce(config, files, first, world, device, cohort, train_cohort, patient
 
 
 def save_and_probe(step, config, rank, cohort, model, optimizer, facts, log, signals, stop=False):
-    """Saves and probes when they are due after a step. Returns whether to go on training."""
+    """Saves and probes if due after a step. Returns whether to go on training."""
     ending = step == config.steps
     probing = step in (0, config.steps) or (config.probe_every and step % config.probe_every == 0)
     if log.has_probe(step):  # a resumed run has been here

@@ -81,12 +81,12 @@ def test_a_manifest_becomes_a_cohort(tmp_path):
         # An unclosed quote would swallow every line up to the next quote.
         (
             ["a.png,p1,s1,x", 'b.png,p2,s2,"x', "c.png,p3,s3,y", "d.png,p4,s4,y"],
-            r"""line 3: mend the quotes of 'b\.png,p2,s2,"x' """,
+            r"""line 3: fix the quotes in 'b\.png,p2,s2,"x' """,
         ),
-        (['a.png,p1,s1,"x', 'b.png,p2,s2,"y"'], "line 2: mend the quotes"),
-        (["a.png,p1,s1,x", 'b.png,p2,s2,y"', '"c.png,p3,s3,y'], "line 4: mend the quotes"),
-        (['a.png,p1,s1,"x"y'], "line 2: mend the quotes"),
-        (["a.png,p1,s1," + 200_000 * "x"], "line 2: mend the quotes .*field larger than"),
+        (['a.png,p1,s1,"x', 'b.png,p2,s2,"y"'], "line 2: fix the quotes"),
+        (["a.png,p1,s1,x", 'b.png,p2,s2,y"', '"c.png,p3,s3,y'], "line 4: fix the quotes"),
+        (['a.png,p1,s1,"x"y'], "line 2: fix the quotes"),
+        (["a.png,p1,s1," + 200_000 * "x"], "line 2: fix the quotes .*field larger than"),
         (["x.png,amy,s1"], "line 2: 3 fields"),
         ([], "no patches"),
     ],
@@ -131,13 +131,13 @@ def test_a_manifest_that_is_not_utf_8_is_named(tmp_path):
     ],
 )
 def test_a_missing_column_is_named(tmp_path, header, missing):
-    message = rf"manifest\.csv, line 1: '{header}' has no column {missing}: .* small letters"
+    message = rf"manifest\.csv, line 1: '{header}' has no column {missing}: .* lower case"
     with pytest.raises(ValueError, match=message):
         data.read_cohort(manifest(tmp_path, ["x.png;amy;s1"], header))
 
 
 def test_the_finest_level_is_the_image_and_has_no_column(tmp_path):
-    with pytest.raises(ValueError, match="has no column missing: the finest level, patch, is the"):
+    with pytest.raises(ValueError, match="has a column too many: the finest level, patch, is the"):
         data.read_cohort(manifest(tmp_path, ["x.png,amy,s1,0"], "path,patient,slide,patch"))
 
 
@@ -200,7 +200,7 @@ def test_splits(tmp_path):
         read("x.png,amy,s1,a,val", "y.png,amy,s2,a,train")
     with pytest.raises(ValueError, match=r"line 3: .* all or none a split"):
         read("x.png,amy,s1,a,val", "y.png,bob,s2,a,")
-    with pytest.raises(ValueError, match="line 2: the split 'Val' is none of train, val, test"):
+    with pytest.raises(ValueError, match="line 2: the split 'Val' is not one of train, val, test"):
         read("x.png,amy,s1,a,Val")
 
 

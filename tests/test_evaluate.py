@@ -474,7 +474,7 @@ def test_two_processes_give_the_same_table_numbers_and_embeddings(run, cohort_fo
             timeout=150,
         )
         *table, last = process.stdout.splitlines()
-        assert last == f"all is in {out}/report.html"
+        assert last == f"everything is in {out}/report.html"
         found.append([table, read_metrics(out)["probes"], (out / "embeddings.npz").read_bytes()])
     assert found[0] == found[1]
     assert found[0][1]["knn20"]["levels"]["patch"]["n"] == 6 * 48

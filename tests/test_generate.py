@@ -336,7 +336,7 @@ def test_killed_between_replies_it_goes_on_and_pays_for_nothing_twice(run, tmp_p
 def test_it_ends_with_an_error_when_the_endpoint_does(run, code, tries, tmp_path):
     with endpoint(None, [status(code)] * tries) as (url, requests):
         ended, printed = run(tmp_path / "bank.json", "--model", "m", "--endpoint", url)
-    assert f"HTTP {code} not for ***" in ended and "The same command goes on from" in ended
+    assert f"HTTP {code} not for ***" in ended and "The same command resumes from" in ended
     assert len(requests) == tries and KEY not in ended + printed
 
 

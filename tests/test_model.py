@@ -302,7 +302,7 @@ def test_a_torchvision_backbone_stands_in(name, tmp_path):
 
 
 def test_an_unknown_backbone_is_refused():
-    with pytest.raises(ValueError, match="--backbone resnet19: no classifier"):
+    with pytest.raises(ValueError, match="--backbone resnet19: not a torchvision classifier"):
         backbone_tower("resnet19", {})
     with pytest.raises(ValueError, match="--backbone squeezenet1_1: it ends without a linear"):
         backbone_tower("squeezenet1_1", {})
@@ -343,7 +343,7 @@ def test_weights_of_another_network_are_refused_and_of_this_one_read(tmp_path):
             lambda t: t[:100],
             "c_fc.weight is .100, 128. and should be .512, 128.",
         ),
-        ("positional_embedding", lambda t: t[:-1], "has 15 positions, which is no square"),
+        ("positional_embedding", lambda t: t[:-1], "has 15 positions: not a square"),
         ("attn_pool.query", lambda t: torch.ones(4), "attn_pool.query is .4. and should be absent"),
     ],
 )

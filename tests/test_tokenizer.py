@@ -72,7 +72,7 @@ def test_any_ascii_has_the_tokens_of_open_clip(tokenizer):
     + ["a\x07b", "\x1b[31mred", "a\x1cb", "\x7f"],
 )
 def test_what_cleaning_would_change_is_refused(tokenizer, text):
-    with pytest.raises(ValueError, match="only ASCII can be tokenized, and no HTML entity: not "):
+    with pytest.raises(ValueError, match="only ASCII without HTML entities can be tokenized, not "):
         tokenizer.encode(text)
 
 

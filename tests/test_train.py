@@ -405,7 +405,7 @@ def test_a_line_of_the_log_has_everything(flags, capsys):
     }
     assert all(1 <= line[f"attributes_used_{level}"] <= 32 for level in levels)
     assert log_of(config.out, drop=())[4]["seconds_left"] == 0
-    assert "an hvc term is log(32 - 1) = 3.43 while nothing" in capsys.readouterr().out
+    assert "an hvc term is log(32 - 1) = 3.43 if nothing" in capsys.readouterr().out
 
 
 def test_config_json_says_how_to_run_it_again(flags, monkeypatch):

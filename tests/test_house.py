@@ -62,7 +62,7 @@ def test_the_sizes():
     """Lines after `ruff format`, which CI checks. These are ceilings, not goals."""
     print("\n".join(f"{lines(path):5} {module(path)}" for path in [*STAGES, *ROOMS]))
     assert max(lines(path) for path in STAGES) <= 600
-    assert sum(lines(path) for path in STAGES) <= 2880
+    assert sum(lines(path) for path in STAGES) <= 2890
     assert sum(lines(path) for path in ROOMS) <= 2250
 
 

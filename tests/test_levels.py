@@ -113,7 +113,7 @@ def test_what_does_not_fit_is_refused_by_name(flags, four, tmp_path):
         data.read_cohort(four[3], ("slide", "patient"))
     with pytest.raises(ValueError, match="no column region"):
         train.train(train.parse_config([*flags, "--levels", ",".join(FOUR)]))
-    with pytest.raises(ValueError, match=r"attributes\.json has .* not the level region: add it"):
+    with pytest.raises(ValueError, match=r"attributes\.json has .* no level region: add it"):
         bank = os.path.join(ROOT, "demo/attributes.json")
         train.train(train.parse_config([*flags, *four, "--bank", bank]))
 
@@ -141,7 +141,7 @@ def test_a_pattern_may_name_further_levels(tmp_path):
         os.makedirs(os.path.dirname(tmp_path / path))
         (tmp_path / path).write_bytes(b"")
     cohort = tool.index(str(tmp_path), "{patient}/{slide}/{region}/*.png", nested=True, levels=FOUR)
-    tool.write_manifest(tmp_path / "manifest.csv", cohort, range(3), with_split=False)
+    tool.write_manifest(tmp_path / "manifest.csv", cohort, range(3), with_split=False, place={}.get)
     again = data.read_cohort(str(tmp_path), FOUR)
     assert again.group_names[0] == ["amy/s/left", "amy/s/right", "bob/s/left"]
     assert (tmp_path / "manifest.csv").read_text().startswith("path,patient,slide,region\n")

@@ -426,7 +426,8 @@ def evaluate(args, device):
         return
 
     # Intervals and words.
-    probes = assess(predictions[0], cohort, splits, other=[*predictions, None][1]) if splits else {}
+    other = predictions[1] if args.against else None
+    probes = assess(predictions[0], cohort, splits, other=other) if splits else {}
     words, used = [], {}
     if any(names.values()):
         words = class_attributes(scores[0], names, cohort, rows)
@@ -450,9 +451,10 @@ def evaluate(args, device):
         "attributes_used": used,
         "class_attributes": words,
     }
-    alike = args.against and encoders[1][1]["attributes"] == names
-    more = scores[1] if alike else {}, data, rows, predictions[0].get("knn200")
-    report.write_arrays(os.path.join(out, "embeddings.npz"), cohort, z[0], scores[0], names, *more)
+    path = os.path.join(out, "embeddings.npz")
+    against = scores[1] if args.against and encoders[1][1]["attributes"] == names else {}
+    votes = predictions[0].get("knn200")
+    report.write_arrays(path, cohort, z[0], scores[0], names, against, data, rows, votes)
     runs.write_json(os.path.join(out, "metrics.json"), metrics)
     print(*report.table({f"step {checkpoint['step']}": probes}), *metrics["notes"], sep="\n")
 

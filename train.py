@@ -170,9 +170,8 @@ def parse_config(argv=None):
     style = argparse.RawDescriptionHelpFormatter
     about = {"description": __doc__, "epilog": TROUBLE, "formatter_class": style}
     parser = argparse.ArgumentParser(**about, allow_abbrev=False)
-    preset = "different defaults. demo: hidisc, which gains most there; used if there is no "
-    preset += "--data. tcga, opensrh: for 60,000 steps on GPUs"
-    parser.add_argument("--preset", choices=PRESETS, help=preset)
+    text = "demo: hidisc, used if there is no --data; tcga, opensrh: 60,000 steps on GPUs"
+    parser.add_argument("--preset", choices=PRESETS, help=text)
     for f in fields(Config):
         options = {"type": f.type}
         if f.type is bool:
@@ -233,9 +232,7 @@ def train(config, rank=0, world=1, device=CPU):
     model, facts = build_model(config, files, cohort, rank, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=True)
     done = resume(config, files, model, optimizer, facts, cohort)  # the last finished step
-    targets = teach(
-        config, files, model, facts, train_cohort, rank, device
-    )  # of --align regression
+    targets = teach(config, files, model, facts, train_cohort, rank, device)  # {level: [G_l, K_l]}
     wrapped = wrap(model, config, world, device)  # gradients and batch norm over all processes
     log = runs.Log(config.out, done, rank)
     batches = make_batches(config, train_cohort, patients, facts, done, rank, world, device)

@@ -1,10 +1,10 @@
 """Real tissue, tiles of breast with carcinoma or without: what does training add to colours?
 
-`python -m demo.real FOLDER` makes all runs and goes on where it was stopped, `--table` shows what
-they say. FOLDER: the IDC tiles, as in docs/GUIDE.md. Fixed before the first run, the steps by time:
-a hash holds out a fifth of the patients; means of three seeds; `tower` is the start, `colours` a
-logistic regression on each channel's mean, deviation and skew; gains are over the start, intervals
-over patients. `1-NN`: how often a tile's nearest is of its patient; at equal MCA, lower is better.
+`python -m demo.real FOLDER` makes all runs and goes on where it was stopped; without FOLDER, it
+shows the table. FOLDER: the IDC tiles, as in docs/GUIDE.md. Fixed before the first run, the steps
+by time: a hash holds out a fifth of the patients; means of three seeds; `tower` is the start;
+`colours`, a logistic regression on each channel's mean, deviation and skew; gains over the start;
+intervals over patients; `1-NN`, how often a tile's nearest is of its patient (lower is better).
 """
 
 import argparse
@@ -66,11 +66,11 @@ def run(cohort, arm, seed):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", help="with the manifest.csv of the tiles")
-    parser.add_argument("--table", action="store_true", help="no runs: what the lines say")
+    parser.add_argument("folder", nargs="?", help="of the tiles; empty: no runs, only the table")
     if folder := parser.parse_args().folder:
         os.environ["OMP_NUM_THREADS"] = "1"
         cohort = read_cohort(folder)
+        LINES.write_text("".join(json.dumps(line) + "\n" for line in read_log(LINES)))  # mends it
         done = [(line["arm"], line["seed"]) for line in read_log(LINES)]
         jobs = [(arm, seed) for seed in range(3) for arm in ARMS if (arm, seed) not in done]
         list(ThreadPoolExecutor(2).map(lambda job: run(cohort, *job), jobs))

@@ -68,7 +68,9 @@ ARMS = {  # flags of train.py
     "HiDisc + AR, rotated": f"--objective hidisc {AR}",  # the control
     "HiDisc + AR, all of z": f"--objective hidisc {AR}",  # feature distillation
 }
-KEEPERS = list(ARMS)[3:6] + list(ARMS)[-3:]  # the arms of question C
+LOWER_RATES = ["HiDisc, rate 3e-4", "HiDisc, rate 1e-4"]
+OF_AR = ["HiDisc + AR", "HiDisc + AR, rotated", "HiDisc + AR, all of z"]
+KEEPERS = [*LOWER_RATES, "WiSE-FT", *OF_AR]  # the arms of question C
 METRICS = ("knn200", "linear", "attributes", "zero-shot", "auc", "ceiling", "rank_z", "rank_p")
 T95 = (0, 0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)  # Student's t, by seeds
 

@@ -113,7 +113,7 @@ def test_the_table_comes_from_the_lines_alone(tmp_path, monkeypatch, capsys):
     lines.append(line("colours", 0, 0.8))
     real.LINES.write_text("".join(json.dumps(x) + "\n" for x in lines))
     monkeypatch.setattr(real, "run", lambda *_: pytest.fail("it ran"))
-    monkeypatch.setattr(sys, "argv", ["real.py", "--table"])
+    monkeypatch.setattr(sys, "argv", ["real.py"])
     real.main()
     rows = [text.split() for text in capsys.readouterr().out.splitlines() if text]
     expected = ["82.0", "72..92", "90.0", "2.0", "-1..5", "25.0", "2.0"]

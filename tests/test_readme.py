@@ -82,6 +82,13 @@ def test_the_training_step_is_that_of_the_loop():
         place = source.index(line.partition("#")[0].strip(), place) + 1
 
 
+def test_the_demos_output_is_of_its_objective():
+    """The shown banner is of what `python train.py` trains; the numbers: docs/RESULTS.md."""
+    config = importlib.import_module("train").parse_config([])
+    assert f"\n{config.objective} from step 0 on 1 x cpu" in README
+    assert f"--align {config.align}\n" in README
+
+
 def test_the_two_commands_are_what_ci_runs():
     ci = Path(ROOT, ".ci/run").read_text()
     parts = ("python3 -m venv .venv", "pip install -q -r requirements-dev.txt")

@@ -130,7 +130,7 @@ def run(folder, world, seed, arm, steps=500):
         os.makedirs(out, exist_ok=True)
         save_bank(f"{out}/bank.pt", {"levels": names}, bank)
         paths = ["--data", tissue, "--clip", clip, "--bank", f"{out}/bank.pt", "--out", out]
-        flags = f"{ARMS[arm]} --seed {seed} --steps {steps} --probe-every 0 --amp"
+        flags = f"{ARMS[arm]} --seed {seed} --steps {steps} --probe-every 0"
         command = [sys.executable, "train.py", *paths, *flags.split()]
         with open(f"{out}/output.txt", "w") as file:
             subprocess.run(command, cwd=HERE.parent, stdout=file, stderr=file, check=True)

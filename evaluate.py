@@ -2,7 +2,6 @@
 
     python evaluate.py runs/demo                        a run's newest checkpoint, on its own cohort
     python evaluate.py runs/demo --against start        what training changed, with intervals
-    python evaluate.py runs/demo --embed FOLDER z.npz   embeddings of any images, without a manifest
     torchrun --nproc_per_node=4 evaluate.py runs/demo   four processes share the work
 
 In the order of the functions: embeddings -> probes -> intervals -> words. Writes metrics.json
@@ -14,8 +13,6 @@ import argparse
 import os
 import sys
 import warnings
-from concurrent.futures import ThreadPoolExecutor
-from tempfile import TemporaryFile
 
 import numpy as np
 import torch
@@ -23,12 +20,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import SPLITS, decode, load_batches, plain_view, read_cohort, short_side
+from data import SPLITS, load_batches, plain_view, read_cohort, short_side
 from describe import check_sentences, encode_bank, read_json, tokenizer_of
 from losses import attributes_used
 from model import load_run, text_tower
 from tools import report, runs
-from tools.cohort import index
 from tools.processes import add_up, processes, user_errors
 from tools.weights import export, load_clip
 
@@ -399,8 +395,6 @@ def evaluate(args, device):
     model, checkpoint = load_run(args.run)
     if args.export:
         return export(args.export, model, checkpoint)
-    if args.embed:
-        return embed_folder(*args.embed, model.to(device), checkpoint, args.workers)
     config, names = checkpoint["config"], checkpoint["attributes"]
     data = os.path.abspath(args.data or config["data"])
     cohort = read_cohort(data, config["levels"].split(","), config["val_fraction"])
@@ -444,7 +438,7 @@ def evaluate(args, device):
         "classes": cohort.classes,
         "protocol": args.protocol,
         "rows": rows.tolist(),
-        "notes": reader_notes(args.protocol, checkpoint, cohort, rows, probes, words),
+        "notes": reader_notes(args.protocol, checkpoint, cohort, rows, probes),
         "against": args.against,
         "probes": probes,
         "levels": cohort.levels,
@@ -500,12 +494,10 @@ def cohort_notes(config, cohort):
     fresh = config["backbone"] or config["start"] == "random"
     wordless = fresh and config["align"] != "regression"
     train = cohort.split == SPLITS.index("train")
-    alone = len(np.unique(cohort.patient[train])) == 1
     rules = [
         (wordless, "the encoder started from random weights: its attribute names mean nothing"),
         (real and demo_bank, "the bank describes demo tissue: name another with --bank"),
         (real and demo_clip, "the CLIP is the demo's and knows only demo tissue"),
-        (alone, "one training patient: nothing shows how patients differ"),
     ]
     for c, name in enumerate(cohort.classes):
         unseen = train.any() and not (train & (cohort.label == c)).any()
@@ -513,15 +505,16 @@ def cohort_notes(config, cohort):
     return [note for holds, note in rules if holds]
 
 
-def reader_notes(protocol, checkpoint, cohort, rows, probes, words):
+def reader_notes(protocol, checkpoint, cohort, rows, probes):
     """What a reader of the numbers must know, as sentences. rows: those that were probed."""
     patients = np.unique(cohort.patient[rows])
     seen = runs.trained_on(cohort, patients, checkpoint["cohort"]) if probes else 0
-    wordless = probes and checkpoint["config"]["clip"] and not words
+    side, before = short_side(cohort)[0], checkpoint["short_side"]
+    size = f"patches are {side} pixels wide and the run's were {before}: another magnification?"
     rules = [
         (seen, f"pretraining saw {seen} of the {len(patients)} held-out patients, without labels"),
         (probes and len(cohort.classes) == 1, "only one class: being right about it says nothing"),
-        (wordless, "no attribute sets classes apart: that takes patients of two classes"),
+        (side != before, size),
     ]
     for c, name in enumerate(cohort.classes if protocol == "lopo" else ()):
         alone = len(np.unique(cohort.patient[cohort.label == c])) == 1
@@ -530,45 +523,8 @@ def reader_notes(protocol, checkpoint, cohort, rows, probes, words):
         metrics = probes["knn20"]["levels"][level]
         few = "accuracy" in metrics and "accuracy_interval" not in metrics
         rules.append((few, f"{level}: fewer than {FEW} patients are too few for an interval"))
-    notes = cohort_notes(checkpoint["config"], cohort) + size_notes(cohort, checkpoint)
+    notes = cohort_notes(checkpoint["config"], cohort)
     return notes + [note for holds, note in rules if holds]
-
-
-def size_notes(cohort, checkpoint):
-    """A warning if the patches differ in size from the run's, in a list."""
-    side, before = short_side(cohort)[0], checkpoint["short_side"]
-    note = f"patches are {side} pixels wide and the run's were {before}: another magnification?"
-    return [note] if side != before else []
-
-
-def embed_folder(folder, path, model, checkpoint, workers):
-    """Writes z and scores of all images below a folder; exit code 1 if some cannot be read."""
-    out = os.path.dirname(os.path.abspath(path))
-    os.makedirs(out, exist_ok=True)
-    TemporaryFile(dir=out).close()  # an unwritable path fails before the work starts
-    cohort = index(folder, "(?P<patient>.+)")  # each image a patient of its own: nothing is pooled
-    paths = [cohort.path(row) for row in range(len(cohort))]
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        faults = list(tqdm(pool.map(unreadable, paths), "check", len(paths), leave=False))
-    cohort = cohort.select(np.array([not fault for fault in faults]))
-    z = embed(model, cohort, checkpoint["read_size"], checkpoint["image_size"], workers=workers)
-    if place()[0] == 0:
-        print(*(f"left out: {fault}" for fault in faults if fault), sep="\n")
-        scores = attribute_scores(z, model.bank)
-        report.write_arrays(path, cohort, z, scores, checkpoint["attributes"])
-        print(f"{len(z)} images are in {path}: path, z, and scores and attributes of each level")
-        print(*size_notes(cohort, checkpoint), sep="\n")
-    if any(faults):
-        raise SystemExit(1)
-
-
-def unreadable(path):
-    """Why an image cannot be read, with its path; "" if it can."""
-    try:
-        decode(path)
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def main():
@@ -585,7 +541,6 @@ def main():
     flag("--protocol", choices=("val", "test", "lopo"), default="val", help=protocol)
     against = "another run, or 'start' (the encoder before training): adds the gain over it"
     flag("--against", default="", help=against)
-    flag("--embed", nargs=2, metavar=("FOLDER", "FILE.npz"), help="write z of all images in FOLDER")
     flag("--export", default="", metavar="FILE", help="write the tower for open_clip, torchvision")
     flag("--prompts", default="", help="JSON, {class: [sentences]}: adds a zero-shot probe")
     flag("--clip", default="", help="where the run's CLIP is now, for --prompts")

@@ -159,7 +159,6 @@ def noted(cohort_folder, clip_file, tmp_path_factory):
 NOTES = [
     "the bank describes demo tissue: name another with --bank",
     "the CLIP is the demo's and knows only demo tissue",
-    "one training patient: nothing shows how patients differ",
 ]
 
 

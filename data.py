@@ -6,8 +6,7 @@
 
 A cohort is a folder with a manifest.csv, which `python -m tools.cohort` writes: columns path,
 patient and slide, and optionally label (of the patch), split (of the patient: train, val or test)
-and root (of the paths; default: the manifest's folder). Another hierarchy has other columns; the
-coarsest level plays the role of the patients.
+and root (of the paths; default: the manifest's folder). Another hierarchy has other columns.
 """
 
 import csv
@@ -61,9 +60,8 @@ def load_views(
     for step, (rows, patches) in zip(steps, load_batches(cohort, batches, read_size, workers)):
         views_each = math.prod(counts)  # of a patient
         parameters = view_parameters(AUGMENTATIONS[augmentation], seed, step, places, views_each)
-        images = make_views(
-            patches.to(device), parameters, image_size, seed_of("noise", seed, step)
-        )
+        field = seed_of("noise", seed, step)
+        images = make_views(patches.to(device), parameters, image_size, field)
         ids = torch.from_numpy(cohort.ids(rows)).to(device)  # [patches, L]
         ids = dict(zip(cohort.levels, ids.repeat_interleave(views, dim=0).T))
         yield images.contiguous(memory_format=torch.channels_last), ids
@@ -149,11 +147,8 @@ WINDOWS = 2**16  # places in the batch's field of noise where a view's window ma
 
 
 def view_parameters(augmentation, seed, step, places, views):
-    """The random numbers behind n = len(places) x views views: {name: [n, ...]} on the CPU.
-
-    Each place in the batch has its own generator. A transform that is not drawn gets its neutral
-    value.
-    """
+    """The random numbers behind n = len(places) x views views: {name: [n, ...]} on the CPU. Each
+    place has its own generator; a transform that is not drawn gets its neutral value."""
     seeds = [seed_of("views", seed, step, place) for place in places]
     numbers = [np.random.default_rng(s).random((views, 64), np.float32) for s in seeds]
     columns = iter(torch.from_numpy(np.concatenate(numbers)).T)  # 64 is more than needed
@@ -261,9 +256,7 @@ def resample(x, size, parameters):
 
 def stain_jitter(x, factor, shift):
     """Scales and shifts each stain's density: x = exp(-density), a sum of stains (Beer, Lambert).
-
-    x: [n, 3, H, W] in [0, 1]. factor, shift: [n, 3], neutral at 1 and 0.
-    """
+    x: [n, 3, H, W] in [0, 1]. factor, shift: [n, 3], neutral at 1 and 0."""
     stains = STAINS.to(x)
     mix = torch.linalg.inv(stains) @ (factor[:, :, None] * stains)  # [n, 3, 3]: to stains and back
     density = -x.clamp(min=1 / 255).log().flatten(2)  # [n, 3, HW]
@@ -303,9 +296,7 @@ def plain_view(images, size):
 
 def load_batches(cohort, batches, size, workers=2, ahead=3):
     """Decodes batches of rows in the background. Yields (rows [n], images [n, ...]) in their order.
-
-    size: as in decode(), whose errors are passed on. ahead: batches prepared in advance.
-    """
+    size: as in decode(), whose errors are passed on. ahead: batches prepared in advance."""
     read = partial(decode, size=size)
     with ThreadPoolExecutor(max(1, workers)) as pool:  # Pillow decodes outside Python's lock
         jobs = ((rows, pool.map(read, map(cohort.path, rows))) for rows in map(np.ravel, batches))
@@ -316,8 +307,7 @@ def load_batches(cohort, batches, size, workers=2, ahead=3):
             images = list(images)
             depths = {image.dtype: cohort.path(row) for row, image in zip(rows, images)}
             if len(depths) > 1:
-                paths = " and ".join(depths.values())
-                raise ValueError(f"{paths}: one has 8 bits and one 16; put them in two cohorts")
+                raise ValueError(f"{' and '.join(depths.values())}: one has 8 bits and one 16")
             yield rows, torch.from_numpy(np.stack(images))
 
 
@@ -352,8 +342,7 @@ def two_planes(image, size):
     layouts = {f"{frame.width} x {frame.height}, {frame.mode}" for frame in frames}
     if len(frames) != 2 or len(layouts) != 1 or "I;16" not in frames[0].mode:
         raise ValueError(
-            f"{len(frames)} frames of {' and '.join(sorted(layouts))}; only 8-bit images and two "
-            "16-bit frames (I;16) of one size are supported"
+            f"{len(frames)} frames of {' and '.join(sorted(layouts))}, not 8 bits or two of I;16"
         )
     # As floats: Pillow does not resize 16-bit integers.
     planes = [fit(Image.fromarray(np.float32(frame)), size) for frame in frames]
@@ -382,11 +371,8 @@ def short_side(cohort, number=100):
 
 @dataclass
 class Cohort:
-    """n patches in a hierarchy of L levels, fine to coarse, as arrays that all threads share.
-
-    Sorted by patient and slide; a million patches take about 100 MB. After select(), ids are
-    unchanged and rows restart at 0.
-    """
+    """n patches in a hierarchy of L levels, fine to coarse, as arrays, sorted by patient and slide.
+    After select(), ids are unchanged and rows restart at 0."""
 
     root: str
     levels: tuple  # L names, as LEVELS
@@ -455,11 +441,8 @@ def plural(level):
 
 
 def read_cohort(root, levels=LEVELS, val_fraction=0.2):
-    """A folder with a manifest.csv, or another manifest (.csv) -> Cohort.
-
-    levels: fine to coarse; each but the first is a column. val_fraction: share of the patients held
-    out if there is no split column. Raises FileNotFoundError, and ValueError for a faulty line.
-    """
+    """A folder with a manifest.csv, or another manifest (.csv) -> Cohort. val_fraction: share of
+    patients held out if there is no split column. Raises ValueError for a faulty line."""
     is_file = os.fspath(root).lower().endswith(".csv")
     manifest = os.path.abspath(root if is_file else os.path.join(root, "manifest.csv"))
     if not os.path.exists(manifest):
@@ -469,10 +452,8 @@ def read_cohort(root, levels=LEVELS, val_fraction=0.2):
 
 
 def read_manifest(manifest, levels=LEVELS):
-    """Yields (file and line, path, groups, label, split, root) of each patch.
-
-    groups: names, coarse to fine. A missing column gives "". Raises ValueError for a faulty line.
-    """
+    """Yields (file and line, path, groups, label, split, root) of each patch; groups: names, coarse
+    to fine. A missing column gives "". Raises ValueError for a faulty line."""
     needed = ["path", *levels[:0:-1]]
     for number, line in enumerate(open(manifest, encoding="utf-8-sig", errors="replace"), 1):
         where, line = f"{manifest}, line {number}", line.strip()
@@ -485,12 +466,10 @@ def read_manifest(manifest, levels=LEVELS):
         if number == 1:
             header = fields
             missing = ", ".join(column for column in needed if column not in header)
-            if missing or levels[0] in header:
-                raise ValueError(
-                    f"{where}: {line!r} has "
-                    f"{'no column ' + missing if missing else 'a column too many'}: the finest "
-                    f"level, {levels[0]}, is the image and has no column; use lower case and commas"
-                )
+            if missing:
+                raise ValueError(f"{where}: {line!r} has no column {missing}: use lower case")
+            if levels[0] in header:
+                raise ValueError(f"{where}: {levels[0]} is the image itself and has no column")
         elif fields and len(fields) != len(header):
             raise ValueError(f"{where}: {len(fields)} fields, but {len(header)} columns")
         elif fields:
@@ -512,8 +491,8 @@ def build_cohort(root, entries, levels=LEVELS, val_fraction=0.2):
             before = above[level].setdefault(name, parent)
             if before != parent:
                 raise ValueError(
-                    f"{where}: {level} {name!r} belongs to {parent!r} here and to {before!r} above"
-                    "; rename one (tools.cohort index --nested does so), or put it all under one"
+                    f"{where}: {level} {name!r} belongs to {parent!r} here and to {before!r} above;"
+                    " rename one (tools.cohort index --nested does)"
                 )
         names[path.encode()] = None
         slides.append(sys.intern(groups[-1]))  # one string for all patches of a slide
@@ -579,11 +558,10 @@ def hash_split(patients, val_fraction=0.2):
 def main():
     with tempfile.TemporaryDirectory() as made:
         lines = ["path,patient,slide"]
-        for slide, colour in enumerate(("indigo", "purple", "crimson", "brown")):
-            for patch in range(3):
-                lines.append(f"{slide}-{patch}.png,patient-{slide // 2},slide-{slide}")
-                noise = Image.effect_noise((8, 8), 90).resize((64, 64))
-                ImageOps.colorize(noise, colour, "white").save(f"{made}/{slide}-{patch}.png")
+        for row, colour in enumerate(["indigo", "purple", "crimson", "brown"] * 3):
+            lines.append(f"{row}.png,patient-{row % 4 // 2},slide-{row % 4}")
+            noise = Image.effect_noise((8, 8), 90).resize((64, 64))
+            ImageOps.colorize(noise, colour, "white").save(f"{made}/{row}.png")
         open(f"{made}/manifest.csv", "w").write("\n".join(lines))
         folder = sys.argv[1] if len(sys.argv) > 1 else made
         augmentation = sys.argv[2] if len(sys.argv) > 2 else "demo"

@@ -154,14 +154,14 @@ class Tokenizer:
     """CLIP's byte-pair tokenizer (Radford et al. 2021), for ASCII text.
 
     merges: pairs of symbols, the most frequent first; without any, every letter is a token.
-    vocabulary: {symbol: id} of 256 bytes, the same ending a word, the merges, start and end.
     """
 
     def __init__(self, merges=()):
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = range(256, 512 - len(printable))  # characters that stand for the other bytes
         single = [chr(code) for code in [*printable, *others]]
-        symbols = [*single, *(s + "</w>" for s in single), *map("".join, merges), START, END]
+        ending = [symbol + "</w>" for symbol in single]  # those that end a word
+        symbols = [*single, *ending, *map("".join, merges), START, END]
         self.vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
         self.rank = {pair: i for i, pair in enumerate(merges)}
         self.split = functools.cache(self.split)  # words recur
@@ -230,8 +230,7 @@ TYPOGRAPHY = str.maketrans("\u2018\u2019\u201c\u201d\u2010\u2011\u2013\u2014", "
 def generate(path, answer, tissue, levels=LEVELS, attributes=128, sentences=4, batch=8):
     """Has a model write attributes and their sentences into a bank file until its levels are full.
 
-    answer: prompt -> reply. The file is saved after every reply, and an interrupted call resumes
-    from it. Raises RuntimeError when four replies in a row add nothing.
+    answer: prompt -> reply. An interrupted call resumes from the file, saved after every reply.
     """
     content = {"name": os.path.basename(path), "tissue": tissue, "levels": {}}
     if os.path.exists(path):
@@ -302,8 +301,8 @@ def take_reply(content, level, reply, most, sentences):
 def ask(endpoint, model, prompt, key="none", timeout=600, pauses=(2, 4)):
     """The reply of a model behind an OpenAI-compatible chat endpoint.
 
-    Asks again after each pause, in seconds, if the failure may be temporary: 408, 429, 5xx, a
-    time-out, a lost connection, a cut-off reply. Raises ConnectionError, which never holds the key.
+    Asks again after each pause, in seconds, if the failure may be temporary. Raises
+    ConnectionError, which never holds the key.
     """
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": prompt}]}).encode()
     headers = {"Content-Type": "application/json", "User-Agent": "hlss"}

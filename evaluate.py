@@ -4,9 +4,8 @@
     python evaluate.py runs/demo --against start        what training changed, with intervals
     torchrun --nproc_per_node=4 evaluate.py runs/demo   four processes share the work
 
-In the order of the functions: embeddings -> probes -> intervals -> words. Writes metrics.json
-(every number), embeddings.npz (z, attribute scores, names, labels, splits and coordinates of all
-patches, for a classifier of your own) and report.html, a page for a browser.
+Embeddings -> probes -> intervals -> words. Writes metrics.json (every number), embeddings.npz (z,
+attribute scores, names, labels and splits of all patches) and report.html, a page for a browser.
 """
 
 import argparse
@@ -43,12 +42,11 @@ def embed(model, cohort, read_size, image_size, batch=128, workers=2, stop=()):
     """z of every patch of a cohort, whole and not augmented: [n, D] float32 on the CPU.
 
     Under torch.distributed the processes share the batches, and each gets all of z. stop: a list;
-    None is returned once some process's is not empty. Raises ValueError for a patch that cannot
-    be read, naming it.
+    None is returned once some process's is not empty.
     """
     device = next(model.parameters()).device
     was_training = model.training
-    rank, world = place()
+    rank, world = rank_and_world()
     batches = np.array_split(np.arange(len(cohort)), -(-len(cohort) // batch))[rank::world]
     z = torch.zeros(len(cohort), model.tower.dim)
     model.eval()
@@ -63,8 +61,8 @@ def embed(model, cohort, read_size, image_size, batch=128, workers=2, stop=()):
     return add_up(z)  # the rows of the others are 0 here
 
 
-def place():
-    """(rank, world size) of this process."""
+def rank_and_world():
+    """Of this process."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -86,7 +84,7 @@ def knn(train_z, train_labels, z, classes, ks=(200, 20), temperature=0.07):
     similarities serves every k. Under torch.distributed the processes share the queries, and rank 0
     alone gets all probabilities.
     """
-    rank, world = place()
+    rank, world = rank_and_world()
     probabilities = torch.zeros(len(ks), len(z), classes, dtype=z.dtype)
     chunks = torch.arange(len(z)).split(256)[rank::world]
     long = len(train_z) * len(z) > 10**8
@@ -148,7 +146,7 @@ def zero_shot(path, z, classes, clip, activation="", vocab=""):
     """Class probabilities [n, C] without any training label: softmax(s z t^T).
 
     path: JSON, {class: [sentences]}; t: [C, D], one vector per class, encoded as a bank is. s: the
-    logit scale of clip, the encoder's own CLIP. Raises ValueError if the classes are others.
+    logit scale of clip, the encoder's own CLIP.
     """
     prompts = read_json(path)
     if not isinstance(prompts, dict) or sorted(prompts) != classes:
@@ -165,8 +163,7 @@ def zero_shot(path, z, classes, clip, activation="", vocab=""):
 def probe_splits(cohort, protocol="val"):
     """The pairs (train rows, held-out rows) to probe, of patches with a label; may be empty.
 
-    val, test: one pair, the patients in train and those in that split. lopo: one pair per patient,
-    held out from all others. Raises ValueError if there is no test split.
+    val, test: one pair, the patients in train and in that split. lopo: a pair per patient.
     """
     labelled = cohort.label >= 0
     split = np.array(SPLITS)[cohort.split]
@@ -194,7 +191,7 @@ def predict(kinds, features, cohort, splits, device="cpu"):
         for kind, probabilities in zip(neighbours, votes):
             found[kind].append(probabilities)
         for kind in found.keys() - neighbours.keys():
-            if place()[0] == 0:
+            if rank_and_world()[0] == 0:
                 found[kind].append(logistic(*inputs))
     return {kind: torch.cat(parts).numpy() for kind, parts in found.items() if parts}
 
@@ -203,10 +200,7 @@ def predict(kinds, features, cohort, splits, device="cpu"):
 
 
 def group_mean(values, groups):
-    """The mean of each group of rows [G, K], and the first row of each group [G].
-
-    values: [n, K]. groups: [n] integers; the G groups are in ascending order.
-    """
+    """The means [G, K] of values [n, K] by groups [n], in ascending order; each's first row [G]."""
     options = {"return_index": True, "return_inverse": True, "return_counts": True}
     _, first, index, size = np.unique(groups, **options)
     total = np.stack([np.bincount(index, weights=column) for column in values.T], axis=1)
@@ -215,11 +209,8 @@ def group_mean(values, groups):
 
 def pool(probabilities, labels, groups):
     """The mean probabilities [G, C] of each slide or patient, with its label [G], its first row [G]
-    and how many groups were left out because their patches have several labels.
-
-    probabilities: [n, C], labels: [n] and groups: [n], the ids of a level. Votes are averaged
-    once, without the second softmax of the released code.
-    """
+    and how many groups were left out because their patches have several labels. Votes are averaged
+    once, without the second softmax of the released code. groups: [n], the ids of a level."""
     mean, first = group_mean(probabilities, groups)
     agree = group_mean(np.eye(labels.max() + 1)[labels], groups)[0].max(axis=1) == 1
     return mean[agree], labels[first[agree]], first[agree], int((~agree).sum())
@@ -264,20 +255,14 @@ def auc(score, positive):
 
 
 def bootstrap_counts(P, resamples, seed=0):
-    """How often each of P patients counts, [1 + resamples, P].
-
-    Row 0 is the cohort itself. In the others P patients are drawn with replacement: patients are
-    independent, patches are not.
-    """
+    """How often each of P patients counts, [1 + resamples, P]: in row 0, the cohort, once; in the
+    others P are drawn with replacement: patients are independent, patches are not."""
     drawn = np.random.default_rng(seed).multinomial(P, np.full(P, 1 / P), resamples)
     return np.concatenate([np.ones((1, P)), drawn])
 
 
 def estimate(name, values):
-    """{name: value, name_interval: [low, high]}: row 0, and the central 95% of the resamples.
-
-    values: [1 + R], as `bootstrap_counts`. A nan in row 0 becomes None; other nans do not count.
-    """
+    """{name: values[0], name_interval: the central 95% of the other R}, of values [1 + R]."""
     value = None if np.isnan(values[0]) else float(values[0])
     resampled = values[1:][~np.isnan(values[1:])]
     if not len(resampled):
@@ -286,11 +271,8 @@ def estimate(name, values):
 
 
 def assess_level(predictions, labels, groups, patient, counts, classes):
-    """The metrics of one probe at one level, as `assess` describes them.
-
-    predictions: probabilities [n, C] of an encoder, and perhaps of one to compare with.
-    groups: [n], the ids of the level. patient: [n], columns of counts.
-    """
+    """The metrics of one probe at one level. predictions: probabilities [n, C] of an encoder, and
+    perhaps of one to compare with. groups: [n], ids. patient: [n], columns of counts."""
     probabilities, label, first, left_out = pool(predictions[0], labels, groups)
     metrics = {"n": len(label), "left_out": left_out}
     if not len(label):
@@ -402,7 +384,6 @@ def evaluate(args, device):
     out = args.out or run
     refuse_other_results(out, data, args.protocol, args.overwrite)
     splits = probe_splits(cohort, args.protocol)
-    # Without labels there is nothing to probe, but much to see.
     rows = np.concatenate([held_out for _, held_out in splits] or [np.arange(len(cohort))])
 
     # Embeddings, attribute scores and predictions, also of the encoder that --against names.
@@ -416,7 +397,7 @@ def evaluate(args, device):
         z.append(embed(encoder.to(device), cohort, *sizes, workers=args.workers))
         scores.append(attribute_scores(z[-1], encoder.bank))
         predictions.append(predict_all(args, kept, z[-1], scores[-1], cohort, splits, device))
-    if place()[0] > 0:
+    if rank_and_world()[0] > 0:
         return
 
     # Intervals and words.
@@ -467,8 +448,8 @@ def refuse_other_results(out, data, protocol, overwrite):
     before = read_json(path) if os.path.exists(path) and not overwrite else {}
     if before and (before["data"], before["protocol"]) != (data, protocol):
         raise ValueError(
-            f"{out} holds results of {before['data']} (protocol {before['protocol']}), not of "
-            f"{data} ({protocol}): give another --out, or --overwrite"
+            f"{out} holds results of {before['data']} ({before['protocol']}), not of {data} "
+            f"({protocol}): give another --out, or --overwrite"
         )
 
 
@@ -535,12 +516,9 @@ def main():
     flag("--data", default="", help="a cohort other than the run's: a folder or a manifest .csv")
     flag("--out", default="", help="folder to write to (default: RUN)")
     flag("--overwrite", action="store_true", help="overwrite results for other data or protocol")
-    protocol = (
-        "val, test: patients of that split are tested; lopo: each patient, trained on all others"
-    )
+    protocol = "which patients are tested: a split's, or (lopo) each, trained on all others"
     flag("--protocol", choices=("val", "test", "lopo"), default="val", help=protocol)
-    against = "another run, or 'start' (the encoder before training): adds the gain over it"
-    flag("--against", default="", help=against)
+    flag("--against", default="", help="another run, or 'start': adds the gain over that encoder")
     flag("--export", default="", metavar="FILE", help="write the tower for open_clip, torchvision")
     flag("--prompts", default="", help="JSON, {class: [sentences]}: adds a zero-shot probe")
     flag("--clip", default="", help="where the run's CLIP is now, for --prompts")

@@ -3,10 +3,7 @@
     python losses.py    which images of a batch attract each other, and the range of the losses
 
 A third loss, attribute regression (AR), is ours and can replace HA. All are plain functions of
-tensors and need nothing else from this project:
-
-    >>> views = torch.nn.functional.normalize(torch.randn(8, 16), dim=1)
-    >>> supcon(views, ids=torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]))
+tensors and need nothing else from this project.
 
 Under torch.distributed each process passes its own rows, which are compared with those of all
 processes. Averaged over the processes, as DistributedDataParallel averages gradients, the loss is
@@ -151,11 +148,10 @@ def ar(z, bank, targets):
         s_l = standardise(z t_l^T)
 
     This is feature distillation restricted to what the text spans; related work: CAR-FT (arXiv
-    2211.16175), Lipsum-FT (2404.00860) and LDIFS (2308.13320). z: [n, D], L2-normalised; it
-    receives the gradient. bank: {level: [K_l, D]}, frozen. targets: {level: a_l [n, K_l]}, the
-    teacher's standardised scores of each row's patch, slide or patient. Scores are standardised
-    over the rows of all processes. Returns {"ar_patch": scalar, ...}: about 2 for unrelated scores;
-    above patch level it stays above 0, since the patches of a slide share one target.
+    2211.16175), Lipsum-FT (2404.00860) and LDIFS (2308.13320). z, bank: as in ha(). targets:
+    {level: a_l [n, K_l]}, the teacher's standardised scores of each row's patch, slide or patient.
+    Scores are standardised over the rows of all processes. Returns {"ar_patch": scalar, ...}: about
+    2 for unrelated scores; above patch level it stays above 0, since a slide shares one target.
     """
     n = len(z)
     rank = dist.get_rank() if dist.is_initialized() else 0

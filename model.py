@@ -19,8 +19,6 @@ from tools.weights import read_tensors
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, RGB in [0, 1]
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-# hlss contrasts every level on its own projection; hidisc every level on one shared projection;
-# simclr the finest level alone.
 OBJECTIVES = ("hlss", "hidisc", "simclr")
 
 
@@ -29,7 +27,6 @@ class HLSS(nn.Module):
 
     tower: normalised images [N, 3, S, S] -> [N, D]; it has `dim`, its D. bank: {level: t_l
     [K_l, D]}, fine to coarse, one unit vector per attribute; [0, D] in a run without text.
-    Raises ValueError if bank and tower differ in D.
     """
 
     def __init__(self, tower, bank, objective="hlss"):
@@ -69,7 +66,7 @@ class HLSS(nn.Module):
 
             p_l = norm(W_l z + b_l)
 
-        hidisc and simclr have one p [N, 128] for all their levels.
+        hidisc has one p [N, 128] for all levels, and simclr one for the finest level alone.
         """
         z = self.encode(images)
         projections = {}
@@ -89,8 +86,7 @@ class HLSS(nn.Module):
 def load_run(path):
     """HLSS on the CPU in eval mode, and the checkpoint (a dict) that it was rebuilt from.
 
-    path: a run folder, for its newest intact checkpoint, or a checkpoint file. Raises
-    FileNotFoundError, or ValueError if it holds no checkpoint of train.py.
+    path: a run folder, for its newest intact checkpoint, or a checkpoint file.
     """
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path} is neither a run folder nor a checkpoint file")
@@ -140,8 +136,8 @@ def check_tower(tower, name):
 def backbone_tower(name, bank, weights=""):
     """A torchvision classifier whose last linear layer is replaced by a new one that gives z.
 
-    D is that of the bank; without one there is no such layer, and D is the backbone's own. weights:
-    "" for random ones, "DEFAULT" for torchvision's (downloaded), or a file. Raises ValueError.
+    Without a bank there is no such layer, and D is the backbone's own. weights: "" for random ones,
+    "DEFAULT" for torchvision's (downloaded), or a file.
     """
     if name not in torchvision.models.list_models(module=torchvision.models):
         raise ValueError(f"--backbone {name}: not a torchvision classifier, such as resnet18")
@@ -391,10 +387,7 @@ def heads_of(state, tower, width):
     """Attention heads of a transformer: as its file says, or 64 channels each, as in OpenAI's."""
     heads = state.get("heads", {}).get(tower)
     if not heads and width > 1024:
-        raise ValueError(
-            f"the {tower} tower is {width} wide and its file does not say how many heads it has: "
-            "put the publisher's config.json beside it"
-        )
+        raise ValueError(f"how many heads has the {tower} tower? Put its config.json beside it")
     return heads or max(1, width // 64)
 
 
@@ -402,7 +395,7 @@ def image_tower(state, image_size=0, weights=True):
     """The image tower of a state dict, with its weights: CLIP's ResNet or ViT.
 
     state: of a CLIP (`visual.*`) or an HLSS (`tower.*`). image_size: pixels, if not as in its
-    training; interpolates the positions. weights: False takes only the sizes. Raises ValueError.
+    training; interpolates the positions. weights: False takes only the sizes.
     """
     tensors = part_of(state, "visual." if "visual.conv1.weight" in state else "tower.")
     is_resnet = "attnpool.positional_embedding" in tensors
@@ -444,14 +437,11 @@ def resize_positions(positions, grid):
 
 
 def text_tower(state):
-    """The text tower of a CLIP's state dict, sharing its tensors; frozen and in eval mode.
-
-    Raises ValueError if the state has none (an HLSS's has none) or one that is not CLIP's.
-    """
+    """The text tower of a CLIP's state dict, sharing its tensors; frozen and in eval mode."""
     if "token_embedding.weight" not in state:
         raise ValueError(
-            "no text tower here (checkpoints of train.py have none): encode the bank with the CLIP "
-            "that they started from (describe.py encode) and give --bank bank.pt"
+            "no text tower here: encode the bank with the CLIP that this came from (describe.py "
+            "encode), and give --bank bank.pt"
         )
     if "text_projection" not in state:
         raise ValueError("the text tower is not CLIP's: it has no text_projection")

@@ -20,16 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (
-    AUGMENTATIONS,
-    READ_AT,
-    SPLITS,
-    load_views,
-    plural,
-    read_cohort,
-    seed_of,
-    short_side,
-)
+from data import AUGMENTATIONS, READ_AT, SPLITS, load_views, read_cohort, seed_of, short_side
 from demo.prepare import demo_clip, demo_tissue
 from describe import open_bank
 from evaluate import attribute_scores, cohort_notes, embed, group_mean, probe
@@ -72,14 +63,13 @@ class Config:
     # The losses.
     objective: str = flag(
         "hlss",
-        "hlss: one text-initialised projection per level; hidisc: one projection for all levels; "
-        "simclr: patch level only",
+        "hlss: a projection from text per level; hidisc: one for all; simclr: patch level only",
         choices=OBJECTIVES,
     )
     align: str = flag(
         "",
-        "paper: z is drawn to its nearest attributes; regression (ours): z keeps the attribute "
-        "scores that the CLIP gave before training; empty: paper for hlss, otherwise off",
+        "paper: z is drawn to its nearest attributes; regression (ours): z keeps the CLIP's "
+        "attribute scores; empty: paper for hlss, otherwise off",
         choices=["", "paper", "regression", "off"],
     )
     temperature: float = flag(0.07, "of the contrast", low=1e-3)
@@ -90,18 +80,14 @@ class Config:
     # The batches.
     levels: str = flag(",".join(LEVELS), "fine to coarse: the image, then columns of the manifest")
     patients: int = flag(8, "patients in a global batch", low=1)
-    draw: str = flag(
-        "", "views of a patch, patches of a slide, slides of a patient, ...; empty: 2 each"
-    )
+    draw: str = flag("", "views of a patch, patches of a slide, ...; empty: 2 each")
     augmentation: str = flag(
         "demo",
-        "demo: geometry, light and stain, mostly mild; strong: the paper's list, for H&E; "
-        "strong-srh: for stimulated Raman; weak: flips. python data.py FOLDER NAME shows them",
+        "demo: mild; strong: the paper's, for H&E; strong-srh: for stimulated Raman; weak: flips. "
+        "python data.py FOLDER NAME shows them",
         choices=list(AUGMENTATIONS),
     )
-    val_fraction: float = flag(
-        0.2, "share of patients held out if there is no split column", low=0, high=1
-    )
+    val_fraction: float = flag(0.2, "patients held out, if there is no split", low=0, high=1)
     seed: int = flag(0, "of batches, views and new weights", low=0)
 
     # The steps.
@@ -170,8 +156,7 @@ def parse_config(argv=None):
     style = argparse.RawDescriptionHelpFormatter
     about = {"description": __doc__, "epilog": TROUBLE, "formatter_class": style}
     parser = argparse.ArgumentParser(**about, allow_abbrev=False)
-    text = "demo: hidisc, used if there is no --data; tcga, opensrh: 60,000 steps on GPUs"
-    parser.add_argument("--preset", choices=PRESETS, help=text)
+    parser.add_argument("--preset", choices=PRESETS, help="defaults; demo, if there is no --data")
     for f in fields(Config):
         options = {"type": f.type}
         if f.type is bool:
@@ -205,8 +190,9 @@ def check_config(config):
             f"--levels {config.levels}: name at least two; with one, nothing tells patients apart"
         )
     if len(config.counts) != len(levels) or min(config.counts) < 1 or config.counts[0] < 2:
-        names = ", ".join(["views (at least 2)", *map(plural, levels[:-1])])
-        raise ValueError(f"--draw {config.draw}: give {len(levels)} numbers of at least 1: {names}")
+        raise ValueError(
+            f"--draw {config.draw}: give {len(levels)} numbers of at least 1, views at least 2"
+        )
     if min(config.lambdas.values()) < 0:
         raise ValueError(f"--level-weights {config.level_weights}: none may be below 0")
     wordless = config.backbone and config.objective != "hlss" and config.align == "off"
@@ -221,7 +207,7 @@ def check_config(config):
 
 
 def train(config, rank=0, world=1, device=CPU):
-    """Trains until the end, or a SIGTERM, SIGINT or SIGUSR1. Returns whether it reached the end."""
+    """Trains until the end, or until a signal comes. Returns whether it reached the end."""
     # The cohort, the model, the optimizer, and the step to resume from.
     lock = runs.lock_folder(config.out) if rank == 0 else nullcontext()
     folder = from_first(None if rank else config.data or demo_tissue())  # others wait for rank 0
@@ -232,7 +218,7 @@ def train(config, rank=0, world=1, device=CPU):
     model, facts = build_model(config, files, cohort, rank, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=True)
     done = resume(config, files, model, optimizer, facts, cohort)  # the last finished step
-    targets = teach(config, files, model, facts, train_cohort, rank, device)  # {level: [G_l, K_l]}
+    targets = teach(config, files, model, facts, train_cohort, device)  # {level: [G_l, K_l]}
     wrapped = wrap(model, config, world, device)  # gradients and batch norm over all processes
     log = runs.Log(config.out, done, rank)
     batches = make_batches(config, train_cohort, patients, facts, done, rank, world, device)
@@ -299,18 +285,11 @@ def find_text(config, rank):
     """{"clip", "bank"}: paths, empty without text. Rank 0 makes or downloads what is missing."""
     files = {"clip": "", "bank": ""}
     if rank == 0 and (config.clip or not config.backbone):
-        files["bank"] = find_bank(config.bank)
+        here = os.path.dirname(os.path.abspath(__file__))
+        beside = os.path.join(here, config.bank)  # whatever folder this is run from
+        files["bank"] = config.bank if os.path.exists(config.bank) else beside
         files["clip"] = demo_clip() if config.clip in ("", "demo") else find_clip(config.clip)
     return from_first(files)
-
-
-def find_bank(path):
-    """A bank's path, whatever folder this is run from. Raises FileNotFoundError."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    for place in (path, os.path.join(here, path)):
-        if os.path.exists(place):
-            return place
-    raise FileNotFoundError(f"--bank {path} is neither here nor beside train.py: name a bank file")
 
 
 def build_model(config, files, cohort, rank, device):
@@ -344,10 +323,7 @@ def build_model(config, files, cohort, rank, device):
 
 
 def resume(config, files, model, optimizer, facts, cohort):
-    """Loads the newest checkpoint, if there is one. Returns the step to go on from.
-
-    Raises ValueError if flags (beyond MAY_CHANGE), cohort or bank differ from the old run's.
-    """
+    """Loads the newest checkpoint, if it is of the same run. Returns the step to go on from."""
     checkpoint = runs.newest_checkpoint(config.out)
     step = checkpoint["step"]
     device = next(model.parameters()).device
@@ -375,7 +351,7 @@ def resume(config, files, model, optimizer, facts, cohort):
     return step
 
 
-def teach(config, files, model, facts, cohort, rank, device):
+def teach(config, files, model, facts, cohort, device):
     """What --align regression holds the attribute scores to; otherwise {}.
 
         a_l = standardise(mean over each patch, slide or patient of standardise(z t_l^T))
@@ -390,18 +366,13 @@ def teach(config, files, model, facts, cohort, rank, device):
     read_size = min(facts["short_side"], round(READ_AT * tower.image_size))
     z = embed(teacher, cohort, read_size, tower.image_size, workers=config.workers)
     ids = dict(zip(cohort.levels, cohort.ids(np.arange(len(cohort))).T))
-    targets, own = {}, []
+    targets = {}
     for level, cosines in attribute_scores(z, model.bank).items():
         scores = standardise(cosines)  # [n, K_l]
         mean, first = group_mean(scores.numpy(), ids[level])
         a = torch.zeros(ids[level].max() + 1, scores.shape[1])
         a[ids[level][first]] = standardise(torch.from_numpy(mean)).float()
-        own.append(f"{level} {(scores - a[ids[level]]).square().mean():.2f}")
         targets[level] = a.to(device)
-    if rank == 0:
-        print(
-            f"an ar term is about 2 for unrelated scores; the teacher itself has {', '.join(own)}"
-        )
     return targets
 
 
@@ -420,13 +391,12 @@ def wrap(model, config, world, device):
 
 
 def make_batches(config, cohort, patients, facts, first, rank, world, device):
-    """The batches from step first + 1 on. Raises ValueError if processes cannot share them."""
+    """The batches from step first + 1 on, of which each process gets its share."""
     # By default every patient contributes 2 slides x 2 patches x 2 views, so row 0 has one positive
-    # at patch level and seven at patient level. All processes share one batch.
+    # at patch level and seven at patient level.
     if patients % world:
         raise ValueError(
-            f"--patients {patients} cannot be shared evenly by {world} processes: use a multiple "
-            f"of {world}, or a number of processes that divides {patients}"
+            f"--patients {patients} cannot be shared by {world} processes: use a multiple"
         )
     steps = range(first + 1, config.steps + 1)
     sizes = facts["read_size"], facts["image_size"]
@@ -496,12 +466,10 @@ def check_finite(numbers, step, ids, cohort):
     bad = [f"{name} is {value}" for name, value in numbers.items() if not math.isfinite(value)]
     if bad:
         paths = [cohort.path(row) for row in ids[cohort.levels[0]].unique()[:3].tolist()]
-        remedy = "If the images are sound, start anew with a lower --lr"
-        if step == 1:
-            remedy = "No step was taken: look at the CLIP, the bank and the images, not at --lr"
         raise FloatingPointError(
             f"step {step}: {', '.join(bad)}. The step was not taken and the last checkpoint is "
-            f"kept; the batch begins with {', '.join(paths)}. {remedy}"
+            f"kept; the batch begins with {', '.join(paths)}. If CLIP, bank and images are sound, "
+            "start anew with a lower --lr"
         )
 
 

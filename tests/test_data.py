@@ -131,13 +131,13 @@ def test_a_manifest_that_is_not_utf_8_is_named(tmp_path):
     ],
 )
 def test_a_missing_column_is_named(tmp_path, header, missing):
-    message = rf"manifest\.csv, line 1: '{header}' has no column {missing}: .* lower case"
+    message = rf"manifest\.csv, line 1: '{header}' has no column {missing}: use lower case"
     with pytest.raises(ValueError, match=message):
         data.read_cohort(manifest(tmp_path, ["x.png;amy;s1"], header))
 
 
 def test_the_finest_level_is_the_image_and_has_no_column(tmp_path):
-    with pytest.raises(ValueError, match="has a column too many: the finest level, patch, is the"):
+    with pytest.raises(ValueError, match="patch is the image itself and has no column"):
         data.read_cohort(manifest(tmp_path, ["x.png,amy,s1,0"], "path,patient,slide,patch"))
 
 
@@ -425,7 +425,7 @@ def test_a_damaged_tiff_is_refused_wherever_it_is_cut(tmp_path):
 )
 def test_another_layout_is_refused_by_name(tmp_path, pixels, layout):
     tifffile.imwrite(tmp_path / "x.tif", pixels, photometric="minisblack")
-    with pytest.raises(ValueError, match=rf"x\.tif cannot be read \({layout}; only 8-bit"):
+    with pytest.raises(ValueError, match=rf"x\.tif cannot be read \({layout}, not 8 bits"):
         data.decode(str(tmp_path / "x.tif"), 40)
 
 
@@ -488,7 +488,7 @@ def png(path, mode, pixels):
 def test_a_png_of_16_bit_colours_is_refused(tmp_path, mode):
     """Pillow would read only the high bytes."""
     png(tmp_path / "x.png", mode, RNG.integers(0, 2**16, (8, 8, len(mode)), np.uint16))
-    with pytest.raises(ValueError, match=r"x\.png cannot be read .*only 8-bit images"):
+    with pytest.raises(ValueError, match=r"x\.png cannot be read .*not 8 bits or two of I;16"):
         data.decode(str(tmp_path / "x.png"))
 
 
@@ -530,7 +530,7 @@ def test_colours_of_16_bits_are_refused(tmp_path, planar):
     if planar == "separate":
         pixels = np.moveaxis(pixels, 2, 0).copy()
     tifffile.imwrite(tmp_path / "x.tif", pixels, photometric="rgb", planarconfig=planar)
-    with pytest.raises(ValueError, match=r"x\.tif cannot be read \(.*only 8-bit images and two 16"):
+    with pytest.raises(ValueError, match=r"x\.tif cannot be read \(.*not 8 bits or two of I;16"):
         data.decode(str(tmp_path / "x.tif"), 40)
 
 

@@ -116,7 +116,7 @@ def _targets(rank, world, flags):
     files = {"data": config.data} | train.find_text(config, rank)
     cohort = read_cohort(config.data)
     model, facts = train.build_model(config, files, cohort, rank, CPU)
-    return train.teach(config, files, model, facts, cohort.restrict("train"), rank, CPU)
+    return train.teach(config, files, model, facts, cohort.restrict("train"), CPU)
 
 
 def test_the_teacher_says_the_same_on_any_number_of_processes(flags, tmp_path):
@@ -270,7 +270,7 @@ def test_every_patient_once_an_epoch_on_any_number_of_processes(flags, world):
 
 @pytest.mark.parametrize(("patients", "world"), [(4, 3), (8, 6), (4, 8)])
 def test_patients_that_cannot_be_shared_are_refused(cohort_folder, patients, world):
-    message = f"--patients {patients} cannot be shared evenly by {world} processes"
+    message = f"--patients {patients} cannot be shared by {world} processes"
     with pytest.raises(ValueError, match=f"{message}: use a multiple of {world}, or"):
         cohort = read_cohort(cohort_folder)
         train.make_batches(train.Config(), cohort, patients, {}, 0, 0, world, CPU)

@@ -269,7 +269,7 @@ def mistakes(folder):
         ),
         ("tools.cohort", ["index", folder, "--pattern", "{slide}/*"], "must name patient"),
         ("train", ["--data", folder / "gone", *clip], "does not exist: name the cohort"),
-        ("train", ["--bank", folder / "gone.json", *clip], "neither here nor beside train.py"),
+        ("train", ["--bank", folder / "gone.json", *clip], r"No such file.*gone\.json"),
         ("evaluate", [folder / "gone"], "neither a run folder nor a checkpoint file"),
         ("evaluate", [folder / "nothing"], r"holds no checkpoint of train.py .*: train first"),
         ("evaluate", [folder / "text.pt"], "is damaged, or another file"),

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "model": {"losses", "tools.runs", "tools.weights"},
     "describe": {"losses", "model", "tools.bank", "tools.runs", "tools.weights"},
     "evaluate": {"losses", "data", "model", "describe", "tools.runs"}
-    | {"tools.cohort", "tools.processes", "tools.report", "tools.weights"},
+    | {"tools.processes", "tools.report", "tools.weights"},
     "train": {"losses", "data", "model", "describe", "evaluate", "demo.prepare", "tools.runs"}
     | {"tools.processes", "tools.report", "tools.weights"},
     "tools.runs": set(),
@@ -62,7 +62,7 @@ def test_the_sizes():
     """Lines after `ruff format`, which CI checks. These are ceilings, not goals."""
     print("\n".join(f"{lines(path):5} {module(path)}" for path in [*STAGES, *ROOMS]))
     assert max(lines(path) for path in STAGES) <= 600
-    assert sum(lines(path) for path in STAGES) <= 2890
+    assert sum(lines(path) for path in STAGES) <= 2750
     assert sum(lines(path) for path in ROOMS) <= 2250
 
 

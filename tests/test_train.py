@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -68,10 +67,7 @@ def test_every_flag_is_explained(capsys):
 def test_one_view_is_refused(capsys):
     with pytest.raises(SystemExit):
         train.parse_config(["--draw", "1,2,2"])
-    assert (
-        "give 3 numbers of at least 1: views (at least 2), patches, slides"
-        in capsys.readouterr().err
-    )
+    assert "give 3 numbers of at least 1, views at least 2" in capsys.readouterr().err
 
 
 def test_draw_is_fine_to_coarse(flags):
@@ -161,7 +157,7 @@ def targets_of(flags):
     """What train.py holds the attribute scores to, with the cohort that trains, and the model."""
     config, files, cohort, model, facts = built([*flags, "--align", "regression"])
     cohort = cohort.restrict("train")
-    return train.teach(config, files, model, facts, cohort, 0, CPU), cohort, model
+    return train.teach(config, files, model, facts, cohort, CPU), cohort, model
 
 
 def test_the_targets_are_the_standardised_scores_of_the_clip_that_training_began_with(flags):
@@ -186,13 +182,6 @@ def test_the_teacher_is_the_clip_whatever_the_run_starts_from(flags, tmp_path):
     for start in ([*small, "--start", "random"], [*small, "--backbone", "resnet18"]):
         targets, *_ = targets_of([*flags, *start, "--out", str(tmp_path / start[-1])])
         assert all(torch.equal(targets[level], clip[level]) for level in clip)
-
-
-def test_the_teacher_says_how_well_it_does_itself(flags, capsys):
-    """Best at patch level: at the others, the patches of a group share one target."""
-    targets_of(flags)
-    said = re.search(r"the teacher itself has patch (\S+), slide (\S+),", capsys.readouterr().out)
-    assert float(said[1]) < float(said[2])
 
 
 def test_a_regression_resumes_to_the_same_weights(flags):
@@ -265,8 +254,6 @@ def test_the_default_bank_is_found_from_any_folder(cohort_folder, clip_file, tmp
     monkeypatch.chdir(tmp_path)
     files = train.find_text(train.Config(data=cohort_folder, clip=clip_file), 0)
     assert files["bank"] == os.path.join(ROOT, "demo/attributes.json")
-    with pytest.raises(FileNotFoundError, match=r"--bank nowhere\.json is neither here nor"):
-        train.find_bank("nowhere.json")
 
 
 def test_another_bank_is_refused(flags, tmp_path):

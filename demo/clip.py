@@ -4,7 +4,6 @@ captions.json has phrases for low and high values of each factor, frames to put 
 fillers. The bank uses these words in other sentences: to this CLIP, as to a real one, they are new.
 """
 
-import argparse
 import json
 import random
 from collections import Counter
@@ -19,7 +18,6 @@ from tqdm import tqdm
 from demo.tissue import FACTORS, STAIN_SPREAD, render
 from describe import WORD, Tokenizer, join_pair
 from model import CLIP_MEAN, CLIP_STD, ModifiedResNet, TextTower
-from tools.processes import user_errors
 from tools.runs import write_whole
 
 GRAMMAR = json.loads(Path(__file__).with_name("captions.json").read_text("utf-8"))
@@ -131,20 +129,3 @@ def train_demo_clip(
     state["logit_scale"] = scale.detach()
     checkpoint = {"state_dict": state, "activation": "quickgelu", "merges": merges}
     write_whole(path, lambda file: torch.save(checkpoint, file))
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    flag = parser.add_argument
-    flag("out", help="file to write")
-    flag("--steps", type=int, default=400, help="of training")
-    flag("--seed", type=int, default=0, help="of tissue, captions and weights")
-    flag("--factors", nargs="+", choices=FACTORS, default=FACTORS, help="what captions mention")
-    args = parser.parse_args()
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    train_demo_clip(args.out, steps=args.steps, seed=args.seed, factors=args.factors)
-
-
-if __name__ == "__main__":
-    with user_errors():
-        main()

@@ -173,8 +173,7 @@ def main():
     flag("out", help="folder to write to")
     flag("--patients", type=int, default=40, help="patients in each of the four classes")
     flag("--held-out", type=int, default=16, help="how many of these are in the split val")
-    help = "share of each pixel's density that a pattern of the patient's scanner makes up, as 0.25"
-    flag("--signature", type=float, default=0.0, help=help)
+    flag("--signature", type=float, default=0.0, help="strength of a pattern of each patient's")
     flag("--seed", type=int, default=0, help="another seed is another cohort of the same kind")
     args = parser.parse_args()
     if os.path.exists(os.path.join(args.out, "manifest.csv")):

@@ -15,7 +15,7 @@ from conftest import ROOT
 
 import describe
 from demo import clip
-from demo.clip import GRAMMAR, caption, learn_merges, main, train_demo_clip
+from demo.clip import GRAMMAR, caption, learn_merges, train_demo_clip
 from demo.prepare import TOLD
 from demo.tissue import FACTORS
 from describe import WORD, Tokenizer, encode_bank, open_bank, read_bank_file, tokenizer_of
@@ -245,14 +245,3 @@ def test_captions_tell_of_the_factors_asked_for_alone(factors, tmp_path, monkeyp
     monkeypatch.setattr(clip, "caption", listen)
     train_demo_clip(str(tmp_path / "clip.pt"), steps=3, patches=32, batch=32, factors=factors)
     assert np.array_equal(np.any(told, axis=0), np.isin(FACTORS, factors))
-
-
-def test_the_command_writes_into_a_new_folder(tmp_path, monkeypatch):
-    asked = {}
-    monkeypatch.setattr(clip, "train_demo_clip", lambda path, **options: asked.update(options))
-    out = tmp_path / "new" / "clip.pt"
-    command = ["clip.py", str(out), "--steps", "2", "--seed", "7", "--factors", *TOLD]
-    monkeypatch.setattr(sys, "argv", command)
-    main()
-    assert asked == {"steps": 2, "seed": 7, "factors": TOLD}
-    assert out.parent.is_dir()

@@ -271,7 +271,7 @@ def test_every_patient_once_an_epoch_on_any_number_of_processes(flags, world):
 @pytest.mark.parametrize(("patients", "world"), [(4, 3), (8, 6), (4, 8)])
 def test_patients_that_cannot_be_shared_are_refused(cohort_folder, patients, world):
     message = f"--patients {patients} cannot be shared by {world} processes"
-    with pytest.raises(ValueError, match=f"{message}: use a multiple of {world}, or"):
+    with pytest.raises(ValueError, match=f"{message}: use a multiple"):
         cohort = read_cohort(cohort_folder)
         train.make_batches(train.Config(), cohort, patients, {}, 0, 0, world, CPU)
 

@@ -26,9 +26,8 @@ TILES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".jp
 def index(root, pattern, label_level="", nested=False, partial=False, levels=data.LEVELS):
     """The image files below a folder -> Cohort: patient, slide, label and split are in their paths.
 
-    Without {slide} in the pattern, each patient is one slide. label_level: what must have one
-    label, as "patient". nested: slides of different patients share names. partial: leaves out files
-    that the pattern does not match. Raises ValueError, with examples, for what is ambiguous.
+    label_level: what must have one label, as "patient". nested: slides of different patients share
+    names. partial: leaves out files that do not match. Raises ValueError for what is ambiguous.
     """
     expression = path_pattern(pattern, levels)
     entries, others, labels = [], [], {}
@@ -63,7 +62,6 @@ def path_pattern(pattern, levels=data.LEVELS):
     """'{label}/{patient}/{slide}/*.png' -> a regular expression with groups of these names.
 
     {name} and * match within a folder or file name, ** across folders; {x} and {y} match numbers.
-    A pattern with groups (?P<name>...) is taken as it is. Raises ValueError for other names.
     """
     expression = pattern
     if "(?P<" not in pattern:
@@ -98,10 +96,7 @@ def image_files(root):
             if name.lower().endswith(TILES) and not name.startswith("."):
                 paths.append(os.path.relpath(os.path.join(folder, name), root))
     if not paths:
-        raise ValueError(
-            f"{root}: no tile is below it ({', '.join(TILES)}); whole slides (.svs, .ndpi, .mrxs) "
-            "are cut into tiles by TRIDENT, TIAToolbox or hs2p"
-        )
+        raise ValueError(f"{root}: no tile is below it ({', '.join(TILES)}); TRIDENT cuts slides")
     return paths
 
 
@@ -122,11 +117,8 @@ def check_patients(cohort):
 
 
 def opensrh(root):
-    """OpenSRH (Jiang et al. 2022) as its own loaders read it -> Cohort, with its split.
-
-    Tumour patches of tumour patients, normal patches of normal ones; the label is the patient's
-    class, not a slide's slide_class. Raises ValueError for other content than was released.
-    """
+    """OpenSRH (Jiang et al. 2022) as its own loaders read it -> Cohort, with its split: tumour
+    patches of tumour patients, normal ones of normal ones; the label is the patient's class."""
     files = [os.path.join(root, "meta", f"{name}.json") for name in ("opensrh", "train_val_split")]
     entries = []
     try:
@@ -144,7 +136,7 @@ def opensrh(root):
     cohort = data.build_cohort(root, entries)
     if str(look(cohort.path(0))).startswith("unreadable"):
         raise ValueError(
-            f"{cohort.path(0)} is no TIFF of two 16-bit frames, CH2 and CH3, read as [2, H, W]: "
+            f"{cohort.path(0)} is no TIFF of two frames [2, H, W]: "
             "write [H, W, 2] anew with tifffile.imwrite(path, pixels.transpose(2, 0, 1))"
         )
     return cohort
@@ -210,7 +202,7 @@ def print_summary(cohort):
 
 
 def look(path):
-    """("3 x 96 x 96", hash of the pixels) of a patch; or what is wrong: "truncated: ..."."""
+    """A hash of a patch's pixels; or what is wrong with it: "truncated: ..."."""
     if not os.path.exists(path):
         return "missing: no such file"
     try:
@@ -223,7 +215,7 @@ def look(path):
     spread = pixels.std(axis=(1, 2)).max()
     if spread < least:
         return f"constant: standard deviation {spread:.1f}, less than {least}"
-    return " x ".join(map(str, pixels.shape)), hash(pixels.tobytes())
+    return hash(pixels.tobytes())
 
 
 def run_index(args):
@@ -264,14 +256,11 @@ def run_check(args):
     for row, fault in faults.items():
         print(f"{cohort.name(row)}: {fault}")
     good = [row for row in range(len(cohort)) if row not in faults]
-    sizes, twins, first = Counter(looks[row][0] for row in good), [], {}
+    twins, first = [], {}
     for row in good:
         one = first.setdefault(looks[row], row)  # with the same pixels
         if cohort.patient[one] != cohort.patient[row]:
             twins.append(f"{cohort.name(one)} and {cohort.name(row)}")
-    if len(sizes) > 1:
-        usual = sizes.most_common(1)[0][0]
-        print(f"remark: {len(sizes)} sizes, mostly {usual} (channels, height, width)")
     if twins:
         print(f"remark: {len(twins)} images equal another patient's, as {twins[0]}")
     kinds = Counter(fault.partition(":")[0] for fault in faults.values())

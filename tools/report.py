@@ -307,8 +307,7 @@ def show(out, wanted):
     levels = [key.removeprefix("scores_") for key in data if key.startswith("scores_")]
     names = {levels[0]: data["path"]} | {at: data[plural(at)][data[at]] for at in levels[1:]}
     if not len(data[f"attributes_{levels[0]}"]):
-        print("this run has no words: it was trained without a bank")
-        return
+        return print("this run has no words: it was trained without a bank")
     for name in wanted:
         places = [level for level in names if (names[level] == name).any()]
         if not places:

@@ -53,28 +53,22 @@ HUGGING_FACE = [  # parts of tensor names: in Hugging Face's CLIPModel, in OpenA
     ("visual_projection.weight", "visual.proj"),
     ("text_projection.weight", "text_projection"),
 ]
-NO_CLIP = [  # part of a tensor's name, and the network it gives away
-    ("word_embeddings.", "its text tower is a BERT with its own vocabulary (as in BiomedCLIP)"),
-    ("visual.trunk.", "its image tower comes from timm (as in CONCH)"),
-    ("blocks.0.attn.qkv.", "it is a timm transformer (as UNI), trained without text"),
-    ("vision_model.", "it has no visual_projection (as CLIPVisionModel and SigLIP)"),
-]
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
 
 def load_clip(source, activation=""):
     """The state dict of a CLIP, in float32 on the CPU, with its "activation" added.
 
-    source: a name in CLIPS, or a file. activation: "quickgelu" or "gelu", for a file that does not
-    say it. Raises ValueError if nothing does, or the file is damaged, not a CLIP, or a program.
+    source: a name in CLIPS, or a file. activation: "quickgelu" or "gelu", if the file does not say.
     """
     path = find_clip(source)
     state, known = read_tensors(path)
-    reasons = [reason for part, reason in NO_CLIP if any(part in name for name in state)]
-    if not any(name.startswith(("visual.", "tower.")) for name in state):
-        reasons.append(f"its tensors are {', '.join([*state][:3])}, ... and not visual.*")
-    if reasons:
-        raise ValueError(f"{path} is not a CLIP: {reasons[0]}; give another --clip")
+    foreign = [name for name in state if re.search("word_embed|trunk|attn.qkv|vision_model", name)]
+    if foreign or not any(name.startswith(("visual.", "tower.")) for name in state):
+        raise ValueError(
+            f"{path} is not a CLIP of OpenAI's layout: it has {(foreign or [*state])[0]}; give "
+            "another --clip (BiomedCLIP's text tower is a BERT; CONCH and UNI come from timm)"
+        )
     digest = "" if known else _sha256(path)
     for name, (_, sha256, published_with) in CLIPS.items():
         if path == cache_path(name) or (sha256 and digest.startswith(sha256)):
@@ -104,10 +98,8 @@ def cache_path(name):
 
 
 def published(url, sha256, path="", cached=""):
-    """The verified path of a published file: yours, or in a cache, downloaded on first use.
-
-    sha256: all of it, its beginning, or "". Raises ConnectionError; ValueError for another file.
-    """
+    """The path of a published file: yours, or a cached one, downloaded on first use. sha256: all of
+    it, its beginning, or "" where none is known."""
     cached = cached or os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
     if not path and not os.path.exists(cached):
         os.makedirs(os.path.dirname(cached), exist_ok=True)
@@ -188,8 +180,7 @@ def _read_zip(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     if _sha256(path) not in [sha256 for _, sha256, _ in CLIPS.values()]:
         raise ValueError(
-            "a TorchScript archive is a program, and this one is not OpenAI's, so it was not run. "
-            "If you trust it, export its tensors, and name that file: python -c "
+            "a TorchScript archive is a program and not OpenAI's. If you trust this one: python -c "
             f"\"import torch; torch.save(torch.jit.load({path!r}, 'cpu').state_dict(), 'clip.pt')\""
         )
     with warnings.catch_warnings():

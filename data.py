@@ -43,7 +43,7 @@ def load_views(
     sizes,  # pixels at which a patch is decoded, and S
     seed=0,
     device="cpu",
-    share=(0, 1),  # (rank, world): which part of the patients is wanted
+    share=(0, 1),  # (rank, world): which share of the patients to load
     workers=2,
 ):
     """Yields one batch per step: (images [n, 3, S, S] in [0, 1], ids {level: [n]}).
@@ -112,7 +112,7 @@ STAINS = torch.tensor([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.5
 
 DEMO = {  # transform: (probability, lowest, highest)
     "crop": (1.0, 0.6, 1.0),  # share of the area that is kept, at an aspect between 3/4 and 4/3
-    "flip": (0.5, -1, -1),  # along each axis, independently: a factor, and -1 mirrors
+    "flip": (0.5, -1, -1),  # a factor along each axis, independently; -1 mirrors
     "rotate": (0.5, -180, 180),  # degrees
     "translate": (0.5, -0.1, 0.1),  # of the side
     "brightness": (0.5, 0.8, 1.2),  # factor
@@ -124,7 +124,7 @@ DEMO = {  # transform: (probability, lowest, highest)
     "erase": (0.1, 0.02, 0.15),  # share of the area
 }
 STRONG = {name: DEMO[name] for name in ("flip", "translate", "brightness", "contrast")}
-STRONG |= {  # which completes the paper's list, each with probability 1/2 as in its code
+STRONG |= {  # the rest of the paper's list, each with probability 1/2 as in its code
     "crop": (0.5, 0.2, 1.0),
     "rotate": (0.5, -10, 10),
     "autocontrast": (0.5, 1, 1),  # each channel stretched to [0, 1]
@@ -137,7 +137,7 @@ STRONG |= {  # which completes the paper's list, each with probability 1/2 as in
 AUGMENTATIONS = {
     "demo": DEMO,
     "strong-srh": STRONG,  # the channels of SRH are not colours, so nothing mixes them
-    # H&E varies in its stains, not in hue. On white a threshold of 0.2 would invert everything.
+    # H&E varies in stain, not in hue. A threshold of 0.2 would invert all of its background.
     "strong": STRONG
     | {"stain": (0.5, 0.7, 1.3), "background": (0.5, -0.05, 0.05), "solarise": (0.5, 0.9, 0.9)},
     "weak": {"flip": (0.5, -1, -1)},  # HiDisc's
@@ -147,7 +147,7 @@ WINDOWS = 2**16  # places in the batch's field of noise where a view's window ma
 
 
 def view_parameters(augmentation, seed, step, places, views):
-    """The random numbers behind n = len(places) x views views: {name: [n, ...]} on the CPU. Each
+    """The random numbers behind len(places) x views = n images: {name: [n, ...]} on the CPU. Each
     place has its own generator; a transform that is not drawn gets its neutral value."""
     seeds = [seed_of("views", seed, step, place) for place in places]
     numbers = [np.random.default_rng(s).random((views, 64), np.float32) for s in seeds]
@@ -160,7 +160,7 @@ def view_parameters(augmentation, seed, step, places, views):
         probability, low, high = augmentation.get(name, (0, neutral, neutral))
         return torch.where(random() < probability, low + (high - low) * random(k), float(neutral))
 
-    # The crop's area is uniform; so is the log of its aspect, up to 4/3 and as far as it fits.
+    # The crop's area is uniform, as is the log of its aspect, up to 4/3 or whatever fits.
     log_area = drawn("crop", 1).log()
     log_aspect = (2 * random() - 1) * (-log_area).clamp(max=math.log(4 / 3))
     size = torch.cat([log_area + log_aspect, log_area - log_aspect], dim=1).div(2).exp()
@@ -184,7 +184,7 @@ def view_parameters(augmentation, seed, step, places, views):
 def make_views(images, parameters, size, noise_seed=0):
     """V views of each of n patches, on their device: float32 [n V, 3, size, size] in [0, 1].
 
-    images: uint8 [n, 3, H, W] or uint16 [n, 2, H, W]. parameters: those of a patch side by side.
+    images: uint8 [n, 3, H, W] or uint16 [n, 2, H, W]. parameters: V consecutive rows per patch.
     """
     # Each view takes a window of one field of white noise: a field for each would be slow.
     generator = torch.Generator().manual_seed(noise_seed)
@@ -242,7 +242,7 @@ def intensities(images):
 
 
 def resample(x, size, parameters):
-    """Crops, shifts, flips and rotates by one bilinear look-up. Returns [n, 3, size, size]."""
+    """Crops, shifts, flips and rotates in one bilinear look-up. Returns [n, 3, size, size]."""
     angle = torch.deg2rad(parameters["rotate"])
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1)
     scale = parameters["size"] * parameters["flip"]  # [n, 2]
@@ -255,7 +255,7 @@ def resample(x, size, parameters):
 
 
 def stain_jitter(x, factor, shift):
-    """Scales and shifts each stain's density: x = exp(-density), a sum of stains (Beer, Lambert).
+    """Scales and shifts each stain's share of the density, x = exp(-density) (Beer and Lambert).
     x: [n, 3, H, W] in [0, 1]. factor, shift: [n, 3], neutral at 1 and 0."""
     stains = STAINS.to(x)
     mix = torch.linalg.inv(stains) @ (factor[:, :, None] * stains)  # [n, 3, 3]: to stains and back
@@ -295,10 +295,10 @@ def plain_view(images, size):
 
 
 def load_batches(cohort, batches, size, workers=2, ahead=3):
-    """Decodes batches of rows in the background. Yields (rows [n], images [n, ...]) in their order.
+    """Decodes batches of rows in the background. Yields (rows [n], images [n, ...]) in order.
     size: as in decode(), whose errors are passed on. ahead: batches prepared in advance."""
     read = partial(decode, size=size)
-    with ThreadPoolExecutor(max(1, workers)) as pool:  # Pillow decodes outside Python's lock
+    with ThreadPoolExecutor(max(1, workers)) as pool:  # Pillow decodes without the GIL
         jobs = ((rows, pool.map(read, map(cohort.path, rows))) for rows in map(np.ravel, batches))
         queue = deque(islice(jobs, ahead))
         while queue:
@@ -342,7 +342,7 @@ def two_planes(image, size):
     layouts = {f"{frame.width} x {frame.height}, {frame.mode}" for frame in frames}
     if len(frames) != 2 or len(layouts) != 1 or "I;16" not in frames[0].mode:
         raise ValueError(
-            f"{len(frames)} frames of {' and '.join(sorted(layouts))}, not 8 bits or two of I;16"
+            f"{len(frames)} frames of {' and '.join(sorted(layouts))}; needs 8 bits or two I;16"
         )
     # As floats: Pillow does not resize 16-bit integers.
     planes = [fit(Image.fromarray(np.float32(frame)), size) for frame in frames]
@@ -380,7 +380,7 @@ class Cohort:
     parents: list  # L - 1 arrays: the slide of each row, then the patient of each slide
     group_names: list  # L - 1 lists: the names of the slides, of the patients
     label: np.ndarray  # [n] int32: the class of each patch, -1 without one
-    patient_split: np.ndarray  # [P] int8: of the coarsest level, an index into SPLITS
+    patient_split: np.ndarray  # [P] int8: for each patient, an index into SPLITS
     classes: list  # C names, sorted; empty without labels
     patch: np.ndarray  # [n] int32: the id of each patch, its row in the whole cohort
 
@@ -457,7 +457,7 @@ def read_manifest(manifest, levels=LEVELS):
     needed = ["path", *levels[:0:-1]]
     for number, line in enumerate(open(manifest, encoding="utf-8-sig", errors="replace"), 1):
         where, line = f"{manifest}, line {number}", line.strip()
-        if "\ufffd" in line:  # what stands for bytes that are not UTF-8
+        if "\ufffd" in line:  # replaces bytes that are not UTF-8
             raise ValueError(f"{where}: {line!r} is not UTF-8: save it as CSV UTF-8")
         try:  # line by line, so that an open quote cannot swallow the next ones
             fields = [field.strip() for field in next(csv.reader([line], strict=True), [])]
@@ -480,14 +480,14 @@ def read_manifest(manifest, levels=LEVELS):
 
 def build_cohort(root, entries, levels=LEVELS, val_fraction=0.2):
     """What read_manifest() yields -> Cohort. root: the folder, unless the entries name another."""
-    names = {}  # path: None; a dict, whose keys keep their order and are found at once
+    names = {}  # path: None; the dict serves as an ordered set
     above = {level: {} for level in levels[:0:-1]}  # {"patient": {name: split}, "slide": ...}
     slides, labels, kinds = [], [], set()
     for where, path, groups, label, split, other in entries:
         check_entry(where, path, groups, split)
         if path.encode() in names:
             raise ValueError(f"{where}: the path {path!r} appears a second time")
-        for level, name, parent in zip(above, groups, [split, *groups]):  # of a patient, its split
+        for level, name, parent in zip(above, groups, [split, *groups]):  # for patients, the split
             before = above[level].setdefault(name, parent)
             if before != parent:
                 raise ValueError(
@@ -499,7 +499,7 @@ def build_cohort(root, entries, levels=LEVELS, val_fraction=0.2):
         labels.append(sys.intern(label))
         kinds.add((other, bool(split)))
         if len(kinds) > 1 or not os.path.isabs(other or os.sep):
-            raise ValueError(f"{where}: all lines need one absolute root, and all or none a split")
+            raise ValueError(f"{where}: one absolute root for all lines; a split for all or none")
     if not names:
         raise ValueError(f"{root}: the cohort has no patches: list one per line")
 
@@ -538,7 +538,7 @@ def check_entry(where, path, groups, split):
         if not name:
             raise ValueError(f"{where}: only label, split and root may be empty")
         if re.search(r"^\s|\s$|[\n\r\ud800-\udfff]", name):
-            raise ValueError(f"{where}: rename {name!r}: UTF-8, no blank ends, no line breaks")
+            raise ValueError(f"{where}: rename {name!r}: UTF-8, no outer spaces, no line breaks")
     # A part that is empty, . or .. would leave the folder, or give a file two names.
     if re.search(r"(^|/)\.{0,2}(/|$)|^\w:|\\", path):
         raise ValueError(f"{where}: {path!r} must be a plain path inside the root, like a/b.png")

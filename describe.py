@@ -267,19 +267,19 @@ def prompt_for(content, level, count, sentences):
     lines = "\n".join([*taken, *refused])
     return f"""You are a pathologist who describes what {content["tissue"]} looks like, so that an
 image model can learn from it. Name {count} attributes that can be seen in {shows}.
-- Each is 2 to 6 words in lower case. Cover normal and abnormal, common and rare, in contrasts where
-  there is one (sparse nuclei, crowded nuclei). No two mean the same or rephrase one that is taken.
+- Each is 2 to 6 words in lower case. Cover normal and abnormal, common and rare, as opposites where
+  there is one (sparse nuclei, crowded nuclei). None may repeat another in meaning, new or taken.
 - Write {sentences} sentences on each, which state the same finding in different ways: its form; a
   comparison with a related or opposite finding; its arrangement in space; a plain summary for a lay
-  reader. Use 8 to 25 words, few of them the attribute's, and no frame such as "the image shows".
-- Only what an eye sees in these images at that magnification: no molecules, genes, laboratory
+  reader. Use 8 to 25 words, few of them from the attribute, and no frame like "the image shows".
+- Only what the eye sees in these images at that magnification: no molecules, genes, laboratory
   values, clinical facts, treatment or outcome; colours only where there is a stain. Plain ASCII.
 Reply with a JSON object {{attribute: [{sentences} strings]}} and nothing else. These are taken:
 {lines}"""
 
 
 def take_reply(content, level, reply, most, sentences):
-    """Adds those of a reply's attributes that pass `check_bank`; returns the others' faults."""
+    """Adds the attributes of a reply that pass `check_bank`; returns the faults of the rest."""
     reply = reply.rpartition("</think>")[2].translate(TYPOGRAPHY)
     try:  # code fences and talk are outside the braces
         found = json.loads(reply[reply.find("{") : reply.rfind("}") + 1])
@@ -336,7 +336,7 @@ def run_check(args):
 
 
 def run_generate(args):
-    key = "".join(os.getenv("OPENAI_API_KEY", "").split()) or "none"  # urllib prints a bad one
+    key = "".join(os.getenv("OPENAI_API_KEY", "").split()) or "none"  # urllib prints bad keys
     answer = functools.partial(ask, args.endpoint, args.model, key=key)
     counts = (args.attributes, args.sentences, args.batch)
     try:
@@ -366,7 +366,7 @@ def main():
         sub = commands.add_parser(run.__name__[4:], help=text)
         sub.set_defaults(run=run)
         sub.add_argument("bank", help="the bank file (JSON)")
-        sub.add_argument("--vocab", help="bpe_simple_vocab_16e6.txt.gz of CLIP, or 'bytes'")
+        sub.add_argument("--vocab", help="CLIP's bpe_simple_vocab_16e6.txt.gz, or 'bytes'")
         return sub.add_argument
 
     flag = command(run_check, "check a bank file")
@@ -380,11 +380,11 @@ def main():
     flag("--levels", nargs="+", default=LEVELS, help="only these levels")
     flag("--attributes", type=int, default=128, help="how many each level gets (the paper: 128)")
     flag("--sentences", type=int, default=4, help="how many each attribute gets (the paper: 4)")
-    flag("--batch", type=int, default=8, help="attributes a request; fewer if replies are cut off")
+    flag("--batch", type=int, default=8, help="attributes per request; fewer if replies break off")
 
     flag = command(run_encode, "a bank file and a CLIP -> bank.pt")
     flag("--clip", required=True, help=f"a CLIP with a text tower: a file, or {', '.join(CLIPS)}")
-    flag("--activation", choices=ACTIVATIONS, help="of the CLIP, if its file does not say")
+    flag("--activation", choices=ACTIVATIONS, help="for a CLIP whose file does not say")
     flag("--rotate", type=int, metavar="SEED", help="a meaningless control: rotate all vectors")
     flag("--out", default="bank.pt", help="file to write")
     args = parser.parse_args()

@@ -42,7 +42,7 @@ def embed(model, cohort, read_size, image_size, batch=128, workers=2, stop=()):
     """z of every patch of a cohort, whole and not augmented: [n, D] float32 on the CPU.
 
     Under torch.distributed the processes share the batches, and each gets all of z. stop: a list;
-    None is returned once some process's is not empty.
+    returns None once it is non-empty on any process.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -62,7 +62,7 @@ def embed(model, cohort, read_size, image_size, batch=128, workers=2, stop=()):
 
 
 def rank_and_world():
-    """Of this process."""
+    """(rank, world size) of this process."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -109,13 +109,13 @@ def logistic(train_x, train_labels, x, classes):
     classes - 1; a class without a training row gets 0. Warns if L-BFGS has not converged.
     """
     present, target = train_labels.unique(return_inverse=True)
-    cost = len(train_x) * train_x.shape[1] * classes / 100  # C m: divided by it, a sum is a mean
+    cost = len(train_x) * train_x.shape[1] * classes / 100  # C m, so that the sum becomes a mean
     centre = train_x.mean(dim=0)
     rows = train_x - centre
 
     # Embeddings hardly vary along most directions, so the loss is a long narrow valley, in which
-    # L-BFGS takes thousands of steps. At w = 0 its curvature is variance / classes + 1 / cost
-    # along each eigenvector of the covariance; in v, where w = v axes^T, it is round.
+    # L-BFGS takes thousands of steps. At w = 0 the curvature is variance / classes + 1 / cost
+    # along each eigenvector of the covariance; in v, where w = v axes^T, the valley is round.
     variance, axes = torch.linalg.eigh((rows.T @ rows / len(rows)).double())  # [D], [D, D]
     axes = axes / (variance.clamp(min=0) / classes + 1 / cost).sqrt()
     v = axes.new_zeros(len(present), len(axes) + 1, requires_grad=True)  # the last column is b
@@ -131,7 +131,8 @@ def logistic(train_x, train_labels, x, classes):
 
     # Most steps in single precision, which is twice as fast, and the last ones in double.
     for dtype, grad, change in ((torch.float32, 1e-5, 1e-9), (torch.float64, 2e-7, 1e-13)):
-        rows = rows.to(dtype)
+        rows = None  # frees the memory
+        rows = train_x.to(dtype, copy=True).sub_(centre)
         lbfgs.param_groups[0].update(tolerance_grad=grad, tolerance_change=change)
         lbfgs.step(closure)
     if lbfgs.state[v]["n_iter"] >= 1000:
@@ -143,7 +144,7 @@ def logistic(train_x, train_labels, x, classes):
 
 
 def zero_shot(path, z, classes, clip, activation="", vocab=""):
-    """Class probabilities [n, C] without any training label: softmax(s z t^T).
+    """Class probabilities [n, C] without training labels: softmax(s z t^T).
 
     path: JSON, {class: [sentences]}; t: [C, D], one vector per class, encoded as a bank is. s: the
     logit scale of clip, the encoder's own CLIP.
@@ -179,7 +180,7 @@ def probe_splits(cohort, protocol="val"):
 def predict(kinds, features, cohort, splits, device="cpu"):
     """{kind: class probabilities [n, C] of all held-out rows}, for some of PROBES.
 
-    features: [rows, D]. All processes must call it; only on rank 0 are the results whole.
+    features: [rows, D]. All processes must call it; only rank 0 gets complete results.
     """
     features = features.to(device)
     neighbours = {kind: k for kind, k in NEIGHBOURS.items() if kind in kinds}
@@ -200,7 +201,7 @@ def predict(kinds, features, cohort, splits, device="cpu"):
 
 
 def group_mean(values, groups):
-    """The means [G, K] of values [n, K] by groups [n], in ascending order; each's first row [G]."""
+    """Means [G, K] of values [n, K] by groups [n], in ascending order; first row [G] of each."""
     options = {"return_index": True, "return_inverse": True, "return_counts": True}
     _, first, index, size = np.unique(groups, **options)
     total = np.stack([np.bincount(index, weights=column) for column in values.T], axis=1)
@@ -240,11 +241,11 @@ def rates(probabilities, labels, patient, counts):
 
 
 def auc(score, positive):
-    """Area under the ROC curve, by the rank sum (Mann and Whitney 1947); nan unless both occur.
+    """Area under the ROC curve, by rank sum (Mann and Whitney 1947); nan unless both classes occur.
 
         AUC = (sum of the positives' ranks - p (p + 1) / 2) / (p (n - p))
 
-    score: [n]; equal ones share their mean rank. positive: [n] bool, p of them true.
+    score: [n]; ties share their mean rank. positive: [n] bool, p of them true.
     """
     n, p = len(score), int(positive.sum())
     if p in (0, n):
@@ -255,8 +256,8 @@ def auc(score, positive):
 
 
 def bootstrap_counts(P, resamples, seed=0):
-    """How often each of P patients counts, [1 + resamples, P]: in row 0, the cohort, once; in the
-    others P are drawn with replacement: patients are independent, patches are not."""
+    """How often each of P patients counts, [1 + resamples, P]: once in row 0, the cohort; the other
+    rows draw P with replacement, since patients are independent and patches are not."""
     drawn = np.random.default_rng(seed).multinomial(P, np.full(P, 1 / P), resamples)
     return np.concatenate([np.ones((1, P)), drawn])
 
@@ -433,7 +434,7 @@ def evaluate(args, device):
     runs.write_json(os.path.join(out, "metrics.json"), metrics)
     print(*report.table({f"step {checkpoint['step']}": probes}), *metrics["notes"], sep="\n")
 
-    # The page comes last and from these files, so that nothing is lost if it cannot be drawn.
+    # The page is drawn last, from these files, so that nothing is lost if drawing fails.
     try:
         print(f"everything is in {report.draw(out)}")
     except Exception as error:
@@ -499,27 +500,26 @@ def reader_notes(protocol, checkpoint, cohort, rows, probes):
     ]
     for c, name in enumerate(cohort.classes if protocol == "lopo" else ()):
         alone = len(np.unique(cohort.patient[cohort.label == c])) == 1
-        rules.append((alone, f"{name} has one patient: without that one, nothing shows it"))
+        rules.append((alone, f"{name} has one patient: held out, it leaves none to train on"))
     for level in cohort.levels if probes else ():
         metrics = probes["knn20"]["levels"][level]
         few = "accuracy" in metrics and "accuracy_interval" not in metrics
         rules.append((few, f"{level}: fewer than {FEW} patients are too few for an interval"))
-    notes = cohort_notes(checkpoint["config"], cohort)
-    return notes + [note for holds, note in rules if holds]
+    return cohort_notes(checkpoint["config"], cohort) + [note for holds, note in rules if holds]
 
 
 def main():
     style = argparse.RawDescriptionHelpFormatter  # keeps the line breaks above
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     flag = parser.add_argument
-    flag("run", help="a run folder (its newest checkpoint is taken) or a checkpoint file")
+    flag("run", help="a run folder (its newest checkpoint is used) or a checkpoint file")
     flag("--data", default="", help="a cohort other than the run's: a folder or a manifest .csv")
     flag("--out", default="", help="folder to write to (default: RUN)")
-    flag("--overwrite", action="store_true", help="overwrite results for other data or protocol")
-    protocol = "which patients are tested: a split's, or (lopo) each, trained on all others"
+    flag("--overwrite", action="store_true", help="replace results of other data or protocols")
+    protocol = "patients to test: a split's, or (lopo) each in turn, training on the others"
     flag("--protocol", choices=("val", "test", "lopo"), default="val", help=protocol)
     flag("--against", default="", help="another run, or 'start': adds the gain over that encoder")
-    flag("--export", default="", metavar="FILE", help="write the tower for open_clip, torchvision")
+    flag("--export", default="", metavar="FILE", help="save the tower for open_clip or torchvision")
     flag("--prompts", default="", help="JSON, {class: [sentences]}: adds a zero-shot probe")
     flag("--clip", default="", help="where the run's CLIP is now, for --prompts")
     flag("--workers", type=int, default=2, help="decoding threads; more if the device waits")

@@ -81,7 +81,7 @@ def floors(counts):
     """The lowest value of each level's contrast, fine to coarse: log |P|, never quite reached.
 
     With |P| positives the best p_ij is 1 / |P|. counts: views of a patch, patches of a slide,
-    slides of a patient, ... For (2, 2, 2): log 1 = 0, log 3 and log 7. Repeats raise them.
+    slides of a patient, ... For (2, 2, 2): log 1 = 0, log 3 and log 7. Repeated patches raise them.
     """
     return [math.log(math.prod(counts[: i + 1]) - 1) for i in range(len(counts))]
 
@@ -94,8 +94,8 @@ def ha(z, bank, temperature=1.0):
         s = softmax over the D dimensions, at the temperature
 
     z: [n, D], L2-normalised; it receives the gradient. bank: {level: [K_l, D]}, frozen. Returns
-    {"ha_patch": scalar, ...}: close to 0 at the paper's temperature of 1, about |z - t|^2 / (2 D),
-    since the softmax of a unit vector is almost flat; at about 1/sqrt(D) the loss matters.
+    {"ha_patch": scalar, ...}. At the paper's temperature of 1 each is about |z - t|^2 / (2 D): the
+    softmax of a unit vector is almost flat. A temperature near 1/sqrt(D) makes it matter.
     """
     terms = {}
     for level, t in bank.items():
@@ -138,11 +138,11 @@ def attributes_used(z, t):
     return torch.special.entr(share).sum().exp().item()
 
 
-# --------------------------------------------------------------- ours, and not a part of the paper
+# ------------------------------------------------------------------ ours, not part of the paper
 
 
 def ar(z, bank, targets):
-    """Attribute regression: z keeps the attribute scores that a frozen teacher gave.
+    """Attribute regression: z is held to the attribute scores of a frozen teacher.
 
         L_AR = sum_l mean_ik (s_ilk - a_ilk)^2
         s_l = standardise(z t_l^T)
@@ -151,7 +151,7 @@ def ar(z, bank, targets):
     2211.16175), Lipsum-FT (2404.00860) and LDIFS (2308.13320). z, bank: as in ha(). targets:
     {level: a_l [n, K_l]}, the teacher's standardised scores of each row's patch, slide or patient.
     Scores are standardised over the rows of all processes. Returns {"ar_patch": scalar, ...}: about
-    2 for unrelated scores; above patch level it stays above 0, since a slide shares one target.
+    2 for unrelated scores, and never 0 above patch level, where patches share a target.
     """
     n = len(z)
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -166,7 +166,7 @@ def ar(z, bank, targets):
 
 
 def standardise(x, eps=1e-8):
-    """The columns of x [n, K] with mean 0 and variance 1 over the rows; a constant one becomes 0.
+    """Scales each column of x [n, K] to mean 0 and variance 1 over the rows; constants become 0.
 
         (x - mean) / sqrt(variance + eps)
 

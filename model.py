@@ -107,7 +107,7 @@ def make_tower(config, bank, clip, image_size=0):
 
     A tower maps normalised images [N, 3, S, S] to [N, D] and has `dim`, its D, and `image_size`,
     its S. load_run() calls this too, and then replaces the weights. config: {flag: value}. bank:
-    {level: [K_l, D]}. clip: the state dict of a CLIP or an HLSS. image_size: 0: the weights' own.
+    {level: [K_l, D]}. clip: state dict of a CLIP or an HLSS. image_size: 0 for the weights' own.
     """
     if config["backbone"]:
         tower = backbone_tower(config["backbone"], bank, config["backbone_weights"])
@@ -145,7 +145,7 @@ def backbone_tower(name, bank, weights=""):
     tower = torchvision.models.get_model(name, weights=default)
     linears = [path for path, module in tower.named_modules() if isinstance(module, nn.Linear)]
     if not linears:
-        raise ValueError(f"--backbone {name}: it ends without a linear layer; try resnet18")
+        raise ValueError(f"--backbone {name}: it has no linear layer; try resnet18")
     tower.dim = tower.get_submodule(linears[-1]).in_features
     tower.set_submodule(linears[-1], nn.Identity())
     if default:
@@ -387,15 +387,15 @@ def heads_of(state, tower, width):
     """Attention heads of a transformer: as its file says, or 64 channels each, as in OpenAI's."""
     heads = state.get("heads", {}).get(tower)
     if not heads and width > 1024:
-        raise ValueError(f"how many heads has the {tower} tower? Put its config.json beside it")
+        raise ValueError(f"{tower} tower: unknown number of heads; put config.json beside it")
     return heads or max(1, width // 64)
 
 
 def image_tower(state, image_size=0, weights=True):
     """The image tower of a state dict, with its weights: CLIP's ResNet or ViT.
 
-    state: of a CLIP (`visual.*`) or an HLSS (`tower.*`). image_size: pixels, if not as in its
-    training; interpolates the positions. weights: False takes only the sizes.
+    state: of a CLIP (`visual.*`) or an HLSS (`tower.*`). image_size: pixels, if not those
+    of its training; positions are then interpolated. weights: False takes only the sizes.
     """
     tensors = part_of(state, "visual." if "visual.conv1.weight" in state else "tower.")
     is_resnet = "attnpool.positional_embedding" in tensors
@@ -426,7 +426,7 @@ def image_tower(state, image_size=0, weights=True):
 
 
 def resize_positions(positions, grid):
-    """Positions of one token and a square g x g, [1 + g^2, C], -> [1 + grid^2, C], bicubic."""
+    """Positions of one token and a g x g square, [1 + g^2, C], -> [1 + grid^2, C], bicubic."""
     g = round((len(positions) - 1) ** 0.5)
     if g * g != len(positions) - 1:
         raise ValueError(f"the image tower has {len(positions) - 1} positions: not a square")

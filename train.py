@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=4 train.py             the same on four processes
     python train.py --data FOLDER --out runs/mine    your own cohort (a folder with manifest.csv)
 
-An interrupted run resumes from its newest checkpoint when you give the same command again.
+An interrupted run resumes from its newest checkpoint when you rerun the same command.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from tools.processes import average, from_first, processes, stop_signals, user_e
 from tools.weights import CLIPS, find_clip, load_clip
 
 CPU = torch.device("cpu")
-STOPPED = 75  # exit code after SIGTERM, SIGINT or SIGUSR1: saved; start again to go on
+STOPPED = 75  # exit code after SIGTERM, SIGINT or SIGUSR1: saved; rerun to continue
 WARMUP = 0.1  # share of the steps in which the learning rate climbs, as in the paper
 
 
@@ -51,13 +51,13 @@ class Config:
     data: str = flag("", "folder with manifest.csv; empty: demo tissue, made on first use")
     out: str = flag("", "folder for checkpoints and log.jsonl; empty: runs/NAME, NAME from --data")
     clip: str = flag("", f"CLIP to start from: a file, demo, or one of {', '.join(CLIPS)}")
-    activation: str = flag("", "of the CLIP, if its file does not say", choices=["", *ACTIVATIONS])
+    activation: str = flag("", "for a CLIP whose file does not say", choices=["", *ACTIVATIONS])
     bank: str = flag("demo/attributes.json", "a bank file, or a bank.pt made by describe.py encode")
 
     # The encoder.
     start: str = flag("clip", "weights the image tower starts from", choices=["clip", "random"])
     backbone: str = flag("", "a torchvision network, like resnet18, in place of the CLIP's tower")
-    backbone_weights: str = flag("", "DEFAULT: torchvision's; a file; empty: random ones")
+    backbone_weights: str = flag("", "DEFAULT (torchvision's), a file, or empty (random)")
     image_size: int = flag(0, "pixels of a view; 0: what the tower was made for", low=0)
 
     # The losses.
@@ -72,10 +72,10 @@ class Config:
         "attribute scores; empty: paper for hlss, otherwise off",
         choices=["", "paper", "regression", "off"],
     )
-    temperature: float = flag(0.07, "of the contrast", low=1e-3)
-    level_weights: str = flag("", "of the contrast, fine to coarse; empty: 1 each")
+    temperature: float = flag(0.07, "for the contrast", low=1e-3)
+    level_weights: str = flag("", "weights of the contrast, fine to coarse; empty: 1 each")
     align_weight: float = flag(1.0, "lambda of --align", low=0)
-    ha_temperature: float = flag(1.0, "of the softmax in --align paper", low=1e-3)
+    ha_temperature: float = flag(1.0, "for the softmax in --align paper", low=1e-3)
 
     # The batches.
     levels: str = flag(",".join(LEVELS), "fine to coarse: the image, then columns of the manifest")
@@ -88,7 +88,7 @@ class Config:
         choices=list(AUGMENTATIONS),
     )
     val_fraction: float = flag(0.2, "patients held out, if there is no split", low=0, high=1)
-    seed: int = flag(0, "of batches, views and new weights", low=0)
+    seed: int = flag(0, "for batches, views and new weights", low=0)
 
     # The steps.
     steps: int = flag(400, "optimizer steps in all; a run may be resumed with more", low=1)
@@ -156,7 +156,7 @@ def parse_config(argv=None):
     style = argparse.RawDescriptionHelpFormatter
     about = {"description": __doc__, "epilog": TROUBLE, "formatter_class": style}
     parser = argparse.ArgumentParser(**about, allow_abbrev=False)
-    parser.add_argument("--preset", choices=PRESETS, help="defaults; demo, if there is no --data")
+    parser.add_argument("--preset", choices=PRESETS, help="sets of defaults; demo, without --data")
     for f in fields(Config):
         options = {"type": f.type}
         if f.type is bool:
@@ -191,7 +191,7 @@ def check_config(config):
         )
     if len(config.counts) != len(levels) or min(config.counts) < 1 or config.counts[0] < 2:
         raise ValueError(
-            f"--draw {config.draw}: give {len(levels)} numbers of at least 1, views at least 2"
+            f"--draw {config.draw}: give {len(levels)} numbers: 2 or more views, then 1 or more"
         )
     if min(config.lambdas.values()) < 0:
         raise ValueError(f"--level-weights {config.level_weights}: none may be below 0")
@@ -207,7 +207,7 @@ def check_config(config):
 
 
 def train(config, rank=0, world=1, device=CPU):
-    """Trains until the end, or until a signal comes. Returns whether it reached the end."""
+    """Trains to the end, or until a signal arrives. Returns whether it reached the end."""
     # The cohort, the model, the optimizer, and the step to resume from.
     lock = runs.lock_folder(config.out) if rank == 0 else nullcontext()
     folder = from_first(None if rank else config.data or demo_tissue())  # others wait for rank 0
@@ -233,7 +233,7 @@ def train(config, rank=0, world=1, device=CPU):
             return False
         began = time.perf_counter()
         for step, (images, ids) in enumerate(batches, done + 1):  # [n, 3, S, S]; {level: [n]}
-            # Dropout, where a tower has it: the masks depend on the step, resumed or not.
+            # Dropout masks, if any, depend on step and rank alone, so resuming repeats them.
             torch.manual_seed(seed_of("dropout", config.seed, step, rank))
 
             # Forward. The tower in bf16 if asked for; the losses are float32 inside.
@@ -263,7 +263,7 @@ def train(config, rank=0, world=1, device=CPU):
                 group["lr"] = learning_rate(step, config)
             optimizer.step()
 
-            # What a person watches, and what a killed run comes back to.
+            # Progress to watch, and checkpoints from which a killed run resumes.
             durations.append(time.perf_counter() - began)
             bar.update()
             if step <= 10 or step % 10 == 0 or step == config.steps or numbers["signals"]:
@@ -278,7 +278,7 @@ def train(config, rank=0, world=1, device=CPU):
     return True
 
 
-# ---------------------------------------------------------- its helpers, in the order of the calls
+# ------------------------------------------------ train()'s helpers, in the order of the calls
 
 
 def find_text(config, rank):
@@ -323,12 +323,12 @@ def build_model(config, files, cohort, rank, device):
 
 
 def resume(config, files, model, optimizer, facts, cohort):
-    """Loads the newest checkpoint, if it is of the same run. Returns the step to go on from."""
+    """Loads the newest checkpoint, if it is from this run. Returns the step to resume from."""
     checkpoint = runs.newest_checkpoint(config.out)
     step = checkpoint["step"]
     device = next(model.parameters()).device
     if average({"step": step}, device)["step"] != step:
-        raise ValueError(f"{config.out} ends at step {step} only here: put it on a shared disk")
+        raise ValueError(f"not all processes find {config.out} at step {step}: use a shared disk")
     if step == 0:
         return 0
     steps = checkpoint["config"]["steps"]
@@ -412,8 +412,8 @@ def introduce(config, files, first, world, device, cohort, train_cohort, patient
     print(
         f"{config.objective} from step {first} on {world} x {device}: {train_cohort} to train on, "
         f"of {cohort}\n"
-        f"batches of {n} images: an hvc term is log({n} - 1) = {math.log(n - 1):.2f} if nothing "
-        f"is learnt; its lowest values: {', '.join(lows)}\n"
+        f"batches of {n} images: at chance each hvc term is log({n} - 1) = {math.log(n - 1):.2f}; "
+        f"the lowest possible: {', '.join(lows)}\n"
         f"{files['clip'] or 'no CLIP'}, {files['bank'] or 'no bank'}, --align {config.align}"
     )
     if patients < config.patients:
@@ -432,7 +432,7 @@ def save_and_probe(step, config, rank, cohort, model, optimizer, facts, log, sig
         # Rank 0 saves; the others wait for it, however slow the disk is.
         if rank == 0:
             checkpoint = {"model": model.state_dict(), "step": step, **facts}
-            if step:  # the start is for evaluate.py --against start, not to be resumed
+            if step:  # step 0 is for evaluate.py --against start, not for resuming
                 checkpoint["optimizer"] = optimizer.state_dict()
             runs.save_checkpoint(config.out, checkpoint)
         from_first(None)
@@ -469,12 +469,12 @@ def check_finite(numbers, step, ids, cohort):
         raise FloatingPointError(
             f"step {step}: {', '.join(bad)}. The step was not taken and the last checkpoint is "
             f"kept; the batch begins with {', '.join(paths)}. If CLIP, bank and images are sound, "
-            "start anew with a lower --lr"
+            "restart with a lower --lr"
         )
 
 
 def vitals(step, numbers, z, bank, config, durations):
-    """A line of the log: the averaged numbers of a step, and what else a person watches."""
+    """A line of the log: the averaged numbers of a step, and other things to watch."""
     z = gather(z.detach())
     pace = sum(durations) / len(durations)  # seconds a step
     line = {name: value for name, value in numbers.items() if name != "signals"}
@@ -494,7 +494,7 @@ def main():
     with processes(config.timeout) as (rank, world, device):
         finished = train(config, rank, world, device)
         if not finished and rank == 0:
-            print(f"stopped and saved in {config.out}. To go on: {runs.command_line(world)}")
+            print(f"stopped and saved in {config.out}. To resume: {runs.command_line(world)}")
     raise SystemExit(0 if finished else STOPPED)
 
 

@@ -1,4 +1,4 @@
-"""Does language pay? HLSS, its rivals and its controls on demo tissue, whose truth is known.
+"""Does language help? HLSS, its rivals and its controls on demo tissue, whose truth is known.
 
     python -m demo.study            all runs, two at a time; goes on where it was stopped
     python -m demo.study --table    the tables and verdicts, from demo/study.jsonl alone

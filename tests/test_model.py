@@ -304,7 +304,7 @@ def test_a_torchvision_backbone_stands_in(name, tmp_path):
 def test_an_unknown_backbone_is_refused():
     with pytest.raises(ValueError, match="--backbone resnet19: not a torchvision classifier"):
         backbone_tower("resnet19", {})
-    with pytest.raises(ValueError, match="--backbone squeezenet1_1: it ends without a linear"):
+    with pytest.raises(ValueError, match="--backbone squeezenet1_1: it has no linear"):
         backbone_tower("squeezenet1_1", {})
 
 

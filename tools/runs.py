@@ -166,7 +166,7 @@ def check_same_cohort(folder, cohort, hashes, before):
         raise ValueError(
             f"{cohort.root} is not the cohort of {folder}: {new.sum()} patches are new or renamed, "
             f"or have another slide, patient, split or label: {cohort.name(new.argmax())}, ...: "
-            "restore the manifest, or give another --out to start anew"
+            "restore the manifest, or give another --out"
         )
     if (then[np.isin(then, now)] != now).any():
         raise ValueError(
@@ -186,7 +186,7 @@ def check_same_flags(folder, now, before, may_change):
     if changed:
         raise ValueError(
             f"{folder} holds another run: {', '.join(changed)}. Give the same flags to go on with "
-            "it, or another --out to start anew"
+            "it, or another --out"
         )
 
 

@@ -198,7 +198,7 @@ def test_splits(tmp_path):
         cohort.restrict("test")
     with pytest.raises(ValueError, match="line 3: patient 'amy' belongs to 'train' here and to 'v"):
         read("x.png,amy,s1,a,val", "y.png,amy,s2,a,train")
-    with pytest.raises(ValueError, match=r"line 3: .* all or none a split"):
+    with pytest.raises(ValueError, match=r"line 3: .* a split for all or none"):
         read("x.png,amy,s1,a,val", "y.png,bob,s2,a,")
     with pytest.raises(ValueError, match="line 2: the split 'Val' is not one of train, val, test"):
         read("x.png,amy,s1,a,Val")
@@ -425,7 +425,7 @@ def test_a_damaged_tiff_is_refused_wherever_it_is_cut(tmp_path):
 )
 def test_another_layout_is_refused_by_name(tmp_path, pixels, layout):
     tifffile.imwrite(tmp_path / "x.tif", pixels, photometric="minisblack")
-    with pytest.raises(ValueError, match=rf"x\.tif cannot be read \({layout}, not 8 bits"):
+    with pytest.raises(ValueError, match=rf"x\.tif cannot be read \({layout}; must be 8-bit"):
         data.decode(str(tmp_path / "x.tif"), 40)
 
 
@@ -488,7 +488,9 @@ def png(path, mode, pixels):
 def test_a_png_of_16_bit_colours_is_refused(tmp_path, mode):
     """Pillow would read only the high bytes."""
     png(tmp_path / "x.png", mode, RNG.integers(0, 2**16, (8, 8, len(mode)), np.uint16))
-    with pytest.raises(ValueError, match=r"x\.png cannot be read .*not 8 bits or two of I;16"):
+    with pytest.raises(
+        ValueError, match=r"x\.png cannot be read .*must be 8-bit, or two 16-bit frames"
+    ):
         data.decode(str(tmp_path / "x.png"))
 
 
@@ -530,7 +532,9 @@ def test_colours_of_16_bits_are_refused(tmp_path, planar):
     if planar == "separate":
         pixels = np.moveaxis(pixels, 2, 0).copy()
     tifffile.imwrite(tmp_path / "x.tif", pixels, photometric="rgb", planarconfig=planar)
-    with pytest.raises(ValueError, match=r"x\.tif cannot be read \(.*not 8 bits or two of I;16"):
+    with pytest.raises(
+        ValueError, match=r"x\.tif cannot be read \(.*must be 8-bit, or two 16-bit frames"
+    ):
         data.decode(str(tmp_path / "x.tif"), 40)
 
 

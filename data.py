@@ -342,7 +342,7 @@ def two_planes(image, size):
     layouts = {f"{frame.width} x {frame.height}, {frame.mode}" for frame in frames}
     if len(frames) != 2 or len(layouts) != 1 or "I;16" not in frames[0].mode:
         raise ValueError(
-            f"{len(frames)} frames of {' and '.join(sorted(layouts))}; must be 8-bit, or two 16-bit frames"
+            f"{len(frames)} frames of {' and '.join(sorted(layouts))}; must be 8-bit or 2 x 16-bit"
         )
     # As floats: Pillow does not resize 16-bit integers.
     planes = [fit(Image.fromarray(np.float32(frame)), size) for frame in frames]

@@ -428,9 +428,8 @@ def evaluate(args, device):
         "class_attributes": words,
     }
     path = os.path.join(out, "embeddings.npz")
-    against = scores[1] if args.against and encoders[1][1]["attributes"] == names else {}
     votes = predictions[0].get("knn200")
-    report.write_arrays(path, cohort, z[0], scores[0], names, against, data, rows, votes)
+    report.write_arrays(path, cohort, z[0], scores[0], names, data, rows, votes)
     runs.write_json(os.path.join(out, "metrics.json"), metrics)
     print(*report.table({f"step {checkpoint['step']}": probes}), *metrics["notes"], sep="\n")
 

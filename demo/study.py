@@ -160,7 +160,7 @@ def measure(z, cohort, bank, attributes, clip):
     predictions |= predict(["attributes"], scores, cohort, [(train, held_out)])
     predictions["zero-shot"] = zero_shot(PROMPTS, z[held_out], cohort.classes, clip)
     found = assess(predictions, cohort, [(train, held_out)], resamples=0)
-    truth = read_truth(HERE)
+    truth = read_truth()
     factors = read_factors(cohort.root, cohort.names.astype(str))
     ceiling = ridge(z.numpy()[train], factors[train], z.numpy()[held_out])
     line = {}

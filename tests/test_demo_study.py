@@ -126,7 +126,7 @@ def world(cohort_folder, clip_file):
     cohort = read_cohort(cohort_folder)
     factors = read_factors(cohort_folder, cohort.names.astype(str))
     attributes, _ = open_bank(str(study.DEMO_BANK), load_clip(clip_file), "", LEVELS)
-    truth = read_truth(study.HERE)
+    truth = read_truth()
     generator = torch.Generator().manual_seed(0)
     bank = {}
     z = torch.zeros(len(cohort), 64)

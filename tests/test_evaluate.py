@@ -35,7 +35,7 @@ import train
 from data import build_cohort, decode, plain_view, read_cohort
 from losses import LEVELS
 from model import HLSS, backbone_tower, image_tower, load_run
-from tools import report, runs
+from tools import report
 from tools.processes import user_errors
 from tools.weights import load_clip
 
@@ -422,15 +422,6 @@ def test_embeddings_are_enough_for_a_probe_of_ones_own(evaluated, run):
     assert data["attributes_slide"][0] == "thinly cellular slide regions"
 
 
-def test_embeddings_hold_the_scores_of_the_other_encoder(evaluated, run, clip_file):
-    data = read_embeddings(evaluated)
-    start, checkpoint = load_run(runs.checkpoint_path(run, 0))
-    cohort = read_cohort(checkpoint["config"]["data"])
-    z = evaluate.embed(start, cohort, checkpoint["read_size"], checkpoint["image_size"])
-    for level, t in start.bank.items():
-        np.testing.assert_allclose(data[f"against_scores_{level}"], z @ t.T, atol=1e-5)
-
-
 def test_all_text_of_the_embeddings_is_text(run, cohort_folder, tmp_path, monkeypatch):
     """Also if a file name is not ASCII."""
     small_cohort(cohort_folder, tmp_path, r"path|.*/\w+-0[12]/0-")
@@ -708,7 +699,6 @@ def test_nothing_is_held_against_the_start_unasked(run, tmp_path, monkeypatch):
     metrics = read_metrics(tmp_path)
     assert metrics["against"] == ""
     assert "accuracy_gain" not in metrics["probes"]["linear"]["levels"]["patch"]
-    assert "against_scores_patch" not in read_embeddings(tmp_path)
 
 
 def test_a_backbone_has_never_seen_language(

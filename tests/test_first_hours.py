@@ -278,11 +278,10 @@ def mistakes(folder):
         ("describe", ["check", folder / "picture.png"], "is not JSON"),
         ("describe", ["encode", folder / "bank.json", "--clip", folder / "text.pt"], "text.pt is"),
         ("tools.report", [folder / "nothing"], r"has no metrics\.json: run python evaluate\.py"),
-        ("demo.truth", [folder / "nothing"], r"has no metrics\.json: run python evaluate\.py"),
     ]
 
 
-@pytest.mark.parametrize("number", range(19))
+@pytest.mark.parametrize("number", range(18))
 def test_a_mistake_is_answered_in_a_line_with_the_remedy(number, tmp_path, monkeypatch, capsys):
     module, words, said = mistakes(tmp_path)[number]
     assert call(monkeypatch, module, *words) == 2

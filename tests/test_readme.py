@@ -52,7 +52,6 @@ def test_there_are_commands_of_every_stage_and_room():
         "train",
         "evaluate",
         "describe",
-        "demo.truth",
         "tools.cohort",
         "tools.report",
     } <= modules

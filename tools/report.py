@@ -42,7 +42,7 @@ def read_results(out, needed=("metrics.json", "embeddings.npz")):
         return metrics, dict(file)
 
 
-def write_arrays(path, cohort, z, scores, names, against_scores=None, root="", rows=(), votes=None):
+def write_arrays(path, cohort, z, scores, names, root="", rows=(), votes=None):
     """Writes an .npz of all patches: path, label, split, the group of each level, z [n, D], and of
     each level scores [n, K_l] and attributes [K_l]; x and y, if the manifest of `root` has them;
     knn200 [n, C], the votes of kNN on these rows, nan elsewhere."""
@@ -56,8 +56,6 @@ def write_arrays(path, cohort, z, scores, names, against_scores=None, root="", r
     for level in scores:
         arrays[f"scores_{level}"] = scores[level].numpy()
         arrays[f"attributes_{level}"] = np.array(names[level], str)
-        if against_scores:
-            arrays[f"against_scores_{level}"] = against_scores[level].numpy()
     places = coordinates(root) if root else {}
     if places:
         xy = [places.get(name, (np.nan, np.nan)) for name in arrays["path"].tolist()]
@@ -292,7 +290,6 @@ def draw(out, wanted=()):
         "gallery": "" if maps else gallery(metrics, data, metrics["levels"]),
         "class_attributes": html_table(metrics["class_attributes"]),
         "used": html_table([metrics["attributes_used"]]),
-        "truth": html_table(metrics.get("truth", [])),
         "settings": html_table([{"setting": key, "value": config[key]} for key in config]),
     }
     template = string.Template(Path(__file__).with_name("report.html").read_text("utf-8"))

@@ -26,6 +26,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -186,6 +187,12 @@ def read_lines():
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
+def finished(lines):
+    """The lines of the seeds that every arm of a world has finished."""
+    arms = Counter((line["world"], line["seed"]) for line in lines)
+    return [line for line in lines if arms[line["world"], line["seed"]] == len(ARMS)]
+
+
 def values(lines, world, arm, metric):
     """{seed: value} of an arm: of slides, but AUCs and ranks are means over the levels."""
     levels = ["slide"] if metric in METRICS[:4] else LEVELS
@@ -263,7 +270,7 @@ def main():
         os.environ["OMP_NUM_THREADS"] = "1"
         os.makedirs(args.folder, exist_ok=True)
         run_all(os.path.abspath(args.folder), args.processes)
-    show(read_lines())
+    show(finished(read_lines()))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from PIL import Image
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from data import AUGMENTATIONS, make_views, view_parameters  # noqa: E402
-from demo.study import ARMS, T95, read_lines, values  # noqa: E402
+from demo.study import ARMS, T95, finished, read_lines, values  # noqa: E402
 from demo.tissue import CLASSES, render  # noqa: E402
 from demo.truth import DEMO_BANK  # noqa: E402
 from describe import read_bank_file  # noqa: E402
@@ -196,7 +196,7 @@ def method():
 def study(world="four captions"):
     """One panel for each metric, a row for each arm: a dot for each seed, the mean, and its 95%
     interval by Student's t."""
-    lines = read_lines()
+    lines = finished(read_lines())
     left, width, row = 150, 190, 22  # pixels
     height = 60 + row * len(ARMS)
     total = left + len(PANELS) * (width + GAP)

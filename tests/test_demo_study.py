@@ -219,6 +219,13 @@ def test_words_are_compared_among_the_arms_that_keep_accuracy():
     assert not [row for row in study.comparisons(lines, WORLD) if row[0] == "C"]
 
 
+def test_only_seeds_that_every_arm_has_finished_count():
+    lines = lines_of(AR, knn200=0.1)
+    assert study.finished(lines) == lines
+    assert study.finished(lines[:-1]) == [one for one in lines if one["seed"] < 4]
+    assert study.finished(lines[:5]) == []
+
+
 @pytest.mark.parametrize(("gain", "verdict"), [(0.1, "above"), (0.0, "open"), (-0.1, "below")])
 def test_the_table_and_the_verdicts_come_from_the_lines_alone(
     gain, verdict, tmp_path, monkeypatch, capsys

@@ -386,7 +386,7 @@ def wrap(model, config, world, device):
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     else:
         share_batch_norm(model)
-    warnings.filterwarnings("ignore", "`broadcast_buffers`")  # its new name is not in torch 2.6
+    warnings.filterwarnings("ignore", "`broadcast_buffers`")  # its new name is not in torch 2.9
     return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
 

@@ -9,6 +9,7 @@ import sys
 import zlib
 
 import numpy as np
+import PIL
 import pytest
 import tifffile
 import torch
@@ -408,8 +409,6 @@ def test_a_damaged_tiff_is_refused_wherever_it_is_cut(tmp_path):
         (tmp_path / "x.tif").write_bytes(whole[:kept])
         with pytest.raises(ValueError, match=r"x\.tif cannot be read \("):
             data.decode(str(tmp_path / "x.tif"), 40)
-    with pytest.raises(ValueError, match="truncated"):
-        data.decode(str(tmp_path / "x.tif"), 40)
 
 
 @pytest.mark.parametrize(
@@ -504,6 +503,8 @@ def test_transparent_pixels_are_white(tmp_path, mode):
 
 @pytest.mark.parametrize("mode", ["PA", "LA", "RGBA", "La", "RGBa"])
 def test_transparent_pixels_of_a_tiff_are_white(tmp_path, mode):
+    if mode == "La" and PIL.__version__ < "13":
+        pytest.skip("before Pillow 13 such a TIFF is refused")
     if mode in ("La", "RGBa"):  # premultiplied alpha: Pillow reads but does not write it
         kind = {"La": "minisblack", "RGBa": "rgb"}[mode]
         how = {"photometric": kind, "planarconfig": "contig", "extrasamples": ["assocalpha"]}

@@ -464,7 +464,8 @@ def test_two_processes_give_the_same_table_numbers_and_embeddings(run, cohort_fo
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             timeout=150,
         )
-        *table, last = process.stdout.splitlines()
+        said = [line for line in process.stdout.splitlines() if "[Gloo]" not in line]  # torch 2.9's
+        *table, last = said
         assert last == f"everything is in {out}/report.html"
         found.append([table, read_metrics(out)["probes"], (out / "embeddings.npz").read_bytes()])
     assert found[0] == found[1]

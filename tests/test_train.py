@@ -67,7 +67,7 @@ def test_every_flag_is_explained(capsys):
 def test_one_view_is_refused(capsys):
     with pytest.raises(SystemExit):
         train.parse_config(["--draw", "1,2,2"])
-    assert "give 3 numbers of at least 1, views at least 2" in capsys.readouterr().err
+    assert "give 3 numbers: 2 or more views, then 1 or more" in capsys.readouterr().err
 
 
 def test_draw_is_fine_to_coarse(flags):
@@ -392,7 +392,7 @@ def test_a_line_of_the_log_has_everything(flags, capsys):
     }
     assert all(1 <= line[f"attributes_used_{level}"] <= 32 for level in levels)
     assert log_of(config.out, drop=())[4]["seconds_left"] == 0
-    assert "an hvc term is log(32 - 1) = 3.43 if nothing" in capsys.readouterr().out
+    assert "at chance each hvc term is log(32 - 1) = 3.43" in capsys.readouterr().out
 
 
 def test_config_json_says_how_to_run_it_again(flags, monkeypatch):

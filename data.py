@@ -40,7 +40,7 @@ def load_views(
     patients,  # in a global batch
     counts,  # views of a patch, patches of a slide, slides of a patient
     augmentation,  # a name in AUGMENTATIONS
-    sizes,  # pixels at which a patch is decoded, and S
+    sizes,  # pixels at which a patch is decoded, READ_AT times S, and S
     seed=0,
     device="cpu",
     share=(0, 1),  # (rank, world): which share of the patients to load
@@ -246,7 +246,7 @@ def resample(x, size, parameters):
     angle = torch.deg2rad(parameters["rotate"])
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1)
     scale = parameters["size"] * parameters["flip"]  # [n, 2]
-    affine = turn.view(-1, 2, 2) * scale[:, None]  # output -> input coordinates, both in [-1, 1]
+    affine = turn.view(-1, 2, 2) * scale[:, None]  # output -> input: scaled, then turned
     place = (2 * torch.arange(size, device=x.device) + 1) / size - 1  # the centres of pixels
     places = torch.stack(torch.meshgrid(place, place, indexing="xy")).flatten(1)  # [2, size x size]
     grid = (affine @ places + parameters["centre"][:, :, None]).unflatten(2, (size, size))

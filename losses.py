@@ -78,7 +78,7 @@ def supcon(features, ids, temperature=0.07):
 
 
 def floors(counts):
-    """The lowest value of each level's contrast, fine to coarse: log |P|, never quite reached.
+    """The lowest value of each level's contrast on its own: log |P|, never quite reached.
 
     With |P| positives the best p_ij is 1 / |P|. counts: views of a patch, patches of a slide,
     slides of a patient, ... For (2, 2, 2): log 1 = 0, log 3 and log 7. Repeated patches raise them.
@@ -180,7 +180,7 @@ def standardise(x, eps=1e-8):
 
 
 def gather(x):
-    """The rows of all processes in the order of their ranks, differentiable.
+    """The rows of all processes by rank; a row's gradient is the sum of what all send back.
 
     x: [n, ...], of the same shape on each of W processes. Returns [W n, ...] on all of them.
     """

@@ -243,7 +243,7 @@ def train(config, rank=0, world=1, device=CPU):
             if config.align == "paper":
                 terms |= ha(z, model.bank, config.ha_temperature)  # {"ha_patch": scalar, ...}
             elif config.align == "regression":
-                wanted = {level: table[ids[level]] for level, table in targets.items()}
+                wanted = {level: a[ids[level]] for level, a in targets.items()}  # a row for each id
                 terms |= ar(z, model.bank, wanted)  # {"ar_patch": scalar, ...}
             loss = sum(config.lambdas[name] * term for name, term in terms.items())
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -38,14 +39,15 @@ for step in range(1, 9):
 def run(fork, *words):
     """Runs one of the fork's commands and returns its output."""
     command = [sys.executable, *words]
-    done = subprocess.run(command, cwd=fork, capture_output=True, text=True)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=fork, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_fork_trains_to_a_table_and_is_evaluated(name, clip_file, tmp_path):
-    fork = tmp_path / "fork"
+def made(name, clip_file, folder):
+    """A copy of the repository with a recipe applied, after its training and evaluation."""
+    fork = folder / name
     rooms = shutil.ignore_patterns(".*", "runs", "tests", "docs", "__pycache__")
     shutil.copytree(ROOT, fork, ignore=rooms)
     recipe = os.path.join(ROOT, "tests", "forks", f"{name}.diff")
@@ -58,7 +60,22 @@ def test_a_fork_trains_to_a_table_and_is_evaluated(name, clip_file, tmp_path):
     assert "step 4 knn200" in table
     table = run(fork, "evaluate.py", "run")
     assert "step 4 linear" in table
+    return fork
 
+
+@pytest.fixture(scope="module")
+def forks(request, clip_file, tmp_path_factory):
+    """{recipe: its future fork}, two at a time, of the recipes that were asked for."""
+    folder = tmp_path_factory.mktemp("forks")
+    parameters = [getattr(item, "callspec", None) for item in request.session.items]
+    asked = [one.params["name"] for one in parameters if one and one.params.get("name") in RECIPES]
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(made, name, clip_file, folder) for name in asked}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_fork_trains_to_a_table_and_is_evaluated(name, forks):
+    fork = forks[name].result()
     state = torch.load(fork / "run" / "step-0000004.pt", weights_only=True)
     line = json.loads((fork / "run" / "log.jsonl").read_text().splitlines()[1])
     metrics = json.loads((fork / "run" / "metrics.json").read_text())

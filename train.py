@@ -288,6 +288,7 @@ def find_text(config, rank):
         here = os.path.dirname(os.path.abspath(__file__))
         beside = os.path.join(here, config.bank)  # whatever folder this is run from
         files["bank"] = config.bank if os.path.exists(config.bank) else beside
+        open(files["bank"]).close()  # before a CLIP is made or downloaded for nothing
         files["clip"] = demo_clip() if config.clip in ("", "demo") else find_clip(config.clip)
     return from_first(files)
 

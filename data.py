@@ -60,8 +60,8 @@ def load_views(
     for step, (rows, patches) in zip(steps, load_batches(cohort, batches, read_size, workers)):
         views_each = math.prod(counts)  # of a patient
         parameters = view_parameters(AUGMENTATIONS[augmentation], seed, step, places, views_each)
-        field = seed_of("noise", seed, step)
-        images = make_views(patches.to(device), parameters, image_size, field)
+        noise_seed = seed_of("noise", seed, step)
+        images = make_views(patches.to(device), parameters, image_size, noise_seed)
         ids = torch.from_numpy(cohort.ids(rows)).to(device)  # [patches, L]
         ids = dict(zip(cohort.levels, ids.repeat_interleave(views, dim=0).T))
         yield images.contiguous(memory_format=torch.channels_last), ids
@@ -307,7 +307,8 @@ def load_batches(cohort, batches, size, workers=2, ahead=3):
             images = list(images)
             depths = {image.dtype: cohort.path(row) for row, image in zip(rows, images)}
             if len(depths) > 1:
-                raise ValueError(f"{' and '.join(depths.values())}: one has 8 bits and one 16")
+                paths = " and ".join(depths.values())
+                raise ValueError(f"{paths}: one has 8 bits and one 16; put them in two cohorts")
             yield rows, torch.from_numpy(np.stack(images))
 
 

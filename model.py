@@ -439,10 +439,7 @@ def resize_positions(positions, grid):
 def text_tower(state):
     """The text tower of a CLIP's state dict, sharing its tensors; frozen and in eval mode."""
     if "token_embedding.weight" not in state:
-        raise ValueError(
-            "no text tower here: encode the bank with the CLIP that this came from (describe.py "
-            "encode), and give --bank bank.pt"
-        )
+        raise ValueError("no text tower here: encode the bank with its CLIP, give --bank bank.pt")
     if "text_projection" not in state:
         raise ValueError("the text tower is not CLIP's: it has no text_projection")
     vocabulary, width = state["token_embedding.weight"].shape

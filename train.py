@@ -467,10 +467,12 @@ def check_finite(numbers, step, ids, cohort):
     bad = [f"{name} is {value}" for name, value in numbers.items() if not math.isfinite(value)]
     if bad:
         paths = [cohort.path(row) for row in ids[cohort.levels[0]].unique()[:3].tolist()]
+        remedy = "If the images are sound, restart with a lower --lr"
+        if step == 1:
+            remedy = "Before the first step, look at the CLIP, the bank and the images, not at --lr"
         raise FloatingPointError(
             f"step {step}: {', '.join(bad)}. The step was not taken and the last checkpoint is "
-            f"kept; the batch begins with {', '.join(paths)}. If CLIP, bank and images are sound, "
-            "restart with a lower --lr"
+            f"kept; the batch begins with {', '.join(paths)}. {remedy}"
         )
 
 

@@ -80,15 +80,13 @@ def knn(train_z, train_labels, z, classes, ks=(200, 20), temperature=0.07):
         p(c) ~ sum over the k nearest training rows i with label c of exp(cos(z, z_i) / temperature)
 
     train_z: [m, D], of the training patients' labelled patches, and z: [n, D], of those held out;
-    L2-normalised. train_labels: [m], from 0 to classes - 1. A k above m means m. One pass over the
-    similarities serves every k. Under torch.distributed the processes share the queries, and rank 0
-    alone gets all probabilities.
+    L2-normalised. train_labels: [m], from 0 to classes - 1. A k above m means m. Under
+    torch.distributed the processes share the queries, and rank 0 alone gets all probabilities.
     """
     rank, world = rank_and_world()
     probabilities = torch.zeros(len(ks), len(z), classes, dtype=z.dtype)
     chunks = torch.arange(len(z)).split(256)[rank::world]
-    long = len(train_z) * len(z) > 10**8
-    for rows in tqdm(chunks, "kNN", leave=False, disable=rank > 0 or not long):
+    for rows in tqdm(chunks, "kNN", leave=False, disable=rank > 0 or len(chunks) < 40):
         similarity, nearest = (z[rows] @ train_z.T).topk(min(max(ks), len(train_z)), dim=1)
         weight = ((similarity - similarity[:, :1]) / temperature).exp()  # at most 1: no overflow
         labels = train_labels[nearest]
@@ -363,7 +361,8 @@ def class_attributes(scores, names, cohort, rows, number=5):
         others = (means.sum(axis=1, keepdims=True) - means) / (len(present) - 1)
         difference = means - others
         for i, c in enumerate(present):
-            for k in np.argsort(-difference[0, i])[:number]:
+            highest = np.argsort(-difference[0, i])[:number]
+            for k in highest[difference[0, i, highest] > 0]:
                 row = {"class": cohort.classes[c], "level": level, "attribute": names[level][k]}
                 found.append(row | estimate("difference", difference[:, i, k]))
     return found
@@ -383,7 +382,7 @@ def evaluate(args, device):
     cohort = read_cohort(data, config["levels"].split(","), config["val_fraction"])
     run = args.run if os.path.isdir(args.run) else os.path.dirname(os.path.abspath(args.run))
     out = args.out or run
-    refuse_other_results(out, data, args.protocol, args.overwrite)
+    refuse_other_results(out, data, args)
     splits = probe_splits(cohort, args.protocol)
     rows = np.concatenate([held_out for _, held_out in splits] or [np.arange(len(cohort))])
 
@@ -441,16 +440,18 @@ def evaluate(args, device):
         print(f"no page was drawn ({reason}): python -m tools.report {out} draws it later")
 
 
-def refuse_other_results(out, data, protocol, overwrite):
+def refuse_other_results(out, data, args):
     """Raises ValueError if a folder holds results of other data or of another protocol."""
     os.makedirs(out, exist_ok=True)
     path = os.path.join(out, "metrics.json")
-    before = read_json(path) if os.path.exists(path) and not overwrite else {}
-    if before and (before["data"], before["protocol"]) != (data, protocol):
+    before = read_json(path) if os.path.exists(path) and not args.overwrite else {}
+    if before and (before["data"], before["protocol"]) != (data, args.protocol):
         raise ValueError(
             f"{out} holds results of {before['data']} ({before['protocol']}), not of {data} "
-            f"({protocol}): give another --out, or --overwrite"
+            f"({args.protocol}): give another --out, or --overwrite"
         )
+    if before and before["against"] and not args.against and rank_and_world()[0] == 0:
+        print(f"note: without --against, the gains over {before['against']} in {path} are lost")
 
 
 def predict_all(args, kept, z, scores, cohort, splits, device):

@@ -285,8 +285,7 @@ def find_text(config, rank):
     """{"clip", "bank"}: paths, empty without text. Rank 0 makes or downloads what is missing."""
     files = {"clip": "", "bank": ""}
     if rank == 0 and (config.clip or not config.backbone):
-        here = os.path.dirname(os.path.abspath(__file__))
-        beside = os.path.join(here, config.bank)  # whatever folder this is run from
+        beside = os.path.join(os.path.dirname(__file__), config.bank)  # run from any folder
         files["bank"] = config.bank if os.path.exists(config.bank) else beside
         open(files["bank"]).close()  # before a CLIP is made or downloaded for nothing
         files["clip"] = demo_clip() if config.clip in ("", "demo") else find_clip(config.clip)

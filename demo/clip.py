@@ -1,7 +1,7 @@
 """The demo's CLIP, a small one: trained in a minute or two on captioned demo tissue.
 
 captions.json has phrases for low and high values of each factor, frames to put them in, and
-fillers. The bank uses these words in other sentences: to this CLIP, as to a real one, they are new.
+fillers. The bank's sentences use the same words but are new to this CLIP, as to a real one.
 """
 
 import json
@@ -43,7 +43,7 @@ def learn_merges(texts):
 def caption(signs, rng):
     """A caption of one or two clear factors, or just "tissue"; and what it says, [7].
 
-    signs: [7] of a patch: -1 low, 1 high, 0 not clear. What is not mentioned is 0 in the result.
+    signs: a patch's, [7]: -1 low, 1 high, 0 not clear. Factors not mentioned are 0 in the result.
     """
     clear = np.flatnonzero(signs).tolist()
     said = np.zeros_like(signs)
@@ -63,9 +63,9 @@ def caption(signs, rng):
 def train_demo_clip(
     path, steps=400, patches=3072, batch=128, seed=0, factors=FACTORS, size=64, width=16, dim=64
 ):
-    """Trains a small CLIP on patches of random factors and stain; writes it to a file.
+    """Trains a small CLIP on patches with random factors and stain, and saves it.
 
-    The loss is UniCL's (Yang et al. 2022): CLIP's, but a caption belongs to every patch that it is
+    The loss is UniCL's (Yang et al. 2022): CLIP's, but a caption matches every patch that it is
     true of. factors: what captions mention. size: pixels. width: of the image tower's stem.
     """
     torch.manual_seed(seed)
@@ -97,7 +97,7 @@ def train_demo_clip(
 
     bar = tqdm(range(steps), desc="demo CLIP", unit="step")
     for _ in bar:
-        # Batch: patches, all flipped and turned alike, and two captions of each.
+        # Batch: patches, all flipped and rotated the same way, and two captions of each.
         rows = rng.choice(patches, batch, replace=False)
         texts, said = zip(*[caption(signs[row], words) for row in [*rows, *rows]])
         tokens = tokenizer(texts, text.context)
@@ -113,7 +113,7 @@ def train_demo_clip(
         t = F.normalize(t, dim=1)
         logits = scale.exp().clamp(max=100) * z @ t.T
         said = np.stack(said)  # [2 batch, 7]
-        agree = signs[rows] @ said.T  # in how many factors the caption is right about a patch
+        agree = signs[rows] @ said.T  # on how many factors the caption is right about a patch
         true = torch.from_numpy(agree == np.abs(said).sum(axis=1)).float()  # [patches, captions]
         loss = F.cross_entropy(logits, true / true.sum(dim=1, keepdim=True))
         loss = loss / 2 + F.cross_entropy(logits.T, (true / true.sum(dim=0)).T) / 2

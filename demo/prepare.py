@@ -11,10 +11,10 @@ TOLD = ["cellularity", "nuclear_size", "vessels", "necrosis"]
 
 
 def made_once(path, make):
-    """The path of a file or folder, made by make(path) unless it is there.
+    """The path of a file or folder, made by make(path) unless it exists.
 
-    It appears whole or, when it is interrupted, not at all. Where several processes make it at
-    once, all take that of the first.
+    If make() is interrupted, nothing appears at the path. If several processes make it at once, all
+    use the one that is finished first.
     """
     if os.path.exists(path):
         return path
@@ -23,7 +23,7 @@ def made_once(path, make):
         make(mine)
         os.rename(mine, path)
     except OSError:
-        if not os.path.exists(path):  # where another process was faster
+        if not os.path.exists(path):  # unless another process was faster
             raise
     finally:
         if os.path.isdir(mine):
@@ -39,13 +39,13 @@ def demo_tissue():
 
 
 def demo_clip():
-    """The path of the demo's CLIP. Its captions tell of some of what tissue shows, not of all: as
-    much as a CLIP of photographs knows."""
+    """The path of the demo's CLIP. Its captions describe only part of what tissue shows, just as a
+    CLIP of photographs knows only part of it."""
     return cached("clip.pt", lambda path: train_demo_clip(path, factors=TOLD))
 
 
 def cached(name, make):
-    """The path of a file or folder in runs/cache, made on first use, which is announced."""
+    """The path of a file or folder in runs/cache, made on first use, with a message."""
     path = os.path.join(CACHE, name)
     if not os.path.exists(path):
         print(f"making the demo's {name}, once, in {CACHE}")

@@ -1,10 +1,10 @@
-"""Real tissue, tiles of breast with carcinoma or without: what does training add to colours?
+"""Real tissue, breast tiles with or without carcinoma: what does training add to colours?
 
-`python -m demo.real FOLDER` makes all runs and goes on where it was stopped; without FOLDER, it
-shows the table. FOLDER: the IDC tiles, as in docs/GUIDE.md. Fixed before the first run, the steps
-by time: a hash holds out a fifth of the patients; means of three seeds; `tower` is the start;
+`python -m demo.real FOLDER` makes all runs, resuming where it stopped; without FOLDER, it prints
+the table. FOLDER: the IDC tiles, as in docs/GUIDE.md. Fixed before the first run (steps by time):
+a hash holds out about a fifth of the patients; means of three seeds; `tower` is the start;
 `colours`, a logistic regression on each channel's mean, deviation and skew; gains over the start;
-intervals over patients; `1-NN`, how often a tile's nearest is of its patient (lower is better).
+intervals over patients; `1-NN`, how often a tile's nearest neighbour is from its own patient.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def colours(pixels):
 
 
 def same_patient(z, patient):
-    """The share of unit vectors z [n, D] whose nearest other one is of their patient [n]."""
+    """Share of the unit vectors z [n, D] whose nearest neighbour has the same patient [n]."""
     nearest = [(z - z[i]).norm(dim=1).index_fill(0, i, 9e9).argmin() for i in torch.arange(len(z))]
     return float((patient[nearest] == patient).mean())
 
@@ -66,7 +66,7 @@ def run(cohort, arm, seed):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", help="of the tiles; empty: no runs, only the table")
+    parser.add_argument("folder", nargs="?", help="the IDC tiles; omit it to print the table alone")
     if folder := parser.parse_args().folder:
         os.environ["OMP_NUM_THREADS"] = "1"
         cohort = read_cohort(folder)

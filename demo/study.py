@@ -1,19 +1,19 @@
-"""Does language help? HLSS, its rivals and its controls on demo tissue, whose truth is known.
+"""Does language help? HLSS, its rivals and its controls on demo tissue with known ground truth.
 
-    python -m demo.study            all runs, two at a time; goes on where it was stopped
+    python -m demo.study            all runs, two at a time; resumes where it stopped
     python -m demo.study --table    the tables and verdicts, from demo/study.jsonl alone
 
-These rules were written down before the first run. There are two worlds: the captions that the CLIP
-learns from tell of all seven factors of the tissue, or of four. Each of eight seeds has its own
-cohort, CLIP, 96 patients to train on and 128 held out. Accuracies are of slides, AUCs the mean of
-all levels. Differences are paired by seed, with 95% intervals by Student's t over seeds: "above" is
-an interval above 0, "below" one below it; anything else is open.
+These rules were written down before the first run. There are two worlds: the CLIP's captions
+describe all seven factors of the tissue, or four. Each of eight seeds has its own CLIP and cohort,
+with 96 patients to train on and 128 held out. Accuracies are per slide; AUCs are means over all
+levels. Differences are paired by seed, with 95% intervals by Student's t over seeds: "above" means
+that the interval lies above 0, "below" that it lies below; anything else is open.
 
 A. Is it the text? HVC against HVC from random rows, in knn200 and linear.
-B. Does the paper's alignment add? HLSS against HVC, in knn200 and linear.
-C. Who keeps words best? Of AR, its control, distillation, WiSE-FT and the two lower rates, those
-   count whose mean knn200 is at most a point below HiDisc's: AR against each of the others, in
-   zero-shot accuracy and AUC.
+B. Does the paper's alignment help? HLSS against HVC, in knn200 and linear.
+C. Who keeps words best? Take AR, its control, distillation, WiSE-FT and the two lower rates, and
+   keep those whose mean knn200 is at most a point below HiDisc's: AR against each of the others,
+   in zero-shot accuracy and AUC.
 D. Does AR gain accuracy? HiDisc + AR against HiDisc and against its control, in knn200 and linear.
 
 No arm, seed or setting is added once numbers have been seen.
@@ -73,11 +73,11 @@ LOWER_RATES = ["HiDisc, rate 3e-4", "HiDisc, rate 1e-4"]
 OF_AR = ["HiDisc + AR", "HiDisc + AR, rotated", "HiDisc + AR, all of z"]
 KEEPERS = [*LOWER_RATES, "WiSE-FT", *OF_AR]  # the arms of question C
 METRICS = ("knn200", "linear", "attributes", "zero-shot", "auc", "ceiling", "rank_z", "rank_p")
-T95 = (0, 0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)  # Student's t, by seeds
+T95 = (0, 0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)  # Student's t, by seed count
 
 
 def bank_of(arm, attributes, bank, seed):
-    """The names and vectors of an arm's bank: the text's, or vectors that no text made."""
+    """An arm's attribute names and vectors: those of the text, or vectors made without text."""
     if arm.endswith("rotated"):
         return attributes, rotate(bank, seed)
     if arm.endswith("random rows"):
@@ -91,7 +91,7 @@ def bank_of(arm, attributes, bank, seed):
 
 
 def halfway(model, start):
-    """Moves a model's weights and averages halfway to those of another (WiSE-FT, 2109.01903)."""
+    """Moves a model's weights and running statistics halfway to another's (WiSE-FT, 2109.01903)."""
     theirs = start.state_dict()
     for name, value in model.state_dict().items():
         if value.is_floating_point():
@@ -117,7 +117,7 @@ def prepare(folder, world, seed):
 
 
 def run(folder, world, seed, arm, steps=500):
-    """Trains one arm and measures it. Returns its line, for HiDisc also that of WiSE-FT."""
+    """Trains one arm and measures it. Returns its line and, for HiDisc, WiSE-FT's."""
     began = time.perf_counter()
     tissue, clip = prepare(folder, world, seed)
     cohort = read_cohort(tissue)
@@ -150,11 +150,11 @@ def run(folder, world, seed, arm, steps=500):
                 line[level]["rank_p"] = round(rank, 2)
         lines.append(line | {"seconds": round(time.perf_counter() - began)})
     shutil.rmtree(out, ignore_errors=True)
-    return lines[::-1]  # HiDisc last: if a kill cuts its line, both are made again
+    return lines[::-1]  # HiDisc last: if a kill truncates its line, both are redone
 
 
 def measure(z, cohort, bank, attributes, clip):
-    """{level: {metric: value}} of z on the held-out patients. bank: the text's, in every arm."""
+    """{level: {metric: value}} of z on the held-out patients. bank: from the text, in every arm."""
     train, held_out = probe_splits(cohort)[0]
     scores = z @ torch.cat(list(bank.values())).T
     predictions = predict(["knn200", "linear"], z, cohort, [(train, held_out)])
@@ -188,20 +188,20 @@ def read_lines():
 
 
 def finished(lines):
-    """The lines of the seeds that every arm of a world has finished."""
+    """The lines of those seeds for which every arm of a world has finished."""
     arms = Counter((line["world"], line["seed"]) for line in lines)
     return [line for line in lines if arms[line["world"], line["seed"]] == len(ARMS)]
 
 
 def values(lines, world, arm, metric):
-    """{seed: value} of an arm: of slides, but AUCs and ranks are means over the levels."""
+    """{seed: value} of an arm, at slide level; AUCs and ranks are means over the levels."""
     levels = ["slide"] if metric in METRICS[:4] else LEVELS
     mine = [line for line in lines if (line["world"], line["arm"]) == (world, arm)]
     return {x["seed"]: float(np.mean([x[at].get(metric, np.nan) for at in levels])) for x in mine}
 
 
 def difference(one, other):
-    """(mean, low, high) of one - other over the seeds that both have; open if they are under 2."""
+    """(mean, low, high) of one - other over the seeds both have; unbounded with fewer than two."""
     paired = [one[seed] - other[seed] for seed in one.keys() & other.keys()]
     if len(paired) < 2:
         return float("nan"), -np.inf, np.inf
@@ -210,7 +210,7 @@ def difference(one, other):
 
 
 def comparisons(lines, world):
-    """The rows (question, arm, other arm, metric) that the rules in this file's head ask for."""
+    """The rows (question, arm, other arm, metric) that the rules at the top ask for."""
     rows = []
     for metric in ("knn200", "linear"):
         rows += [("A", "HVC", "HVC, random rows", metric), ("B", "HLSS", "HVC", metric)]
@@ -264,7 +264,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("--folder", default="runs/study", help="for cohorts and CLIPs")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, a thread each")
-    parser.add_argument("--table", action="store_true", help="no runs: what the lines say")
+    parser.add_argument("--table", action="store_true", help="only print the tables")
     args = parser.parse_args()
     if not args.table:
         os.environ["OMP_NUM_THREADS"] = "1"

@@ -1,4 +1,4 @@
-"""Procedural H&E-like tissue: a cohort whose truth is known, for the demo and the tests.
+"""Procedural H&E-like tissue: a cohort with known ground truth, for the demo and the tests.
 
     python -m demo.tissue OUT
 
@@ -33,7 +33,7 @@ PATCH_SPREAD = np.where(SMOOTH, 0.03, 0.06)  # standard deviation of each factor
 
 
 def draw_nuclei(x, y, rng, direction, factors):
-    """Soft ellipses, along a direction if they are long: haematoxylin in [0, 1.5], [size, size].
+    """Soft ellipses, along `direction` if elongated: haematoxylin, about 0 to 1.5, [size, size].
 
     x, y: the coordinates of all pixels, [size, size]. factors: {name: number in [0, 1]}.
     """
@@ -61,7 +61,7 @@ def draw_nuclei(x, y, rng, direction, factors):
 def render(factors, rng, stain=(1.0, 1.0, 0.0), size=64, scanner=1.0):
     """One patch of tissue, uint8 [size, size, 3].
 
-    factors: seven numbers in [0, 1], as FACTORS. stain: strength of haematoxylin and of eosin, and
+    factors: seven numbers in [0, 1], as in FACTORS. stain: strengths of haematoxylin and eosin, and
     shift of hue. scanner: a factor on the density, [size, size] or a number.
     """
     factors = dict(zip(FACTORS, factors))
@@ -113,7 +113,7 @@ def fine_sine(rng, share, size=64):
 def drift(grid, rng, amplitude=0.15):
     """What each place on a slide adds to the factors, [patches, 7]: its mean over the slide is 0.
 
-    Each factor of SMOOTH follows half a wave in a direction and phase of its own; the others stay.
+    Each factor in SMOOTH follows half a wave with its own direction and phase; the others are 0.
     grid: the column and row of each patch, [patches, 2].
     """
     place = (grid - grid.mean(axis=0)) / max(1, np.ptp(grid, axis=0).max())
@@ -123,12 +123,12 @@ def drift(grid, rng, amplitude=0.15):
 
 
 def write_demo(out, patients=40, held_out=16, slides=3, patches=8, signature=0.0, seed=0):
-    """Write a cohort: so many patients a class, slides a patient, patches a slide. Returns `out`.
+    """Writes a cohort: patients per class, slides per patient, patches per slide. Returns `out`.
 
     Factors vary by class, patient, slide and patch; stain varies by patient and slide and means
     nothing. A fifth of the patches look normal, whatever their label. held_out: patients of each
-    class in the split val. signature: each patient has a scanner of its own, whose pattern is this
-    share of the density: a shortcut for whoever only tells patients apart.
+    class in the split val. signature: each patient's scanner adds a pattern, this share of the
+    density: a shortcut for a model that merely tells patients apart.
     """
     rng = np.random.default_rng(seed)
     # A near-square grid of patches: 4 x 2 for eight.
@@ -158,7 +158,7 @@ def write_demo(out, patients=40, held_out=16, slides=3, patches=8, signature=0.0
                 manifest_rows.append([path, patient, f"{patient}-{s}", label, split, x, y])
                 bar.update()
     bar.close()
-    # The manifest comes last: where it is, everything is.
+    # The manifest comes last: if it exists, everything does.
     for name, rows in (("factors.csv", factor_rows), ("manifest.csv", manifest_rows)):
         save = partial(np.savetxt, X=rows, fmt="%s", delimiter=",")
         write_whole(os.path.join(out, name), save)
@@ -173,11 +173,11 @@ def main():
     flag("out", help="folder to write to")
     flag("--patients", type=int, default=40, help="patients in each of the four classes")
     flag("--held-out", type=int, default=16, help="how many of these are in the split val")
-    flag("--signature", type=float, default=0.0, help="strength of a pattern of each patient's")
+    flag("--signature", type=float, default=0.0, help="strength of each patient's own pattern")
     flag("--seed", type=int, default=0, help="another seed is another cohort of the same kind")
     args = parser.parse_args()
     if os.path.exists(os.path.join(args.out, "manifest.csv")):
-        raise SystemExit(f"{args.out} holds a cohort already: name another folder")
+        raise SystemExit(f"{args.out} already holds a cohort: name another folder")
     print(read_cohort(write_demo(**vars(args))))
 
 

@@ -4,6 +4,8 @@ import os
 import sys
 import tempfile
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run two at a time
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,7 +13,6 @@ import torch.multiprocessing as mp
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-torch.set_num_threads(2)
 # Importing takes seconds, so new processes are forked from one that has done it.
 mp.set_forkserver_preload(["train"])
 

@@ -195,7 +195,7 @@ def test_the_command_refuses_a_folder_that_holds_a_cohort(tmp_path, monkeypatch,
     monkeypatch.setattr(sys, "argv", command)
     main()
     assert "4 patients, 12 slides, 96 patches" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="holds a cohort already: name another folder"):
+    with pytest.raises(SystemExit, match="already holds a cohort: name another folder"):
         main()
 
 

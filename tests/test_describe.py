@@ -72,7 +72,7 @@ FAULTS = {  # what the check must say: what we do to the demo bank
     "not ASCII: patch / crowded nuclei: H&amp;E": replace_first(
         "H&amp;E shows cells wall to wall."
     ),
-    "'the slide has' stands in": frame_everything,
+    "'the slide has' occurs in": frame_everything,
 }
 
 

@@ -320,7 +320,7 @@ def test_a_read_only_folder_is_not_a_full_disk(tmp_path, monkeypatch):
         raise PermissionError("Permission denied")
 
     monkeypatch.setattr(builtins, "open", refuse)
-    with pytest.raises(OSError, match=r"x\.json cannot be written \(Perm.*: look at the folder"):
+    with pytest.raises(OSError, match=r"x\.json cannot be written \(Perm.*: check the folder"):
         write_whole(str(tmp_path / "x.json"), None)
 
 
@@ -382,7 +382,7 @@ def test_a_run_goes_on_in_a_fork_with_another_flag_and_back(flags, monkeypatch):
         fork.setattr(train, "Config", Forked)
         forked = [*flags, "--steps", "2", "--entropy-weight"]
         assert train.train(train.parse_config([*forked, "0.1"]))
-        with pytest.raises(ValueError, match=r"--entropy-weight 0\.2 \(there: 0\.1\)"):
+        with pytest.raises(ValueError, match=r"--entropy-weight 0\.2 \(was 0\.1\)"):
             train.train(train.parse_config([*forked, "0.2"]))
     assert train.train(train.parse_config([*flags, "--steps", "3"]))
 

@@ -85,7 +85,7 @@ def test_steps_may_grow_and_the_rates_follow(flags, capsys):
     assert rates == {
         step: train.learning_rate(step, first if step <= 4 else longer) for step in range(1, 9)
     }
-    with pytest.raises(ValueError, match=r"--steps 4 \(there: 8\)"):
+    with pytest.raises(ValueError, match=r"--steps 4 \(was 8\)"):
         train.train(train.parse_config([*flags, "--steps", "4"]))
 
 
@@ -265,14 +265,14 @@ def mistakes(folder):
         (
             "tools.cohort",
             ["index", folder / "nothing", "--pattern", "{patient}/*"],
-            "no tile is below it",
+            "no tiles found",
         ),
         ("tools.cohort", ["index", folder, "--pattern", "{slide}/*"], "must name patient"),
         ("train", ["--data", folder / "gone", *clip], "does not exist: name the cohort"),
         ("train", ["--bank", folder / "gone.json", *clip], r"No such file.*gone\.json"),
         ("evaluate", [folder / "gone"], "neither a run folder nor a checkpoint file"),
         ("evaluate", [folder / "nothing"], r"holds no checkpoint of train.py .*: train first"),
-        ("evaluate", [folder / "text.pt"], "is damaged, or another file"),
+        ("evaluate", [folder / "text.pt"], "is damaged or not a checkpoint"),
         ("describe", ["check", folder / "bank.json"], "level patch must be .*, not empty"),
         ("describe", ["check", folder / "list.json"], "is not JSON"),
         ("describe", ["check", folder / "picture.png"], "is not JSON"),

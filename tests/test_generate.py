@@ -227,7 +227,7 @@ def test_boilerplate_is_refused_once_it_shows():
     framed = {name: ["The image shows " + text for text in said] for name, said in reply.items()}
     refused = take_reply(bank, "patch", json.dumps(framed), 6, 4)
     assert len(bank["levels"]["patch"]) == 4 and len(refused) == 2
-    assert all("'the image shows' stands in" in line for line in refused)
+    assert all("'the image shows' occurs in" in line for line in refused)
 
 
 @pytest.mark.parametrize("dress", ["```json\n%s\n```", "Sure!\n%s\nMore?", "<think>{1}</think>%s"])

@@ -457,7 +457,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(damage, tmp_path):
     }
     path.write_bytes(damaged[damage])
     with pytest.raises(
-        ValueError, match=r"step-0000001\.pt is damaged, .* \(.+\): take the one before"
+        ValueError, match=r"step-0000001\.pt is damaged .* \(.+\): use the previous one"
     ):
         load_run(str(path))
     with pytest.raises(ValueError, match=r"no checkpoint in .* is whole: restore one"):

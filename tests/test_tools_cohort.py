@@ -109,7 +109,7 @@ def test_opensrh_with_channels_last_is_refused_and_mended(tmp_path, how):
     first = tmp_path / "studies/NIO_000/1/patches/NIO_000-1-0.tif"
     tifffile.imwrite(first, np.moveaxis(tifffile.imread(first), 0, -1), **how)
     assert tifffile.imread(first).shape == (40, 40, 2)
-    with pytest.raises(ValueError, match=r"NIO_000-1-0\.tif is no TIFF .*\[2, H, W\]"):
+    with pytest.raises(ValueError, match=r"NIO_000-1-0\.tif is not a TIFF .*\[2, H, W\]"):
         tool.opensrh(root)
     tifffile.imwrite(first, tifffile.imread(first).transpose(2, 0, 1))  # the remedy in the error
     assert len(tool.opensrh(root)) == 36
@@ -193,7 +193,7 @@ def test_a_folder_tree_becomes_a_manifest(tmp_path, monkeypatch, capsys):
     assert "glioma/amy/s0-amy/0.png -> patient amy, slide s0-amy, label glioma\n" in printed
     assert "normal/bob/s1-bob/2.png -> patient bob, slide s1-bob, label normal\n" in printed
     assert "2 patients, 4 slides, 12 patches, 2 classes" in printed
-    assert "patches a slide: 3 to 3, median 3" in printed
+    assert "patches per slide: 3 to 3, median 3" in printed
     assert "patches: 12, glioma 6, normal 6\n" in printed
     assert "patients in train: 1, normal 1\npatients in val: 1, glioma 1\n" in printed
     cohort = data.read_cohort(root)
@@ -330,7 +330,7 @@ def test_breakhis_at_one_magnification_by_two_classes(breakhis, monkeypatch, cap
     words = ["index", breakhis, "--pattern", pattern, "--partial", "--label-level", "patient"]
     command(monkeypatch, *words)
     printed = capsys.readouterr().out
-    assert "left out: 60 image files that do not match, as benign/SOB/adenosis/" in printed
+    assert "left out: 60 image files that do not match, like benign/SOB/adenosis/" in printed
     assert "9 patients, 9 slides, 20 patches, 2 classes" in printed
     cohort = data.read_cohort(breakhis)
     assert cohort.classes == ["benign", "malignant"]
@@ -391,7 +391,7 @@ def test_ambiguity_is_refused_with_examples(tmp_path):
         tool.index(root, "{label}/{patient}/{slide}/*.png", "patient", partial=True, nested=True)
     with pytest.raises(ValueError, match="matches 0 image files"):
         tool.index(root, "{patient}/{slide}.tif")
-    with pytest.raises(ValueError, match=r"'\(\?P<slide>\[' is no regular expression"):
+    with pytest.raises(ValueError, match=r"'\(\?P<slide>\[' is not a regular expression"):
         tool.index(root, "(?P<slide>[")
     with pytest.raises(
         ValueError, match="must name patient, and may name slide, label, split, x, y; it names case"
@@ -423,7 +423,7 @@ def test_a_manifest_of_read_only_data_is_written_elsewhere(tmp_path, monkeypatch
     assert data.read_cohort(str(tmp_path / "clean.csv")).root == root
     assert sorted(os.listdir(root)) == ["amy", "bob"]
     for name in ("mine.csv", "mine"):
-        with pytest.raises(ValueError, match=f"{name} is no .csv, or it is there already"):
+        with pytest.raises(ValueError, match=f"{name} is not a .csv or already exists"):
             command(monkeypatch, *words, str(tmp_path / name))
 
 
@@ -472,5 +472,5 @@ def test_equal_images_are_remarked_on_and_stay(tmp_path, monkeypatch, capsys):
         command(monkeypatch, "check", root, "--clean", "clean.csv", "--workers", "0")
     assert stop.value.code == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "remark: 1 images equal another patient's, as amy/s/1.png and bob/t/3.png" in lines
+    assert "note: 1 images equal another patient's, like amy/s/1.png and bob/t/3.png" in lines
     assert len(data.read_cohort(str(tmp_path / "clean.csv"))) == 5

@@ -67,7 +67,7 @@ def out(cohort, tmp_path):
     log.append({"step": 4, "probe": probed})
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     (folder / "config.json").write_text(
-        json.dumps({"command": "python train.py", "objective": "hlss"})
+        json.dumps({"command": "python train.py", "objective": "hlss", "align": "paper"})
     )
 
     # What evaluate.py writes.
@@ -546,7 +546,7 @@ def test_the_picture_and_the_matrices_are_those_of_the_numbers(out, tmp_path):
     words = re.search(r'<p id="words">(.*?)</p>', page)[1]
     assert "20 patients, 40 slides, 120 patches. Probes are fitted to the train split" in words
     assert "2 high_grade, 2 low_grade, 2 normal, 2 spindle. Guessing" in words
-    assert "accuracy of 25.0%" in words
+    assert "accuracy of 25.0%. Trained with --objective hlss --align paper, from no CLIP" in words
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")

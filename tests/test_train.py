@@ -292,7 +292,7 @@ def test_flags_that_come_and_go_in_a_fork_do_not_break_its_runs(flags):
         del checkpoint["config"][name]
     torch.save(checkpoint, path)
     assert train.train(train.parse_config([*flags, "--align-weight", "2"]))
-    with pytest.raises(ValueError, match=r"--align off \(there: paper\)"):
+    with pytest.raises(ValueError, match=r"--align off \(was paper\)"):
         train.train(train.parse_config([*flags, "--align", "off"]))
 
 
@@ -314,7 +314,7 @@ def test_a_frozen_layer_stays_and_the_others_train(flags, monkeypatch):
 
 def test_a_contradicting_flag_is_refused(flags):
     train.train(train.parse_config([*flags, "--steps", "1"]))
-    with pytest.raises(ValueError, match=r"--lr 0\.5 \(there: 0\.001\)"):
+    with pytest.raises(ValueError, match=r"--lr 0\.5 \(was 0\.001\)"):
         train.train(train.parse_config([*flags, "--steps", "1", "--lr", "0.5"]))
 
 

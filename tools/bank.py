@@ -55,7 +55,7 @@ def faults_of_text(entry, tokens, unseen):
         (tokens > CONTEXT, f"{tokens} tokens, at most {CONTEXT}"),
         (is_name and not 1 <= length <= 8, "a name has 1 to 8 words"),
         (not is_name and length < 6, "under 6 words"),
-        (not is_name and length > 40, "over 40 words"),  # some 60 tokens, where none are counted
+        (not is_name and length > 40, "over 40 words"),  # about 60 tokens, if they are not counted
         (not is_name and len(content_of(text) - content_of(entry[1])) < 4, "restates its name"),
     ]
     broken = [message for is_broken, message in rules if is_broken]
@@ -64,7 +64,7 @@ def faults_of_text(entry, tokens, unseen):
 
 
 def faults_of_counts(levels, attributes, sentences):
-    """Problems, as in all that follows: {line to print: [(level, name) that it is about, ...]}."""
+    """Problems, here and below: {line to print: [(level, name) that it concerns, ...]}."""
     problems = {}
     for level, names in levels.items():
         if attributes and len(names) != attributes:
@@ -77,7 +77,7 @@ def faults_of_counts(levels, attributes, sentences):
 
 
 def near_duplicates(kind, entries, threshold):
-    """Problems of two names, or of two sentences, in much the same words."""
+    """Problems: pairs of names, or of sentences, that use much the same words."""
     problems = {}
     contents = [(entry, content_of(entry[-1])) for entry in entries]
     for (one, a), (other, b) in combinations(contents, 2):
@@ -90,10 +90,10 @@ def near_duplicates(kind, entries, threshold):
 
 
 def check_bank(bank, attributes=None, tokenizer=None, sentences=None):
-    """What a program can measure about a bank: lines to print, and the problems; none: it passes.
+    """What a program can measure about a bank: lines to print, and problems (none if it passes).
 
-    attributes, sentences: how many each level and each attribute must have; by default any, and as
-    many as most have. tokenizer: counts tokens; CLIP must be able to read a text whole.
+    attributes, sentences: how many each level and each attribute must have; by default, any
+    number and the commonest. tokenizer: counts tokens; each text must fit CLIP's context.
     """
     levels = bank["levels"]
     named = [(level, name) for level in levels for name in levels[level]]
@@ -118,7 +118,7 @@ def check_bank(bank, attributes=None, tokenizer=None, sentences=None):
     frames = Counter(frame for *_, text in said for frame in frames_of(text))
     for frame, count in frames.items():
         if count > max(16, 0.1 * len(said)):  # a few sentences have no boilerplate yet
-            line = f"{frame!r} stands in {count / len(said):.0%} of the sentences"
+            line = f"{frame!r} occurs in {count / len(said):.0%} of the sentences"
             problems[line] = [entry[:2] for entry in said if frame in frames_of(entry[-1])]
     frame, count = frames.most_common(1)[0] if frames else ("none", 0)
     findings = [

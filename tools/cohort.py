@@ -27,7 +27,7 @@ def index(root, pattern, label_level="", nested=False, partial=False, levels=dat
     """The image files below a folder -> Cohort: patient, slide, label and split are in their paths.
 
     label_level: what must have one label, as "patient". nested: slides of different patients share
-    names. partial: leaves out files that do not match. Raises ValueError for what is ambiguous.
+    names. partial: leaves out files that do not match. Raises ValueError if ambiguous.
     """
     expression = path_pattern(pattern, levels)
     entries, others, labels = [], [], {}
@@ -51,10 +51,10 @@ def index(root, pattern, label_level="", nested=False, partial=False, levels=dat
         raise ValueError(
             f"{root}: '{pattern}' matches {len(entries)} image files and not {len(others)} others"
             + "".join(f"\n    {path}" for path in others[:3])
-            + f"\nMend the pattern{', or leave those out with --partial' if entries else ''}"
+            + f"\nFix the pattern{', or leave them out with --partial' if entries else ''}"
         )
     if others:
-        print(f"left out: {len(others)} image files that do not match, as {others[0]}")
+        print(f"left out: {len(others)} image files that do not match, like {others[0]}")
     return data.build_cohort(root, entries, levels)
 
 
@@ -67,13 +67,13 @@ def path_pattern(pattern, levels=data.LEVELS):
     if "(?P<" not in pattern:
         expression = re.escape(pattern).replace(r"\*\*", ".*").replace(r"\*", "[^/]*")
         expression = re.sub(r"\\\{(\w+)\\\}", r"(?P=\1)", expression)
-        for name in set(re.findall(r"\(\?P=(\w+)\)", expression)):  # where it stands first
+        for name in set(re.findall(r"\(\?P=(\w+)\)", expression)):  # its first occurrence
             kind = r"-?\d+(?:\.\d+)?" if name in ("x", "y") else "[^/]+?"
             expression = expression.replace(f"(?P={name})", f"(?P<{name}>{kind})", 1)
     try:
         compiled = re.compile(expression)
     except re.error as error:
-        raise ValueError(f"--pattern '{pattern}' is no regular expression: {error}") from error
+        raise ValueError(f"--pattern '{pattern}' is not a regular expression: {error}") from error
     must, may = levels[-1], [*levels[-2:0:-1], "label", "split", "x", "y"]
     if not {must} <= set(compiled.groupindex) <= {must, *may}:
         raise ValueError(
@@ -96,12 +96,12 @@ def image_files(root):
             if name.lower().endswith(TILES) and not name.startswith("."):
                 paths.append(os.path.relpath(os.path.join(folder, name), root))
     if not paths:
-        raise ValueError(f"{root}: no tile is below it ({', '.join(TILES)}); TRIDENT cuts slides")
+        raise ValueError(f"{root}: no tiles found ({', '.join(TILES)}); TRIDENT can cut slides")
     return paths
 
 
 def check_patients(cohort):
-    """Raises ValueError where a pattern has probably not found the patients."""
+    """Raises ValueError if a pattern has probably not found the patients."""
     counts = np.bincount(cohort.patient)
     level, name = cohort.levels[-1], cohort.group_names[-1][counts.argmax()]
     if len(counts) >= len(cohort.classes) and 2 * counts.max() <= len(cohort):
@@ -110,15 +110,15 @@ def check_patients(cohort):
     if len(counts) < len(cohort.classes):
         doubt = f"fewer {data.plural(level)} ({len(counts)}) than classes ({len(cohort.classes)})"
     raise ValueError(
-        f"nothing is written: {doubt}. Confirm it with --yes, or mend the pattern: {{name}} ends "
-        "where the rest first fits, unless a regular expression says how long it is, as for TCGA:\n"
+        f"nothing was written: {doubt}. Confirm with --yes, or fix the pattern: {{name}} matches "
+        "as little as it can, unless a regular expression says how much, as for TCGA:\n"
         r"    --pattern '(?P<label>[^/]+)/(?P<slide>(?P<patient>TCGA-\w{2}-\w{4})[^_]*)_.*'"
     )
 
 
 def opensrh(root):
     """OpenSRH (Jiang et al. 2022) as its own loaders read it -> Cohort, with its split: tumour
-    patches of tumour patients, normal ones of normal ones; the label is the patient's class."""
+    patches from tumour patients, normal from normal; the label is the patient's class."""
     files = [os.path.join(root, "meta", f"{name}.json") for name in ("opensrh", "train_val_split")]
     entries = []
     try:
@@ -128,7 +128,7 @@ def opensrh(root):
                 label = patients[patient]["class"]
                 kind = "normal_patches" if label == "normal" else "tumor_patches"
                 for slide, patches in patients[patient]["slides"].items():
-                    groups = (patient, f"{patient}/{slide}")  # slides of all are called 1, 2, ...
+                    groups = (patient, f"{patient}/{slide}")  # each has slides 1, 2, ...
                     for path in patches[kind]:
                         entries.append((f"{files[0]}, {patient}", path, groups, label, split, ""))
     except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
@@ -136,14 +136,14 @@ def opensrh(root):
     cohort = data.build_cohort(root, entries)
     if str(look(cohort.path(0))).startswith("unreadable"):
         raise ValueError(
-            f"{cohort.path(0)} is no TIFF of two frames [2, H, W]: "
-            "write [H, W, 2] anew with tifffile.imwrite(path, pixels.transpose(2, 0, 1))"
+            f"{cohort.path(0)} is not a TIFF of two frames [2, H, W]: "
+            "rewrite [H, W, 2] with tifffile.imwrite(path, pixels.transpose(2, 0, 1))"
         )
     return cohort
 
 
 def opensrh_place(path):
-    """(column, row) of a patch by the end of its name, ix_jx_iy_jy; None for another name."""
+    """(column, row) of a patch from the end of its name, ix_jx_iy_jy; None for another name."""
     if found := re.search(r"(\d+)_(\d+)_(\d+)_(\d+)\.\w+$", path):
         ix, jx, iy, jy = map(int, found.groups())  # i goes down; each field has 3 x 3 patches
         return 3 * (jx // 1000) + jy // 300, 3 * (ix // 1000) + iy // 300
@@ -180,15 +180,16 @@ def write_manifest(path, cohort, rows, with_split, place):
             line |= zip("xy", place(cohort.name(row)) or ())
             writer.writerow(line | belonging(cohort, row))
     os.replace(f"{path}.part", path)
-    print(f"{path} is written: {len(rows)} patches")
+    print(f"wrote {path}: {len(rows)} patches")
 
 
 def print_summary(cohort):
-    """What to know of a cohort before training on it."""
+    """Prints what to know before training on a cohort."""
     print(f"{cohort}, {len(cohort.classes)} classes")
     for level, group, starts in zip(cohort.levels, cohort.levels[1:], cohort.starts):
         n = np.diff(starts)
-        print(f"{data.plural(level)} a {group}: {n.min()} to {n.max()}, median {np.median(n):.0f}")
+        middle = np.median(n)
+        print(f"{data.plural(level)} per {group}: {n.min()} to {n.max()}, median {middle:.0f}")
     patches, *_, people = map(data.plural, cohort.levels)
     parts = [(patches, cohort.patch, cohort.split >= 0)]
     for i, split in enumerate(data.SPLITS):
@@ -210,7 +211,7 @@ def look(path):
     except ValueError as error:
         reason = str(error.__cause__).replace(f" {path!r}", "")
         return f"{'truncated' if 'truncated' in reason else 'unreadable'}: {reason}"
-    # Glass varies by its noise alone. SRH uses few of its 65,536 levels: only the flat is refused.
+    # Glass varies only by noise. SRH uses few of its 65,536 levels: only flat ones are refused.
     least = 2.5 if pixels.dtype == np.uint8 else 64
     spread = pixels.std(axis=(1, 2)).max()
     if spread < least:
@@ -222,7 +223,7 @@ def run_index(args):
     """`index` and `opensrh`: write a manifest."""
     path = args.out or os.path.join(args.root, "manifest.csv")
     if not path.endswith(".csv") or (os.path.exists(path) and not args.overwrite):
-        raise ValueError(f"{path} is no .csv, or it is there already: --overwrite replaces it")
+        raise ValueError(f"{path} is not a .csv or already exists; --overwrite replaces it")
     if args.command == "opensrh":
         cohort, with_split, place = opensrh(args.root), True, opensrh_place
     else:
@@ -242,12 +243,12 @@ def run_index(args):
 
 
 def run_check(args):
-    """`check`: list what cannot be used, write a manifest without it; exit code 1 if some is."""
+    """`check`: list unusable patches, write a manifest without them; exit code 1 if any are."""
     cohort = data.read_cohort(args.root, args.levels)
     folder = args.root if os.path.isdir(args.root) else os.path.dirname(args.root)
     path = os.path.join(folder, args.clean)
     if args.clean and (not path.endswith(".csv") or os.path.exists(path)):
-        raise ValueError(f"--clean {args.clean}: name a file NAME.csv that is not there yet")
+        raise ValueError(f"--clean {args.clean}: name a file NAME.csv that does not exist")
     print_summary(cohort)
     with ThreadPoolExecutor(max(1, args.workers)) as pool:
         looks = pool.map(look, map(cohort.path, range(len(cohort))))
@@ -262,7 +263,7 @@ def run_check(args):
         if cohort.patient[one] != cohort.patient[row]:
             twins.append(f"{cohort.name(one)} and {cohort.name(row)}")
     if twins:
-        print(f"remark: {len(twins)} images equal another patient's, as {twins[0]}")
+        print(f"note: {len(twins)} images equal another patient's, like {twins[0]}")
     kinds = Counter(fault.partition(":")[0] for fault in faults.values())
     print("cannot be used:", ", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "none")
     if args.clean:
@@ -276,22 +277,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     commands = parser.add_subparsers(dest="command", required=True)
     every = argparse.ArgumentParser(add_help=False)
-    every.add_argument("root", help="the cohort's folder; for check, or its manifest.csv")
+    every.add_argument("root", help="the cohort's folder or, for check, its manifest.csv")
     every.add_argument("--levels", default=",".join(data.LEVELS), help="as in train.py")
     write = argparse.ArgumentParser(add_help=False, parents=[every])
-    write.add_argument("--out", metavar="FILE.csv", help="elsewhere, as for read-only data")
-    write.add_argument("--overwrite", action="store_true", help="replace it if it is there")
+    write.add_argument("--out", metavar="FILE.csv", help="elsewhere, if the data are read-only")
+    write.add_argument("--overwrite", action="store_true", help="replace it if it exists")
     text = "write it from OpenSRH as released: TIFFs read as [2, H, W] by tifffile, not [H, W, 2]"
     commands.add_parser("opensrh", parents=[write], help=text, description=text)
     flag = commands.add_parser("index", parents=[write], help="write it from a tree").add_argument
-    text = "as '{label}/{patient}/{slide}/{x}_{y}.png', or a regular expression; patient is needed"
+    text = "like '{label}/{patient}/{slide}/{x}_{y}.png', or a regular expression; needs patient"
     flag("--pattern", required=True, help=text)
-    flag("--label-level", default="", metavar="LEVEL", help="what must have one label, as patient")
+    flag("--label-level", default="", metavar="LEVEL", help="the level whose groups have one label")
     flag("--nested", action="store_true", help="slides of different patients share names: 1, 2")
     flag("--partial", action="store_true", help="leave out images that the pattern does not match")
-    flag("--yes", action="store_true", help="write it although its patients seem wrong")
+    flag("--yes", action="store_true", help="write it even if the patients look wrong")
     flag = commands.add_parser("check", parents=[every], help="decode every patch").add_argument
-    flag("--clean", metavar="NAME.csv", default="", help="write a manifest without them, beside it")
+    flag("--clean", metavar="NAME.csv", default="", help="write a manifest without the failures")
     flag("--workers", type=int, default=os.cpu_count(), help="decoding threads")
     args = parser.parse_args()
     args.levels = args.levels.split(",")

@@ -81,7 +81,7 @@ def top(scores, names, number=5):
 def percent(value):
     """A cell of a table: a share in percent, an interval as low..high, or - for neither.
 
-    An end that is not 0 never looks like 0: on which side of it an interval lies is what is read.
+    A nonzero end is never printed as 0: what matters is on which side of 0 the interval lies.
     """
     if not isinstance(value, list):
         return "-" if value is None else f"{100 * value:.1f}"
@@ -91,7 +91,7 @@ def percent(value):
 
 
 def plain(value):
-    """A cell of a table that is no share: two digits of an interval, three of another number."""
+    """A table cell that is not a share: intervals to two digits, other numbers to three."""
     if isinstance(value, list):
         return "{:.2g} to {:.2g}".format(*value)
     if isinstance(value, float):
@@ -100,7 +100,7 @@ def plain(value):
 
 
 def table(results):
-    """The lines of a table in percent, for a terminal. results: {encoder: as of assess()}."""
+    """The lines of a table in percent, for a terminal. results: {encoder: as in assess()}."""
     rows = [(name, kind, probes[kind]) for name, probes in results.items() for kind in probes]
     if not rows:
         return ["no held-out patient or no training patient has a label: there is nothing to probe"]
@@ -108,7 +108,7 @@ def table(results):
     levels = rows[0][2]["levels"]
     lines = [" " * width + "".join(f"{level:>16}" for level in levels)]
     lines.append(" " * width + f"{'acc':>9}{'MCA':>7}" * len(levels))
-    notes = {}  # as a set that keeps its order
+    notes = {}  # used as an ordered set
     for name, kind, probe in rows:
         levels = probe["levels"]
         titles = {"": f"{name} {kind}", "_interval": "  95%"}
@@ -123,14 +123,14 @@ def table(results):
         for level, of in levels.items():
             if of["left_out"]:
                 total = of["n"] + of["left_out"]
-                notes[f"{level}: {of['left_out']} of {total} left out: their labels differ"] = 1
+                notes[f"{level}: {of['left_out']} of {total} left out: mixed labels"] = 1
         if "k" in probe and kind != f"knn{probe['k']}":
             notes[f"{kind}: only {probe['k']} labelled training patches, and all of them vote"] = 1
     return lines + [f"  {note}" for note in notes]
 
 
 def html_table(rows):
-    """A table of dicts, their keys as its header; `x_interval` stands in brackets behind `x`."""
+    """A table of dicts, with their keys as its header; `x_interval` follows `x` in brackets."""
     if not any(rows):
         return ""
     keys = dict.fromkeys(key for row in rows for key in row if not key.endswith("_interval"))
@@ -148,7 +148,7 @@ def html_table(rows):
 
 
 def results(metrics):
-    """All numbers of all probes at all levels, and what each probe says of each patient: tables."""
+    """Tables: every probe's numbers at every level, and its prediction for every patient."""
     rows, patients = [], []
     for kind, probe in metrics["probes"].items():
         patients += [{"probe": kind, **row} for row in probe.get("patients", [])]
@@ -169,7 +169,7 @@ def thumbnail(metrics, data, row, size):
 
 
 def address(pixels):
-    """An image as an address. pixels: uint8, [height, width, 3], or 2 for grey and opacity."""
+    """An image as a data URL. pixels: uint8, [height, width, 3], or 2 for grey and opacity."""
     file = io.BytesIO()
     kind = "jpeg" if pixels.shape[2] == 3 else "png"
     Image.fromarray(pixels).save(file, kind, quality=85)
@@ -216,7 +216,7 @@ def slide_maps(metrics, data, members):
 
 
 def grid(xy):
-    """The column and row of each patch, [2, n] integers from 0, by their coordinates [2, n].
+    """The column and row of each patch, [2, n] integers from 0, from its coordinates [2, n].
 
     The step is the commonest distance between neighbouring columns or rows.
     """
@@ -261,7 +261,7 @@ def draw_slide(metrics, data, name, members):
 
 
 def gallery(metrics, data, levels, most=12):
-    """Some patches, and the attributes of each level that they score highest in."""
+    """Some patches, and their top attributes at each level."""
     rows = np.array(metrics["rows"])
     cards = ""
     for row in rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)]:
@@ -273,14 +273,14 @@ def gallery(metrics, data, levels, most=12):
 
 
 def draw(out, wanted=()):
-    """Draws the page of a folder that evaluate.py wrote to; returns its path. wanted: of slides."""
+    """Draws the page of a folder that evaluate.py wrote to; returns its path. wanted: slides."""
     metrics, data = read_results(out)
     path = Path(metrics["run"], "config.json")
     config = json.loads(path.read_text("utf-8")) if path.exists() else {}
     config = {"evaluation": metrics["command"]} | config  # its command is that of training
     maps = slides(metrics, data, wanted)
     log = read_log(Path(metrics["run"], "log.jsonl"))
-    shown = metrics | {"rows": len(metrics["rows"]), "log": log}  # for the page's script
+    shown = metrics | {"rows": len(metrics["rows"]), "log": log, "config": config}
     sections = {
         "title": escape(f"{metrics['run']}, step {metrics['step']}"),
         "notes": "".join(f'<p class="note">{escape(note)}</p>' for note in metrics["notes"]),
@@ -299,7 +299,7 @@ def draw(out, wanted=()):
 
 
 def show(out, wanted):
-    """Prints the top attributes of every patient, slide and patch of a name, one after another."""
+    """Prints the top attributes of every patient, slide and patch with a wanted name, in turn."""
     metrics, data = read_results(out, needed=["embeddings.npz"])
     levels = [key.removeprefix("scores_") for key in data if key.startswith("scores_")]
     names = {levels[0]: data["path"]} | {at: data[plural(at)][data[at]] for at in levels[1:]}

@@ -34,7 +34,7 @@ def write_whole(path, write):
         error = error.__context__ or error  # torch.save turns an OSError into a RuntimeError
         if os.path.exists(part):
             os.remove(part)
-        raise OSError(f"{path} cannot be written ({error}): look at the folder and disk") from error
+        raise OSError(f"{path} cannot be written ({error}): check the folder and disk") from error
 
 
 def write_json(path, value):
@@ -42,7 +42,7 @@ def write_json(path, value):
     write_whole(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
 
 
-def read_whole(path, remedy="take the one before"):
+def read_whole(path, remedy="use the previous one"):
     """What torch.save wrote to a file, on the CPU. Raises ValueError if it is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -51,7 +51,7 @@ def read_whole(path, remedy="take the one before"):
             raise ValueError(f"wrong checksum of {member}")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever zip, pickle and torch make of a damaged file
-        raise ValueError(f"{path} is damaged, or another file ({error}): {remedy}") from error
+        raise ValueError(f"{path} is damaged or not a checkpoint ({error}): {remedy}") from error
 
 
 def lock_folder(folder):
@@ -68,7 +68,7 @@ def lock_folder(folder):
             f"process {lock.read()} is training in {folder}: wait for it, or give another --out"
         ) from None
     except (ImportError, OSError) as error:  # Windows; a disk without locks
-        warnings.warn(f"{folder} cannot be locked ({error}): train there once", stacklevel=2)
+        warnings.warn(f"{folder} cannot be locked ({error}): one run at a time", stacklevel=2)
         return lock
     lock.truncate(0)
     lock.write(f"{os.getpid()} on {socket.gethostname()}")
@@ -125,7 +125,7 @@ def newest_checkpoint(folder):
             checkpoint = read_whole(path)
             if checkpoint.get("step") == step:
                 return checkpoint
-            print(f"{path} holds step {checkpoint.get('step')}: take the one before")
+            print(f"{path} holds step {checkpoint.get('step')}: use the previous one")
         except ValueError as error:
             print(error)
     if paths:
@@ -182,11 +182,11 @@ def check_same_flags(folder, now, before, may_change):
     changed = []  # a fork may add and drop flags: what one side does not know is not compared
     for name in sorted(now.keys() & before.keys() - set(may_change)):
         if now[name] != before[name]:
-            changed.append(f"--{name.replace('_', '-')} {now[name]} (there: {before[name]})")
+            changed.append(f"--{name.replace('_', '-')} {now[name]} (was {before[name]})")
     if changed:
         raise ValueError(
-            f"{folder} holds another run: {', '.join(changed)}. Give the same flags to go on with "
-            "it, or another --out"
+            f"{folder} holds another run: {', '.join(changed)}. Give the same flags to "
+            "resume it, or another --out"
         )
 
 
@@ -213,7 +213,7 @@ class Log:
             write_whole(self.path, lambda file: file.write(kept))
 
     def write(self, **line):
-        """Appends a line, on the disk before the checkpoint that it describes."""
+        """Appends a line, flushed to disk before the checkpoint that it describes."""
         self.lines.append(line)
         if not self.silent:
             with open(self.path, "a") as file:

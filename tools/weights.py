@@ -27,7 +27,7 @@ for name, sha256 in SHA256.items():
 # The paper starts from open_clip's RN50, trained on CC12M.
 OPEN_CLIP = "https://github.com/mlfoundations/open_clip/releases/download/v0.2-weights"
 CLIPS["RN50-cc12m"] = (f"{OPEN_CLIP}/rn50-quickgelu-cc12m-f000538c.pt", "f000538c", "quickgelu")
-# These three were trained on histology. Hugging Face's addresses name a revision, which is fixed.
+# These three were trained on histology. The Hugging Face URLs pin a revision.
 HUB = "https://huggingface.co"
 QUILTNET = "wisdomik/QuiltNet-B-32/resolve/8ce77289ce35a90b2f1db1137dfa4bc2df175e33"
 PLIP = "vinid/plip/resolve/67ade53ddd32195868f422585f72698ef5d15094"
@@ -66,7 +66,7 @@ def load_clip(source, activation=""):
     foreign = [name for name in state if re.search("word_embed|trunk|attn.qkv|vision_model", name)]
     if foreign or not any(name.startswith(("visual.", "tower.")) for name in state):
         raise ValueError(
-            f"{path} is not a CLIP of OpenAI's layout: it has {(foreign or [*state])[0]}; give "
+            f"{path} is not a CLIP in OpenAI's layout: it has {(foreign or [*state])[0]}; give "
             "another --clip (BiomedCLIP's text tower is a BERT; CONCH and UNI come from timm)"
         )
     digest = "" if known else _sha256(path)
@@ -106,7 +106,7 @@ def published(url, sha256, path="", cached=""):
         try:
             torch.hub.download_url_to_file(url, cached, sha256)
         except (OSError, RuntimeError) as error:  # no network; another checksum
-            raise ConnectionError(f"no {url} ({error}): put it at {cached} by hand") from error
+            raise ConnectionError(f"{url} failed ({error}): put it at {cached} by hand") from error
     path = path or cached
     if not _sha256(path).startswith(sha256):
         raise ValueError(f"{path} is not {url} (its SHA-256 differs): delete it and try again")
@@ -180,7 +180,7 @@ def _read_zip(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     if _sha256(path) not in [sha256 for _, sha256, _ in CLIPS.values()]:
         raise ValueError(
-            "a TorchScript archive is a program and not OpenAI's. If you trust this one: python -c "
+            "it is a TorchScript program and not OpenAI's. If you trust it: python -c "
             f"\"import torch; torch.save(torch.jit.load({path!r}, 'cpu').state_dict(), 'clip.pt')\""
         )
     with warnings.catch_warnings():
@@ -202,7 +202,7 @@ def _from_hugging_face(theirs):
 
 
 def _read_config(path):
-    """{"heads", "activation"}, if a config.json of Hugging Face beside the file tells them."""
+    """{"heads", "activation"}, if a Hugging Face config.json beside the file gives them."""
     beside = Path(path).with_name("config.json")
     config = json.loads(beside.read_text("utf-8")) if beside.exists() else {}
     vision, text = config.get("vision_config", {}), config.get("text_config", {})
@@ -220,4 +220,4 @@ def export(path, model, checkpoint):
     about |= {"mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist()}
     write_whole(path, lambda file: torch.save(state, file))
     write_json(f"{path}.json", about)
-    print(f"{path}, and {path}.json, which says of images in [0, 1]: {about}")
+    print(f"{path} and {path}.json; for images in [0, 1]: {about}")

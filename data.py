@@ -40,7 +40,7 @@ def load_views(
     patients,  # in a global batch
     counts,  # views of a patch, patches of a slide, slides of a patient
     augmentation,  # a name in AUGMENTATIONS
-    sizes,  # pixels at which a patch is decoded, READ_AT times S, and S
+    sizes,  # pixels of a decoded patch (READ_AT times S) and of a view (S)
     seed=0,
     device="cpu",
     share=(0, 1),  # (rank, world): which share of the patients to load
@@ -58,7 +58,7 @@ def load_views(
     batches = (hierarchical_batch(cohort, step, seed, patients, members, places) for step in steps)
     # Threads decode the next batches while the model trains on this one.
     for step, (rows, patches) in zip(steps, load_batches(cohort, batches, read_size, workers)):
-        views_each = math.prod(counts)  # of a patient
+        views_each = math.prod(counts)  # per patient
         parameters = view_parameters(AUGMENTATIONS[augmentation], seed, step, places, views_each)
         noise_seed = seed_of("noise", seed, step)
         images = make_views(patches.to(device), parameters, image_size, noise_seed)
@@ -76,7 +76,7 @@ def seed_of(stream, *numbers):
 def hierarchical_batch(cohort, step, seed, patients, counts=(2, 2), places=None):
     """The patches of one batch: rows [patients, slides of a patient, patches of a slide].
 
-    counts: patches of a slide, slides of a patient. places: the part of the batch that is wanted. A
+    counts: patches of a slide, slides of a patient. places: which part of the batch to draw. A
     patient with too few slides contributes one twice; the losses recognise repeats by id.
     """
     # An epoch is one shuffle of all patients, cut into whole batches; the remainder is dropped.
@@ -143,7 +143,7 @@ AUGMENTATIONS = {
     "weak": {"flip": (0.5, -1, -1)},  # HiDisc's
 }
 READ_AT = 1.3  # patches are read at this multiple of a view's size: crops neither alias nor blur
-WINDOWS = 2**16  # places in the batch's field of noise where a view's window may begin
+WINDOWS = 2**16  # possible start offsets of a view's window in the batch's noise
 
 
 def view_parameters(augmentation, seed, step, places, views):
@@ -189,7 +189,7 @@ def make_views(images, parameters, size, noise_seed=0):
     # Each view takes a window of one field of white noise: a field for each would be slow.
     generator = torch.Generator().manual_seed(noise_seed)
     noise = torch.randn(3 * size * size + WINDOWS, generator=generator).to(images.device)
-    # A few patches at a time fit a CPU's cache and run several times faster; a GPU takes all.
+    # Small chunks fit a CPU's cache and run several times faster; a GPU takes all at once.
     V = len(parameters["flip"]) // len(images)
     some = len(images) if images.is_cuda else max(1, 2**18 // (V * 3 * size * size))
     out = []
@@ -200,7 +200,7 @@ def make_views(images, parameters, size, noise_seed=0):
 
 
 def augment(images, parameters, size, noise):
-    """make_views() for a few patches: one transform after the other."""
+    """make_views() for a few patches: one transform after another."""
     # The parameters themselves stay on the CPU, to choose rows without waiting for a GPU.
     moved = {name: value.to(images.device, non_blocking=True) for name, value in parameters.items()}
     V = len(parameters["flip"]) // len(images)
@@ -255,7 +255,7 @@ def resample(x, size, parameters):
 
 
 def stain_jitter(x, factor, shift):
-    """Scales and shifts each stain's share of the density, x = exp(-density) (Beer and Lambert).
+    """Scales and shifts each stain's share of the density, x = exp(-density) (Beer-Lambert).
     x: [n, 3, H, W] in [0, 1]. factor, shift: [n, 3], neutral at 1 and 0."""
     stains = STAINS.to(x)
     mix = torch.linalg.inv(stains) @ (factor[:, :, None] * stains)  # [n, 3, 3]: to stains and back
@@ -308,7 +308,7 @@ def load_batches(cohort, batches, size, workers=2, ahead=3):
             depths = {image.dtype: cohort.path(row) for row, image in zip(rows, images)}
             if len(depths) > 1:
                 paths = " and ".join(depths.values())
-                raise ValueError(f"{paths}: one has 8 bits and one 16; put them in two cohorts")
+                raise ValueError(f"{paths}: one is 8-bit, one 16-bit; put them in two cohorts")
             yield rows, torch.from_numpy(np.stack(images))
 
 
@@ -380,7 +380,7 @@ class Cohort:
     names: np.ndarray  # [n] bytes: the path of each patch relative to the root
     parents: list  # L - 1 arrays: the slide of each row, then the patient of each slide
     group_names: list  # L - 1 lists: the names of the slides, of the patients
-    label: np.ndarray  # [n] int32: the class of each patch, -1 without one
+    label: np.ndarray  # [n] int32: the class of each patch, -1 if none
     patient_split: np.ndarray  # [P] int8: for each patient, an index into SPLITS
     classes: list  # C names, sorted; empty without labels
     patch: np.ndarray  # [n] int32: the id of each patch, its row in the whole cohort
@@ -404,7 +404,7 @@ class Cohort:
         return ", ".join(reversed(counts))
 
     def name(self, row):
-        """The path of a patch as the manifest spells it."""
+        """A patch's path as written in the manifest."""
         return self.names[row].decode()
 
     def path(self, row):
@@ -424,7 +424,7 @@ class Cohort:
         return [names[number] for names, number in zip(self.group_names, numbers)][::-1]
 
     def select(self, rows):
-        """The cohort of these rows alone: ascending numbers, or a mask."""
+        """The cohort restricted to rows: ascending indices or a mask."""
         own = {name: getattr(self, name)[rows] for name in ("names", "label", "patch")}
         return replace(self, parents=[self.parents[0][rows], *self.parents[1:]], **own)
 
@@ -470,7 +470,7 @@ def read_manifest(manifest, levels=LEVELS):
             if missing:
                 raise ValueError(f"{where}: {line!r} has no column {missing}: use lower case")
             if levels[0] in header:
-                raise ValueError(f"{where}: {levels[0]} is the image itself and has no column")
+                raise ValueError(f"{where}: {levels[0]} is the image itself: drop that column")
         elif fields and len(fields) != len(header):
             raise ValueError(f"{where}: {len(fields)} fields, but {len(header)} columns")
         elif fields:
@@ -500,7 +500,7 @@ def build_cohort(root, entries, levels=LEVELS, val_fraction=0.2):
         labels.append(sys.intern(label))
         kinds.add((other, bool(split)))
         if len(kinds) > 1 or not os.path.isabs(other or os.sep):
-            raise ValueError(f"{where}: one absolute root for all lines; a split for all or none")
+            raise ValueError(f"{where}: use one absolute root, and a split on every line or none")
     if not names:
         raise ValueError(f"{root}: the cohort has no patches: list one per line")
 
@@ -539,7 +539,7 @@ def check_entry(where, path, groups, split):
         if not name:
             raise ValueError(f"{where}: only label, split and root may be empty")
         if re.search(r"^\s|\s$|[\n\r\ud800-\udfff]", name):
-            raise ValueError(f"{where}: rename {name!r}: UTF-8, no outer spaces, no line breaks")
+            raise ValueError(f"{where}: rename {name!r}: UTF-8, no spaces at the ends, one line")
     # A part that is empty, . or .. would leave the folder, or give a file two names.
     if re.search(r"(^|/)\.{0,2}(/|$)|^\w:|\\", path):
         raise ValueError(f"{where}: {path!r} must be a plain path inside the root, like a/b.png")
@@ -548,10 +548,10 @@ def check_entry(where, path, groups, split):
 
 
 def hash_split(patients, val_fraction=0.2):
-    """[P] int8, 0 (train) or 1 (val), by hashes of the P patients' names: the same anywhere."""
+    """[P] int8, 0 (train) or 1 (val), from hashes of the P patients' names: the same everywhere."""
     value = np.array([int(hashlib.sha256(name.encode()).hexdigest()[:12], 16) for name in patients])
     split = (value < val_fraction * 2**48).astype(np.int8)
-    if len(patients) > 1 and val_fraction > 0:  # neither is empty by chance
+    if len(patients) > 1 and val_fraction > 0:  # so that neither is empty
         split[[value.argmin(), value.argmax()]] = 1, 0
     return split
 

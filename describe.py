@@ -6,7 +6,7 @@
 
 A bank file is JSON: {"name": ..., "tissue": ..., "levels": {"patch": {attribute: [sentences]},
 "slide": {...}, "patient": {...}}}. It may also hold "truth", {attribute: "+factor" or "-factor"},
-for tissue whose factors are known, and "shows", {level: what an image of it shows}.
+for tissue whose factors are known, and "shows", {level: what its images show}.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def encode_bank(content, tower, tokenizer, batch=64):
 
         t = norm(mean_j norm(TextEncoder(sentence_j)))
 
-    content: of a bank file. tower: a CLIP's text tower, frozen. tokenizer: a Tokenizer.
+    content: what a bank file holds. tower: a frozen CLIP text tower. tokenizer: a Tokenizer.
     """
     levels = content["levels"]
     sentences_of = [sentences for names in levels.values() for sentences in names.values()]
@@ -108,9 +108,9 @@ def read_bank_file(path, partial=False):
 
 
 def read_json(path):
-    """What a JSON file holds. Raises ValueError, with the path, where a name appears twice."""
+    """A JSON file's contents. Raises ValueError, with the path, if a name appears twice."""
 
-    def unique(pairs):  # JSON would silently keep the last of two values of one name
+    def unique(pairs):  # json silently keeps the last value of a repeated name
         for name, times in Counter(name for name, _ in pairs).items():
             if times > 1:
                 raise ValueError(f"{path}: {name!r} appears twice in one place")
@@ -140,7 +140,7 @@ CHECKSUM = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"  #
 
 
 def join_pair(symbols, pair):
-    """The symbols of a word, with every such pair of neighbours merged into one."""
+    """The symbols of a word, with each such pair of neighbours merged into one."""
     joined = []
     for symbol in symbols:
         if joined and (joined[-1], symbol) == pair:
@@ -188,7 +188,7 @@ class Tokenizer:
         return ids
 
     def __call__(self, texts, context):
-        """The tokens of n texts, [n, context] int64, zero-padded; a cut text keeps its END."""
+        """The tokens of n texts, [n, context] int64, zero-padded; truncation keeps END."""
         tokens = torch.zeros(len(texts), context, dtype=torch.long)
         for row, text in zip(tokens, texts):
             ids = [self.vocabulary[START], *self.encode(text)][: context - 1]
@@ -267,9 +267,9 @@ def prompt_for(content, level, count, sentences):
     lines = "\n".join([*taken, *refused])
     return f"""You are a pathologist who describes what {content["tissue"]} looks like, so that an
 image model can learn from it. Name {count} attributes that can be seen in {shows}.
-- Each is 2 to 6 words in lower case. Cover normal and abnormal, common and rare, as opposites where
-  there is one (sparse nuclei, crowded nuclei). None may repeat another in meaning, new or taken.
-- Write {sentences} sentences on each, which state the same finding in different ways: its form; a
+- Each is 2 to 6 words in lower case. Cover normal and abnormal, common and rare, in opposite pairs
+  where possible (sparse nuclei, crowded nuclei). None may repeat another in meaning, new or taken.
+- Write {sentences} sentences for each, which state the same finding in different ways: its form; a
   comparison with a related or opposite finding; its arrangement in space; a plain summary for a lay
   reader. Use 8 to 25 words, few of them from the attribute, and no frame like "the image shows".
 - Only what the eye sees in these images at that magnification: no molecules, genes, laboratory
@@ -380,11 +380,11 @@ def main():
     flag("--levels", nargs="+", default=LEVELS, help="only these levels")
     flag("--attributes", type=int, default=128, help="how many each level gets (the paper: 128)")
     flag("--sentences", type=int, default=4, help="how many each attribute gets (the paper: 4)")
-    flag("--batch", type=int, default=8, help="attributes per request; fewer if replies break off")
+    flag("--batch", type=int, default=8, help="attributes per request; fewer if replies are cut")
 
     flag = command(run_encode, "a bank file and a CLIP -> bank.pt")
     flag("--clip", required=True, help=f"a CLIP with a text tower: a file, or {', '.join(CLIPS)}")
-    flag("--activation", choices=ACTIVATIONS, help="for a CLIP whose file does not say")
+    flag("--activation", choices=ACTIVATIONS, help="if the CLIP's file does not say")
     flag("--rotate", type=int, metavar="SEED", help="a meaningless control: rotate all vectors")
     flag("--out", default="bank.pt", help="file to write")
     args = parser.parse_args()

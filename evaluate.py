@@ -58,7 +58,7 @@ def embed(model, cohort, read_size, image_size, batch=128, workers=2, stop=()):
     model.train(was_training)
     if add_up(torch.tensor(len(stop))) > 0:
         return None
-    return add_up(z)  # the rows of the others are 0 here
+    return add_up(z)  # other processes' rows are 0 here
 
 
 def rank_and_world():
@@ -79,7 +79,7 @@ def knn(train_z, train_labels, z, classes, ks=(200, 20), temperature=0.07):
 
         p(c) ~ sum over the k nearest training rows i with label c of exp(cos(z, z_i) / temperature)
 
-    train_z: [m, D], of the training patients' labelled patches, and z: [n, D], of those held out;
+    train_z: [m, D], labelled patches of training patients; z: [n, D], held-out ones; both
     L2-normalised. train_labels: [m], from 0 to classes - 1. A k above m means m. Under
     torch.distributed the processes share the queries, and rank 0 alone gets all probabilities.
     """
@@ -103,7 +103,7 @@ def logistic(train_x, train_labels, x, classes):
         minimise over w and b:   1/2 ||w||^2 + C sum_i CE(w x_i + b, y_i)
         C = D classes / 100
 
-    C is that of UNI (Chen et al. 2024). train_x: [m, D] and x: [n, D]. train_labels: [m], from 0 to
+    C is UNI's (Chen et al. 2024). train_x: [m, D] and x: [n, D]. train_labels: [m], from 0 to
     classes - 1; a class without a training row gets 0. Warns if L-BFGS has not converged.
     """
     present, target = train_labels.unique(return_inverse=True)
@@ -144,7 +144,7 @@ def logistic(train_x, train_labels, x, classes):
 def zero_shot(path, z, classes, clip, activation="", vocab=""):
     """Class probabilities [n, C] without training labels: softmax(s z t^T).
 
-    path: JSON, {class: [sentences]}; t: [C, D], one vector per class, encoded as a bank is. s: the
+    path: JSON, {class: [sentences]}; t: [C, D], one vector per class, encoded like a bank. s: the
     logit scale of clip, the encoder's own CLIP.
     """
     prompts = read_json(path)
@@ -160,14 +160,14 @@ def zero_shot(path, z, classes, clip, activation="", vocab=""):
 
 
 def probe_splits(cohort, protocol="val"):
-    """The pairs (train rows, held-out rows) to probe, of patches with a label; may be empty.
+    """The pairs (train rows, held-out rows) to probe, labelled patches only; may be empty.
 
     val, test: one pair, the patients in train and in that split. lopo: a pair per patient.
     """
     labelled = cohort.label >= 0
     split = np.array(SPLITS)[cohort.split]
     if protocol == "test" and "test" not in split:
-        raise ValueError(f"{cohort.root} has no patient in the split test: use val or lopo")
+        raise ValueError(f"{cohort.root} has no patient in the test split: use val or lopo")
     masks = [(split == "train", split == protocol)]
     if protocol == "lopo":
         masks = [(cohort.patient != p, cohort.patient == p) for p in cohort.present]
@@ -261,7 +261,7 @@ def bootstrap_counts(P, resamples, seed=0):
 
 
 def estimate(name, values):
-    """{name: values[0], name_interval: the central 95% of the other R}, of values [1 + R]."""
+    """{name: values[0], name_interval: the central 95% of the other R}, from values [1 + R]."""
     value = None if np.isnan(values[0]) else float(values[0])
     resampled = values[1:][~np.isnan(values[1:])]
     if not len(resampled):
@@ -270,8 +270,8 @@ def estimate(name, values):
 
 
 def assess_level(predictions, labels, groups, patient, counts, classes):
-    """The metrics of one probe at one level. predictions: probabilities [n, C] of an encoder, and
-    perhaps of one to compare with. groups: [n], ids. patient: [n], columns of counts."""
+    """The metrics of one probe at one level. predictions: probabilities [n, C] of one encoder, or
+    of two to compare. groups: [n], ids. patient: [n], columns of counts."""
     probabilities, label, first, left_out = pool(predictions[0], labels, groups)
     metrics = {"n": len(label), "left_out": left_out}
     if not len(label):
@@ -372,7 +372,7 @@ def class_attributes(scores, names, cohort, rows, number=5):
 
 
 def evaluate(args, device):
-    """Evaluates a run as main()'s flags say; all processes share the work, rank 0 writes."""
+    """Evaluates a run, given main()'s flags; all processes share the work, rank 0 writes."""
     # The run, and the cohort: its own, or the one that --data names.
     model, checkpoint = load_run(args.run)
     if args.export:
@@ -386,7 +386,7 @@ def evaluate(args, device):
     splits = probe_splits(cohort, args.protocol)
     rows = np.concatenate([held_out for _, held_out in splits] or [np.arange(len(cohort))])
 
-    # Embeddings, attribute scores and predictions, also of the encoder that --against names.
+    # Embeddings, attribute scores and predictions, also for the encoder that --against names.
     encoders = [(model, checkpoint)]
     if args.against:
         start = runs.checkpoint_path(run, 0)
@@ -470,7 +470,7 @@ def predict_all(args, kept, z, scores, cohort, splits, device):
 
 def cohort_notes(config, cohort):
     """Warnings about using this bank on this cohort: a list of sentences, possibly empty."""
-    real = not os.path.exists(os.path.join(cohort.root, "factors.csv"))  # which demo tissue has
+    real = not os.path.exists(os.path.join(cohort.root, "factors.csv"))  # demo tissue has one
     demo_bank = config["bank"].endswith(os.path.join("demo", "attributes.json"))
     demo_clip = config["clip"].endswith(os.path.join("cache", "clip.pt"))
     fresh = config["backbone"] or config["start"] == "random"
@@ -488,14 +488,14 @@ def cohort_notes(config, cohort):
 
 
 def reader_notes(protocol, checkpoint, cohort, rows, probes):
-    """What a reader of the numbers must know, as sentences. rows: those that were probed."""
+    """Caveats for readers of the numbers, as sentences. rows: those that were probed."""
     patients = np.unique(cohort.patient[rows])
     seen = runs.trained_on(cohort, patients, checkpoint["cohort"]) if probes else 0
     side, before = short_side(cohort)[0], checkpoint["short_side"]
     size = f"patches are {side} pixels wide and the run's were {before}: another magnification?"
     rules = [
         (seen, f"pretraining saw {seen} of the {len(patients)} held-out patients, without labels"),
-        (probes and len(cohort.classes) == 1, "only one class: being right about it says nothing"),
+        (probes and len(cohort.classes) == 1, "only one class: accuracy says nothing"),
         (side != before, size),
     ]
     for c, name in enumerate(cohort.classes if protocol == "lopo" else ()):
@@ -504,7 +504,7 @@ def reader_notes(protocol, checkpoint, cohort, rows, probes):
     for level in cohort.levels if probes else ():
         metrics = probes["knn20"]["levels"][level]
         few = "accuracy" in metrics and "accuracy_interval" not in metrics
-        rules.append((few, f"{level}: fewer than {FEW} patients are too few for an interval"))
+        rules.append((few, f"{level}: no interval with fewer than {FEW} patients"))
     return cohort_notes(checkpoint["config"], cohort) + [note for holds, note in rules if holds]
 
 
@@ -516,7 +516,7 @@ def main():
     flag("--data", default="", help="a cohort other than the run's: a folder or a manifest .csv")
     flag("--out", default="", help="folder to write to (default: RUN)")
     flag("--overwrite", action="store_true", help="replace results of other data or protocols")
-    protocol = "patients to test: a split's, or (lopo) each in turn, training on the others"
+    protocol = "test on a split, or (lopo) on each patient in turn, training on the rest"
     flag("--protocol", choices=("val", "test", "lopo"), default="val", help=protocol)
     flag("--against", default="", help="another run, or 'start': adds the gain over that encoder")
     flag("--export", default="", metavar="FILE", help="save the tower for open_clip or torchvision")

@@ -59,7 +59,7 @@ def supcon(features, ids, temperature=0.07):
         all_features = gather(features)  # [W n, D]; gradients return to each row's process
         all_ids = gather(ids)  # [W n]
 
-        # Which rows are positives of which.
+        # The mask of each row's positives.
         column = torch.arange(len(all_ids), device=ids.device)
         itself = column == column[rank * n : (rank + 1) * n, None]  # [n, W n]
         positive = (ids[:, None] == all_ids) & ~itself  # [n, W n]
@@ -180,7 +180,7 @@ def standardise(x, eps=1e-8):
 
 
 def gather(x):
-    """The rows of all processes by rank; a row's gradient is the sum of what all send back.
+    """All processes' rows, in rank order; a row's gradient is summed over all processes.
 
     x: [n, ...], of the same shape on each of W processes. Returns [W n, ...] on all of them.
     """
@@ -212,7 +212,7 @@ class _Gather(torch.autograd.Function):
 
 
 def float32(x):
-    """bf16 and fp16 are raised to float32; float64 stays, so that gradients can be checked."""
+    """Casts bf16 and fp16 to float32; keeps float64, so that gradients can be checked."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -92,7 +92,7 @@ def load_run(path):
         raise FileNotFoundError(f"{path} is neither a run folder nor a checkpoint file")
     checkpoint = newest_checkpoint(path) if os.path.isdir(path) else read_whole(path)
     if "config" not in checkpoint:
-        raise ValueError(f"{path} holds no checkpoint of train.py (step-*.pt): train first")
+        raise ValueError(f"{path} holds no train.py checkpoint (step-*.pt): train first")
     config, state = checkpoint["config"], checkpoint["model"]
     bank = {level: state[f"bank_{level}"] for level in checkpoint["attributes"]}
     config = config | {"backbone_weights": ""}  # the checkpoint has the weights
@@ -219,7 +219,7 @@ class AttentionPool(nn.Module):
     def forward(self, x):
         """x: [N, C, H, W] -> [N, D]."""
         N, C, H, W = x.shape  # images, channels, height, width
-        L = 1 + H * W  # tokens: the mean and each place of the map
+        L = 1 + H * W  # tokens: the mean and each position of the map
         d = C // self.heads  # channels of a head
         x = x.flatten(2).transpose(1, 2)  # [N, L - 1, C]
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)  # [N, L, C]
@@ -374,7 +374,7 @@ class TextTower(nn.Module):
 
 
 def part_of(state, prefix):
-    """The tensors whose names begin with the prefix, without it."""
+    """The tensors whose names begin with the prefix, which is removed."""
     return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
 
 
@@ -384,18 +384,18 @@ def count_of(state, prefix):
 
 
 def heads_of(state, tower, width):
-    """Attention heads of a transformer: as its file says, or 64 channels each, as in OpenAI's."""
+    """Attention heads of a transformer: from its file, or one per 64 channels, as in OpenAI's."""
     heads = state.get("heads", {}).get(tower)
     if not heads and width > 1024:
-        raise ValueError(f"{tower} tower: unknown number of heads; put config.json beside it")
+        raise ValueError(f"{tower} tower: how many heads? put config.json beside the weights")
     return heads or max(1, width // 64)
 
 
 def image_tower(state, image_size=0, weights=True):
     """The image tower of a state dict, with its weights: CLIP's ResNet or ViT.
 
-    state: of a CLIP (`visual.*`) or an HLSS (`tower.*`). image_size: pixels, if not those
-    of its training; positions are then interpolated. weights: False takes only the sizes.
+    state: of a CLIP (`visual.*`) or an HLSS (`tower.*`). image_size: pixels, if not as
+    in training; positions are then interpolated. weights: False takes only the sizes.
     """
     tensors = part_of(state, "visual." if "visual.conv1.weight" in state else "tower.")
     is_resnet = "attnpool.positional_embedding" in tensors
@@ -439,7 +439,7 @@ def resize_positions(positions, grid):
 def text_tower(state):
     """The text tower of a CLIP's state dict, sharing its tensors; frozen and in eval mode."""
     if "token_embedding.weight" not in state:
-        raise ValueError("no text tower here: encode the bank with its CLIP, give --bank bank.pt")
+        raise ValueError("no text tower: encode the bank with its CLIP, pass --bank bank.pt")
     if "text_projection" not in state:
         raise ValueError("the text tower is not CLIP's: it has no text_projection")
     vocabulary, width = state["token_embedding.weight"].shape
@@ -475,7 +475,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def share_batch_norm(model):
-    """Turns every batch norm of a model, in place, into one over all processes."""
+    """Makes every batch norm of a model, in place, span all processes."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.__class__ = GlobalBatchNorm

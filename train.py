@@ -1,6 +1,6 @@
 """Pretrain an image encoder with HLSS, HiDisc or SimCLR.
 
-    python train.py                                  the demo: from nothing to a kNN table
+    python train.py                                  the demo, up to its kNN table
     torchrun --nproc_per_node=4 train.py             the same on four processes
     python train.py --data FOLDER --out runs/mine    your own cohort (a folder with manifest.csv)
 
@@ -51,7 +51,7 @@ class Config:
     data: str = flag("", "folder with manifest.csv; empty: demo tissue, made on first use")
     out: str = flag("", "folder for checkpoints and log.jsonl; empty: runs/NAME, NAME from --data")
     clip: str = flag("", f"CLIP to start from: a file, demo, or one of {', '.join(CLIPS)}")
-    activation: str = flag("", "for a CLIP whose file does not say", choices=["", *ACTIVATIONS])
+    activation: str = flag("", "the CLIP's, if its file does not say", choices=["", *ACTIVATIONS])
     bank: str = flag("demo/attributes.json", "a bank file, or a bank.pt made by describe.py encode")
 
     # The encoder.
@@ -83,11 +83,11 @@ class Config:
     draw: str = flag("", "views of a patch, patches of a slide, ...; empty: 2 each")
     augmentation: str = flag(
         "demo",
-        "demo: mild; strong: the paper's, for H&E; strong-srh: for stimulated Raman; weak: flips. "
+        "demo: mild; strong-srh: the paper's; strong: the paper's, adapted to H&E; weak: flips. "
         "python data.py FOLDER NAME shows them",
         choices=list(AUGMENTATIONS),
     )
-    val_fraction: float = flag(0.2, "patients held out, if there is no split", low=0, high=1)
+    val_fraction: float = flag(0.2, "share of patients held out, if no split", low=0, high=1)
     seed: int = flag(0, "for batches, views and new weights", low=0)
 
     # The steps.
@@ -156,7 +156,7 @@ def parse_config(argv=None):
     style = argparse.RawDescriptionHelpFormatter
     about = {"description": __doc__, "epilog": TROUBLE, "formatter_class": style}
     parser = argparse.ArgumentParser(**about, allow_abbrev=False)
-    parser.add_argument("--preset", choices=PRESETS, help="sets of defaults; demo, without --data")
+    parser.add_argument("--preset", choices=PRESETS, help="a set of defaults; demo if no --data")
     for f in fields(Config):
         options = {"type": f.type}
         if f.type is bool:
@@ -236,7 +236,7 @@ def train(config, rank=0, world=1, device=CPU):
             # Dropout masks, if any, depend on step and rank alone, so resuming repeats them.
             torch.manual_seed(seed_of("dropout", config.seed, step, rank))
 
-            # Forward. The tower in bf16 if asked for; the losses are float32 inside.
+            # Forward, in bf16 if asked for; the losses are float32 inside.
             with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
                 z, projections = wrapped(images)  # [n, D]; {level: [n, K_l]}
             terms = hvc(projections, ids, config.temperature)  # {"hvc_patch": scalar, ...}
@@ -287,7 +287,7 @@ def find_text(config, rank):
     if rank == 0 and (config.clip or not config.backbone):
         beside = os.path.join(os.path.dirname(__file__), config.bank)  # run from any folder
         files["bank"] = config.bank if os.path.exists(config.bank) else beside
-        open(files["bank"]).close()  # before a CLIP is made or downloaded for nothing
+        open(files["bank"]).close()  # fails before a CLIP is made or downloaded
         files["clip"] = demo_clip() if config.clip in ("", "demo") else find_clip(config.clip)
     return from_first(files)
 
@@ -352,7 +352,7 @@ def resume(config, files, model, optimizer, facts, cohort):
 
 
 def teach(config, files, model, facts, cohort, device):
-    """What --align regression holds the attribute scores to; otherwise {}.
+    """The attribute scores that --align regression aims for; otherwise {}.
 
         a_l = standardise(mean over each patch, slide or patient of standardise(z t_l^T))
 

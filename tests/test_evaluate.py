@@ -279,7 +279,7 @@ def test_the_probe_during_training_leaves_the_test_split_alone(cohort_folder):
 
 
 def test_a_missing_test_split_is_an_error_that_says_so(cohort_folder):
-    with pytest.raises(ValueError, match="no patient in the split test: use val or lopo"):
+    with pytest.raises(ValueError, match="no patient in the test split: use val or lopo"):
         evaluate.probe_splits(read_cohort(cohort_folder), "test")
 
 

@@ -271,7 +271,7 @@ def mistakes(folder):
         ("train", ["--data", folder / "gone", *clip], "does not exist: name the cohort"),
         ("train", ["--bank", folder / "gone.json", *clip], r"No such file.*gone\.json"),
         ("evaluate", [folder / "gone"], "neither a run folder nor a checkpoint file"),
-        ("evaluate", [folder / "nothing"], r"holds no checkpoint of train.py .*: train first"),
+        ("evaluate", [folder / "nothing"], r"holds no train.py checkpoint .*: train first"),
         ("evaluate", [folder / "text.pt"], "is damaged or not a checkpoint"),
         ("describe", ["check", folder / "bank.json"], "level patch must be .*, not empty"),
         ("describe", ["check", folder / "list.json"], "is not JSON"),

@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_refused_by_name(flags, four, tmp_path):
     twice = manifest(tmp_path / "b", ["x.png,amy,s,r1", "y.png,bob,s,r2"], header)
     with pytest.raises(ValueError, match="line 3: slide 's' belongs to 'bob' here"):
         data.read_cohort(twice, FOUR)
-    with pytest.raises(ValueError, match="slide is the image itself and has no column"):
+    with pytest.raises(ValueError, match="slide is the image itself: drop that column"):
         data.read_cohort(four[3], ("slide", "patient"))
     with pytest.raises(ValueError, match="no column region"):
         train.train(train.parse_config([*flags, "--levels", ",".join(FOUR)]))

@@ -467,5 +467,5 @@ def test_a_damaged_checkpoint_is_refused_by_name(damage, tmp_path):
 def test_what_is_no_run_is_refused(clip_file, tmp_path):
     with pytest.raises(FileNotFoundError, match="absent is neither a run folder nor a checkpoint"):
         load_run(str(tmp_path / "absent"))
-    with pytest.raises(ValueError, match=r"clip\.pt holds no checkpoint of train\.py"):
+    with pytest.raises(ValueError, match=r"clip\.pt holds no train\.py checkpoint"):
         load_run(clip_file)

@@ -111,7 +111,7 @@ def shuffle(n, seed, epoch):
 STAINS = torch.tensor([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]])
 
 DEMO = {  # transform: (probability, lowest, highest)
-    "crop": (1.0, 0.6, 1.0),  # share of the area that is kept, at an aspect between 3/4 and 4/3
+    "crop": (1.0, 0.6, 1.0),  # share of the area kept, at an aspect ratio from 3/4 to 4/3
     "flip": (0.5, -1, -1),  # a factor along each axis, independently; -1 mirrors
     "rotate": (0.5, -180, 180),  # degrees
     "translate": (0.5, -0.1, 0.1),  # of the side
@@ -156,7 +156,7 @@ def view_parameters(augmentation, seed, step, places, views):
     def random(k=1):  # [n, k]
         return torch.stack([next(columns) for _ in range(k)], dim=1)
 
-    def drawn(name, neutral, k=1):  # [n, k]: one coin for all k numbers
+    def drawn(name, neutral, k=1):  # [n, k]: one coin toss for all k
         probability, low, high = augmentation.get(name, (0, neutral, neutral))
         return torch.where(random() < probability, low + (high - low) * random(k), float(neutral))
 
@@ -166,7 +166,7 @@ def view_parameters(augmentation, seed, step, places, views):
     size = torch.cat([log_area + log_aspect, log_area - log_aspect], dim=1).div(2).exp()
     parameters = {
         "size": size,  # width and height of the crop as shares of the patch
-        # Coordinates run from -1 to 1, so a share of the side is 2 units.
+        # Coordinates run from -1 to 1, so a share s of the side is 2 s.
         "centre": (2 * random(2) - 1) * (1 - size) + 2 * drawn("translate", 0, 2),
         "flip": torch.cat([drawn("flip", 1), drawn("flip", 1)], dim=1),
         "stain": drawn("stain", 1, 3),

@@ -113,7 +113,7 @@ def read_json(path):
     def unique(pairs):  # json silently keeps the last value of a repeated name
         for name, times in Counter(name for name, _ in pairs).items():
             if times > 1:
-                raise ValueError(f"{path}: {name!r} appears twice in one place")
+                raise ValueError(f"{path}: {name!r} appears twice in one object")
         return dict(pairs)
 
     try:
@@ -302,7 +302,7 @@ def ask(endpoint, model, prompt, key="none", timeout=600, pauses=(2, 4)):
     """The reply of a model behind an OpenAI-compatible chat endpoint.
 
     Asks again after each pause, in seconds, if the failure may be temporary. Raises
-    ConnectionError, which never holds the key.
+    ConnectionError, which never shows the key.
     """
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": prompt}]}).encode()
     headers = {"Content-Type": "application/json", "User-Agent": "hlss"}
@@ -375,7 +375,7 @@ def main():
 
     flag = command(run_generate, "have a language model write a bank file, or continue one")
     flag("--tissue", required=True, help='what the images show, like "H&E of colorectal cancer"')
-    flag("--endpoint", required=True, help="an OpenAI-compatible API; its key: OPENAI_API_KEY")
+    flag("--endpoint", required=True, help="an OpenAI-compatible API; key: $OPENAI_API_KEY")
     flag("--model", required=True, help="the model's name there")
     flag("--levels", nargs="+", default=LEVELS, help="only these levels")
     flag("--attributes", type=int, default=128, help="how many each level gets (the paper: 128)")

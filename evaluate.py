@@ -221,7 +221,7 @@ def rates(probabilities, labels, patient, counts):
         recall_c = sum_p w_p correct_pc / sum_p w_p total_pc
         MCA      = mean of recall_c over the classes that occur
 
-    probabilities: [n, C]. labels: [n]. patient: [n], a column of counts. counts: [R, P], w_p, how
+    probabilities: [n, C]. labels: [n]. patient: [n], columns in `counts`. counts: [R, P], w_p, how
     often each patient counts: row 0 is all ones, the cohort itself. A class that does not occur has
     recall nan.
     """
@@ -271,7 +271,7 @@ def estimate(name, values):
 
 def assess_level(predictions, labels, groups, patient, counts, classes):
     """The metrics of one probe at one level. predictions: probabilities [n, C] of one encoder, or
-    of two to compare. groups: [n], ids. patient: [n], columns of counts."""
+    of two to compare. groups: [n], ids. patient: [n], columns in `counts`."""
     probabilities, label, first, left_out = pool(predictions[0], labels, groups)
     metrics = {"n": len(label), "left_out": left_out}
     if not len(label):
@@ -329,7 +329,7 @@ def assess(predictions, cohort, splits, resamples=RESAMPLES, other=None):
 
 def probe(z, cohort, device="cpu"):
     """The probe during training: kNN of z [n, D] from train to val, without intervals; {} if either
-    side has no label. All processes must call it; rank 0 alone gets the numbers."""
+    side has no labels. All processes must call it; rank 0 alone gets the numbers."""
     splits = probe_splits(cohort)
     if not splits:
         return {}
@@ -437,7 +437,7 @@ def evaluate(args, device):
         print(f"everything is in {report.draw(out)}")
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        print(f"no page was drawn ({reason}): python -m tools.report {out} draws it later")
+        print(f"no page was drawn ({reason}): retry with python -m tools.report {out}")
 
 
 def refuse_other_results(out, data, args):

@@ -95,7 +95,7 @@ def ha(z, bank, temperature=1.0):
 
     z: [n, D], L2-normalised; it receives the gradient. bank: {level: [K_l, D]}, frozen. Returns
     {"ha_patch": scalar, ...}. At the paper's temperature of 1 each is about |z - t|^2 / (2 D): the
-    softmax of a unit vector is almost flat. A temperature near 1/sqrt(D) makes it matter.
+    softmax of a unit vector is almost flat. A temperature near 1/sqrt(D) makes HA matter.
     """
     terms = {}
     for level, t in bank.items():

@@ -439,7 +439,7 @@ def resize_positions(positions, grid):
 def text_tower(state):
     """The text tower of a CLIP's state dict, sharing its tensors; frozen and in eval mode."""
     if "token_embedding.weight" not in state:
-        raise ValueError("no text tower: encode the bank with its CLIP, pass --bank bank.pt")
+        raise ValueError("no text tower: encode the bank with the full CLIP, give --bank bank.pt")
     if "text_projection" not in state:
         raise ValueError("the text tower is not CLIP's: it has no text_projection")
     vocabulary, width = state["token_embedding.weight"].shape
@@ -490,7 +490,7 @@ def main():
     print(f"images {list(images.shape)} -> z {list(z.shape)}, each of length {z[0].norm():.3f}")
     for level, p in projections.items():
         start = torch.allclose(p, F.normalize(z @ bank[level].T, dim=1), atol=1e-6)
-        print(f"{level:8} bank {list(bank[level].shape)}, p {list(p.shape)}; norm(z t^T): {start}")
+        print(f"{level:8} t {list(bank[level].shape)}, p {list(p.shape)}, p = norm(z t^T): {start}")
 
 
 if __name__ == "__main__":

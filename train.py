@@ -58,7 +58,7 @@ class Config:
     start: str = flag("clip", "weights the image tower starts from", choices=["clip", "random"])
     backbone: str = flag("", "a torchvision network, like resnet18, in place of the CLIP's tower")
     backbone_weights: str = flag("", "DEFAULT (torchvision's), a file, or empty (random)")
-    image_size: int = flag(0, "pixels of a view; 0: what the tower was made for", low=0)
+    image_size: int = flag(0, "pixels a side of a view; 0: the tower's own", low=0)
 
     # The losses.
     objective: str = flag(
@@ -468,7 +468,7 @@ def check_finite(numbers, step, ids, cohort):
         paths = [cohort.path(row) for row in ids[cohort.levels[0]].unique()[:3].tolist()]
         remedy = "If the images are sound, restart with a lower --lr"
         if step == 1:
-            remedy = "Before the first step, look at the CLIP, the bank and the images, not at --lr"
+            remedy = "No step was taken yet: check the CLIP, the bank and the images, not --lr"
         raise FloatingPointError(
             f"step {step}: {', '.join(bad)}. The step was not taken and the last checkpoint is "
             f"kept; the batch begins with {', '.join(paths)}. {remedy}"

@@ -500,7 +500,7 @@ def test_a_page_that_cannot_be_drawn_is_no_loss(run, tmp_path, monkeypatch, caps
     assert len(read_embeddings(tmp_path)["z"]) == 120
     printed = capsys.readouterr().out
     assert "RuntimeError: no ink" in printed
-    assert f"python -m tools.report {tmp_path} draws it later" in printed
+    assert f"retry with python -m tools.report {tmp_path}" in printed
 
 
 def test_another_cohort_and_another_protocol(run, cohort_folder, tmp_path, monkeypatch):

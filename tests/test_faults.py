@@ -493,7 +493,7 @@ def test_a_clip_that_is_not_finite_does_not_blame_the_rate(flags, tmp_path):
     clip = torch.load(flags[flags.index("--clip") + 1], weights_only=True)
     clip["state_dict"]["visual.conv1.weight"][:] = float("nan")
     torch.save(clip, tmp_path / "clip.pt")
-    with pytest.raises(FloatingPointError, match=r"step 1: .* look at the CLIP, the bank and the"):
+    with pytest.raises(FloatingPointError, match=r"step 1: .* check the CLIP, the bank and the"):
         train.train(train.parse_config([*flags, "--clip", str(tmp_path / "clip.pt")]))
 
 

@@ -383,7 +383,7 @@ def test_the_file_shows_its_stage(capsys):
     main()
     printed = capsys.readouterr().out
     assert "images [16, 3, 64, 64] -> z [16, 64], each of length 1.000" in printed
-    assert "slide    bank [10, 64], p [16, 10]; norm(z t^T): True" in printed
+    assert "slide    t [10, 64], p [16, 10], p = norm(z t^T): True" in printed
 
 
 def test_a_bank_of_another_clip_is_refused():

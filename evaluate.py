@@ -441,7 +441,7 @@ def evaluate(args, device):
 
 
 def refuse_other_results(out, data, args):
-    """Raises ValueError if a folder holds results of other data or of another protocol."""
+    """Raises ValueError if a folder holds results of other data or protocol; notes lost gains."""
     os.makedirs(out, exist_ok=True)
     path = os.path.join(out, "metrics.json")
     before = read_json(path) if os.path.exists(path) and not args.overwrite else {}

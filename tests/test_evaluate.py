@@ -595,7 +595,7 @@ def test_torchvision_loads_an_exported_backbone(tmp_path):
 
 def test_the_command_exports(run, tmp_path, monkeypatch, capsys):
     command(monkeypatch, run, "--export", tmp_path / "tower.pt")
-    assert "tower.pt.json, which says" in capsys.readouterr().out
+    assert "tower.pt.json; for images in [0, 1]:" in capsys.readouterr().out
     assert "visual.conv1.weight" in torch.load(tmp_path / "tower.pt", weights_only=True)
     assert not Path(run, "metrics.json").exists()
 

@@ -408,7 +408,7 @@ def test_what_is_no_tile_is_not_indexed(tmp_path):
     assert tool.image_files(root) == ["amy/s/0.png", "amy/s/1.JPG"]
     for name in ("0.png", "1.JPG"):
         os.remove(tmp_path / "amy/s" / name)
-    with pytest.raises(ValueError, match=r"TRIDENT cuts slides"):
+    with pytest.raises(ValueError, match=r"TRIDENT can cut slides"):
         tool.index(root, "{patient}/{slide}/*")
 
 

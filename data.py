@@ -38,7 +38,7 @@ def load_views(
     cohort,
     steps,  # a range; a run begins with step 1
     patients,  # in a global batch
-    counts,  # views of a patch, patches of a slide, slides of a patient
+    counts,  # views per patch, patches per slide, slides per patient
     augmentation,  # a name in AUGMENTATIONS
     sizes,  # pixels of a decoded patch (READ_AT times S) and of a view (S)
     seed=0,
@@ -54,8 +54,8 @@ def load_views(
     rank, world = share
     places = range(rank * patients // world, (rank + 1) * patients // world)
     read_size, image_size = sizes
-    views, *members = counts
-    batches = (hierarchical_batch(cohort, step, seed, patients, members, places) for step in steps)
+    views, *others = counts
+    batches = (hierarchical_batch(cohort, step, seed, patients, others, places) for step in steps)
     # Threads decode the next batches while the model trains on this one.
     for step, (rows, patches) in zip(steps, load_batches(cohort, batches, read_size, workers)):
         views_each = math.prod(counts)  # per patient
@@ -76,7 +76,7 @@ def seed_of(stream, *numbers):
 def hierarchical_batch(cohort, step, seed, patients, counts=(2, 2), places=None):
     """The patches of one batch: rows [patients, slides of a patient, patches of a slide].
 
-    counts: patches of a slide, slides of a patient. places: which part of the batch to draw. A
+    counts: patches per slide, slides per patient. places: which part of the batch to draw. A
     patient with too few slides contributes one twice; the losses recognise repeats by id.
     """
     # An epoch is one shuffle of all patients, cut into whole batches; the remainder is dropped.
@@ -91,7 +91,8 @@ def hierarchical_batch(cohort, step, seed, patients, counts=(2, 2), places=None)
             # Each group deals its members from a shuffled deck, and starts over when it runs out.
             decks = {}
             for group in dict.fromkeys(drawn):
-                members = cohort.members[level][slice(*cohort.starts[level][group : group + 2])]
+                first, last = cohort.starts[level][group : group + 2]
+                members = cohort.members[level][first:last]
                 deck = rng.choice(members, min(len(drawn) * count, len(members)), replace=False)
                 decks[group] = cycle(deck.tolist())
             drawn = [next(decks[group]) for group in drawn for _ in range(count)]
@@ -137,7 +138,7 @@ STRONG |= {  # the rest of the paper's list, each with probability 1/2 as in its
 AUGMENTATIONS = {
     "demo": DEMO,
     "strong-srh": STRONG,  # the channels of SRH are not colours, so nothing mixes them
-    # H&E varies in stain, not in hue. A threshold of 0.2 would invert all of its background.
+    # H&E varies in stain, not in hue. A threshold of 0.2 would invert the whole background.
     "strong": STRONG
     | {"stain": (0.5, 0.7, 1.3), "background": (0.5, -0.05, 0.05), "solarise": (0.5, 0.9, 0.9)},
     "weak": {"flip": (0.5, -1, -1)},  # HiDisc's
@@ -156,28 +157,28 @@ def view_parameters(augmentation, seed, step, places, views):
     def random(k=1):  # [n, k]
         return torch.stack([next(columns) for _ in range(k)], dim=1)
 
-    def drawn(name, neutral, k=1):  # [n, k]: one coin toss for all k
+    def draw(name, neutral, k=1):  # [n, k]: one coin toss for all k
         probability, low, high = augmentation.get(name, (0, neutral, neutral))
         return torch.where(random() < probability, low + (high - low) * random(k), float(neutral))
 
-    # The crop's area is uniform, as is the log of its aspect, up to 4/3 or whatever fits.
-    log_area = drawn("crop", 1).log()
+    # Uniform: the crop's area, and the log of its aspect ratio, at most 4/3 or what fits.
+    log_area = draw("crop", 1).log()
     log_aspect = (2 * random() - 1) * (-log_area).clamp(max=math.log(4 / 3))
     size = torch.cat([log_area + log_aspect, log_area - log_aspect], dim=1).div(2).exp()
     parameters = {
         "size": size,  # width and height of the crop as shares of the patch
         # Coordinates run from -1 to 1, so a share s of the side is 2 s.
-        "centre": (2 * random(2) - 1) * (1 - size) + 2 * drawn("translate", 0, 2),
-        "flip": torch.cat([drawn("flip", 1), drawn("flip", 1)], dim=1),
-        "stain": drawn("stain", 1, 3),
-        "background": drawn("background", 0, 3),
-        "brightness": drawn("brightness", 1),
-        "contrast": drawn("contrast", 1),
+        "centre": (2 * random(2) - 1) * (1 - size) + 2 * draw("translate", 0, 2),
+        "flip": torch.cat([draw("flip", 1), draw("flip", 1)], dim=1),
+        "stain": draw("stain", 1, 3),
+        "background": draw("background", 0, 3),
+        "brightness": draw("brightness", 1),
+        "contrast": draw("contrast", 1),
         "hole": random(2),  # where `erase` acts
         "window": (WINDOWS * random()).int(),  # where the view's noise begins
     }
     for name in ("rotate", "autocontrast", "solarise", "sharpen", "blur", "noise", "erase"):
-        parameters[name] = drawn(name, 0)
+        parameters[name] = draw(name, 0)
     return {name: value.squeeze(1) for name, value in parameters.items()}  # [n, 1] -> [n]
 
 
@@ -247,15 +248,15 @@ def resample(x, size, parameters):
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1)
     scale = parameters["size"] * parameters["flip"]  # [n, 2]
     affine = turn.view(-1, 2, 2) * scale[:, None]  # output -> input: scaled, then turned
-    place = (2 * torch.arange(size, device=x.device) + 1) / size - 1  # the centres of pixels
-    places = torch.stack(torch.meshgrid(place, place, indexing="xy")).flatten(1)  # [2, size x size]
-    grid = (affine @ places + parameters["centre"][:, :, None]).unflatten(2, (size, size))
+    pixel = (2 * torch.arange(size, device=x.device) + 1) / size - 1  # the centres of pixels
+    pixels = torch.stack(torch.meshgrid(pixel, pixel, indexing="xy")).flatten(1)  # [2, size x size]
+    grid = (affine @ pixels + parameters["centre"][:, :, None]).unflatten(2, (size, size))
     grid = grid.permute(0, 2, 3, 1)  # like F.affine_grid's, but several times faster
     return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
 
 def stain_jitter(x, factor, shift):
-    """Scales and shifts each stain's share of the density, x = exp(-density) (Beer-Lambert).
+    """Scales and shifts each stain's share of the optical density, -log x (Beer-Lambert).
     x: [n, 3, H, W] in [0, 1]. factor, shift: [n, 3], neutral at 1 and 0."""
     stains = STAINS.to(x)
     mix = torch.linalg.inv(stains) @ (factor[:, :, None] * stains)  # [n, 3, 3]: to stains and back
@@ -468,7 +469,7 @@ def read_manifest(manifest, levels=LEVELS):
             header = fields
             missing = ", ".join(column for column in needed if column not in header)
             if missing:
-                raise ValueError(f"{where}: {line!r} has no column {missing}: use lower case")
+                raise ValueError(f"{where}: {line!r} has no column {missing} (in lower case)")
             if levels[0] in header:
                 raise ValueError(f"{where}: {levels[0]} is the image itself: drop that column")
         elif fields and len(fields) != len(header):
@@ -539,7 +540,7 @@ def check_entry(where, path, groups, split):
         if not name:
             raise ValueError(f"{where}: only label, split and root may be empty")
         if re.search(r"^\s|\s$|[\n\r\ud800-\udfff]", name):
-            raise ValueError(f"{where}: rename {name!r}: UTF-8, no spaces at the ends, one line")
+            raise ValueError(f"{where}: rename {name!r} to one line of UTF-8 without outer spaces")
     # A part that is empty, . or .. would leave the folder, or give a file two names.
     if re.search(r"(^|/)\.{0,2}(/|$)|^\w:|\\", path):
         raise ValueError(f"{where}: {path!r} must be a plain path inside the root, like a/b.png")

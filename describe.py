@@ -78,7 +78,7 @@ def open_bank(path, state, vocab="", levels=LEVELS):
 
 
 def rotate(bank, seed):
-    """A meaningless control: one random rotation of all vectors, which keeps their angles."""
+    """A null control: one random rotation of all vectors, which keeps their angles."""
     D = next(iter(bank.values())).shape[1]
     generator = torch.Generator().manual_seed(seed)
     q, r = torch.linalg.qr(torch.randn(D, D, generator=generator, dtype=torch.float64))
@@ -140,7 +140,7 @@ CHECKSUM = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"  #
 
 
 def join_pair(symbols, pair):
-    """The symbols of a word, with each such pair of neighbours merged into one."""
+    """The symbols of a word, with every occurrence of the pair merged into one."""
     joined = []
     for symbol in symbols:
         if joined and (joined[-1], symbol) == pair:
@@ -268,7 +268,7 @@ def prompt_for(content, level, count, sentences):
     return f"""You are a pathologist who describes what {content["tissue"]} looks like, so that an
 image model can learn from it. Name {count} attributes that can be seen in {shows}.
 - Each is 2 to 6 words in lower case. Cover normal and abnormal, common and rare, in opposite pairs
-  where possible (sparse nuclei, crowded nuclei). None may repeat another in meaning, new or taken.
+  where possible (sparse nuclei, crowded nuclei). None may mean the same as another, new or taken.
 - Write {sentences} sentences for each, which state the same finding in different ways: its form; a
   comparison with a related or opposite finding; its arrangement in space; a plain summary for a lay
   reader. Use 8 to 25 words, few of them from the attribute, and no frame like "the image shows".
@@ -376,16 +376,16 @@ def main():
     flag = command(run_generate, "have a language model write a bank file, or continue one")
     flag("--tissue", required=True, help='what the images show, like "H&E of colorectal cancer"')
     flag("--endpoint", required=True, help="an OpenAI-compatible API; key: $OPENAI_API_KEY")
-    flag("--model", required=True, help="the model's name there")
+    flag("--model", required=True, help="the API's name for the model")
     flag("--levels", nargs="+", default=LEVELS, help="only these levels")
     flag("--attributes", type=int, default=128, help="how many each level gets (the paper: 128)")
     flag("--sentences", type=int, default=4, help="how many each attribute gets (the paper: 4)")
-    flag("--batch", type=int, default=8, help="attributes per request; fewer if replies are cut")
+    flag("--batch", type=int, default=8, help="attributes per request; fewer if cut short")
 
     flag = command(run_encode, "a bank file and a CLIP -> bank.pt")
     flag("--clip", required=True, help=f"a CLIP with a text tower: a file, or {', '.join(CLIPS)}")
     flag("--activation", choices=ACTIVATIONS, help="if the CLIP's file does not say")
-    flag("--rotate", type=int, metavar="SEED", help="a meaningless control: rotate all vectors")
+    flag("--rotate", type=int, metavar="SEED", help="a null control: rotate all vectors")
     flag("--out", default="bank.pt", help="file to write")
     args = parser.parse_args()
     args.run(args)

@@ -441,13 +441,13 @@ def evaluate(args, device):
 
 
 def refuse_other_results(out, data, args):
-    """Raises ValueError if a folder holds results of other data or protocol; notes lost gains."""
+    """Refuses a folder that has results for other data or protocols; warns of lost gains."""
     os.makedirs(out, exist_ok=True)
     path = os.path.join(out, "metrics.json")
     before = read_json(path) if os.path.exists(path) and not args.overwrite else {}
     if before and (before["data"], before["protocol"]) != (data, args.protocol):
         raise ValueError(
-            f"{out} holds results of {before['data']} ({before['protocol']}), not of {data} "
+            f"{out} has results for {before['data']} ({before['protocol']}), not for {data} "
             f"({args.protocol}): give another --out, or --overwrite"
         )
     if before and before["against"] and not args.against and rank_and_world()[0] == 0:
@@ -500,7 +500,7 @@ def reader_notes(protocol, checkpoint, cohort, rows, probes):
     ]
     for c, name in enumerate(cohort.classes if protocol == "lopo" else ()):
         alone = len(np.unique(cohort.patient[cohort.label == c])) == 1
-        rules.append((alone, f"{name} has one patient: held out, it leaves none to train on"))
+        rules.append((alone, f"{name} has only one patient, which leaves none to train on"))
     for level in cohort.levels if probes else ():
         metrics = probes["knn20"]["levels"][level]
         few = "accuracy" in metrics and "accuracy_interval" not in metrics
@@ -515,7 +515,7 @@ def main():
     flag("run", help="a run folder (its newest checkpoint is used) or a checkpoint file")
     flag("--data", default="", help="a cohort other than the run's: a folder or a manifest .csv")
     flag("--out", default="", help="folder to write to (default: RUN)")
-    flag("--overwrite", action="store_true", help="replace results of other data or protocols")
+    flag("--overwrite", action="store_true", help="replace results for other data or protocols")
     protocol = "test on a split, or (lopo) on each patient in turn, training on the rest"
     flag("--protocol", choices=("val", "test", "lopo"), default="val", help=protocol)
     flag("--against", default="", help="another run, or 'start': adds the gain over that encoder")

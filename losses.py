@@ -80,8 +80,8 @@ def supcon(features, ids, temperature=0.07):
 def floors(counts):
     """The lowest value of each level's contrast on its own: log |P|, never quite reached.
 
-    With |P| positives the best p_ij is 1 / |P|. counts: views of a patch, patches of a slide,
-    slides of a patient, ... For (2, 2, 2): log 1 = 0, log 3 and log 7. Repeated patches raise them.
+    With |P| positives the best p_ij is 1 / |P|. counts: views per patch, patches per slide,
+    slides per patient, ... For (2, 2, 2): log 1 = 0, log 3 and log 7. Repeated patches raise them.
     """
     return [math.log(math.prod(counts[: i + 1]) - 1) for i in range(len(counts))]
 
@@ -192,7 +192,7 @@ def gather(x):
 class _Gather(torch.autograd.Function):
     """all_gather with the full gradient.
 
-    A row is a column in every process's loss, so its gradient is the sum of what all processes send
+    Every process's loss uses every row, so a row's gradient is the sum of what all processes send
     back. torch's own all_gather returns constants and would lose the other processes' part.
     """
 

@@ -140,7 +140,7 @@ def backbone_tower(name, bank, weights=""):
     "DEFAULT" for torchvision's (downloaded), or a file.
     """
     if name not in torchvision.models.list_models(module=torchvision.models):
-        raise ValueError(f"--backbone {name}: not a torchvision classifier, such as resnet18")
+        raise ValueError(f"--backbone {name}: not a torchvision classifier; try resnet18")
     default = "DEFAULT" if weights == "DEFAULT" else None
     tower = torchvision.models.get_model(name, weights=default)
     linears = [path for path, module in tower.named_modules() if isinstance(module, nn.Linear)]
@@ -169,7 +169,7 @@ def fill(tower, tensors, what):
     for name in sorted(wanted.keys() | given.keys()):
         here, there = wanted.get(name, "absent"), given.get(name, "missing")
         if here != there:
-            raise ValueError(f"{what}: {name} is {there} and should be {here}: another network?")
+            raise ValueError(f"{what}: {name} is {there} but should be {here}: another network?")
     tower.load_state_dict(tensors, assign=True)
 
 
@@ -334,10 +334,9 @@ class VisionTransformer(nn.Module):
 
     def forward(self, x):
         """x: [N, 3, S, S] -> [N, D]. CLIP, section 2.4, the second image encoder."""
-        N = len(x)
         x = self.conv1(x)  # [N, width, S / patch, S / patch]
         x = x.flatten(2).transpose(1, 2)  # [N, L - 1, width]
-        x = torch.cat([self.class_embedding.expand(N, 1, -1), x], dim=1)  # [N, L, width]
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)  # [N, L, width]
         x = x + self.positional_embedding
         x = self.transformer(self.ln_pre(x))
         x = self.ln_post(x[:, 0])  # [N, width]
@@ -351,7 +350,6 @@ class TextTower(nn.Module):
         super().__init__()
         self.context = context
         self.dim = dim
-        self.vocabulary = vocabulary
         self.token_embedding = nn.Embedding(vocabulary, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(context, width))
         self.transformer = transformer(width, layers, heads, activation, causal=True)
@@ -394,8 +392,8 @@ def heads_of(state, tower, width):
 def image_tower(state, image_size=0, weights=True):
     """The image tower of a state dict, with its weights: CLIP's ResNet or ViT.
 
-    state: of a CLIP (`visual.*`) or an HLSS (`tower.*`). image_size: pixels, if not as
-    in training; positions are then interpolated. weights: False takes only the sizes.
+    state: of a CLIP (`visual.*`) or an HLSS (`tower.*`). image_size: pixels, if other
+    than in training; positions are then interpolated. weights: False takes only the sizes.
     """
     tensors = part_of(state, "visual." if "visual.conv1.weight" in state else "tower.")
     is_resnet = "attnpool.positional_embedding" in tensors
@@ -439,7 +437,7 @@ def resize_positions(positions, grid):
 def text_tower(state):
     """The text tower of a CLIP's state dict, sharing its tensors; frozen and in eval mode."""
     if "token_embedding.weight" not in state:
-        raise ValueError("no text tower: encode the bank with the full CLIP, give --bank bank.pt")
+        raise ValueError("no text tower: give --bank a bank.pt encoded with the full CLIP")
     if "text_projection" not in state:
         raise ValueError("the text tower is not CLIP's: it has no text_projection")
     vocabulary, width = state["token_embedding.weight"].shape
@@ -459,7 +457,7 @@ def text_tower(state):
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over the rows of all processes, exactly; torch's SyncBatchNorm needs a GPU."""
+    """Exact batch norm over the rows of all processes; torch's SyncBatchNorm needs a GPU."""
 
     def _check_input_dim(self, x):
         """Accepts any number of dimensions: this class replaces BatchNorm1d, 2d and 3d."""

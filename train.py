@@ -51,19 +51,19 @@ class Config:
     data: str = flag("", "folder with manifest.csv; empty: demo tissue, made on first use")
     out: str = flag("", "folder for checkpoints and log.jsonl; empty: runs/NAME, NAME from --data")
     clip: str = flag("", f"CLIP to start from: a file, demo, or one of {', '.join(CLIPS)}")
-    activation: str = flag("", "the CLIP's, if its file does not say", choices=["", *ACTIVATIONS])
+    activation: str = flag("", "needed if the CLIP's file names none", choices=["", *ACTIVATIONS])
     bank: str = flag("demo/attributes.json", "a bank file, or a bank.pt made by describe.py encode")
 
     # The encoder.
     start: str = flag("clip", "weights the image tower starts from", choices=["clip", "random"])
     backbone: str = flag("", "a torchvision network, like resnet18, in place of the CLIP's tower")
     backbone_weights: str = flag("", "DEFAULT (torchvision's), a file, or empty (random)")
-    image_size: int = flag(0, "pixels a side of a view; 0: the tower's own", low=0)
+    image_size: int = flag(0, "side of a view in pixels; 0: the tower's own", low=0)
 
     # The losses.
     objective: str = flag(
         "hlss",
-        "hlss: a projection from text per level; hidisc: one for all; simclr: patch level only",
+        "hlss: a projection per level, from text; hidisc: one for all; simclr: patch level only",
         choices=OBJECTIVES,
     )
     align: str = flag(
@@ -80,7 +80,7 @@ class Config:
     # The batches.
     levels: str = flag(",".join(LEVELS), "fine to coarse: the image, then columns of the manifest")
     patients: int = flag(8, "patients in a global batch", low=1)
-    draw: str = flag("", "views of a patch, patches of a slide, ...; empty: 2 each")
+    draw: str = flag("", "views per patch, patches per slide, ...; empty: 2 each")
     augmentation: str = flag(
         "demo",
         "demo: mild; strong-srh: the paper's; strong: the paper's, adapted to H&E; weak: flips. "
@@ -112,7 +112,7 @@ class Config:
 
     @property
     def counts(self):
-        """[views of a patch, patches of a slide, slides of a patient], as in --draw."""
+        """[views per patch, patches per slide, slides per patient], as in --draw."""
         return [int(n) for n in self.draw.split(",")] if self.draw else [2] * len(self.level_names)
 
     @property
@@ -287,7 +287,8 @@ def find_text(config, rank):
     if rank == 0 and (config.clip or not config.backbone):
         beside = os.path.join(os.path.dirname(__file__), config.bank)  # run from any folder
         files["bank"] = config.bank if os.path.exists(config.bank) else beside
-        open(files["bank"]).close()  # fails before a CLIP is made or downloaded
+        if not os.path.isfile(files["bank"]):  # fails before a CLIP is made or downloaded
+            raise FileNotFoundError(f"--bank {config.bank} does not exist: name a bank file")
         files["clip"] = demo_clip() if config.clip in ("", "demo") else find_clip(config.clip)
     return from_first(files)
 
@@ -391,7 +392,7 @@ def wrap(model, config, world, device):
 
 
 def make_batches(config, cohort, patients, facts, first, rank, world, device):
-    """The batches from step first + 1 on, of which each process gets its share."""
+    """The batches after step `first`; each process gets its share."""
     # By default every patient contributes 2 slides x 2 patches x 2 views, so row 0 has one positive
     # at patch level and seven at patient level.
     if patients % world:
@@ -410,8 +411,8 @@ def introduce(config, files, first, world, device, cohort, train_cohort, patient
     n = patients * math.prod(config.counts)
     lows = [f"{at} {low:.2f}" for at, low in zip(config.level_names, floors(config.counts))]
     print(
-        f"{config.objective} from step {first} on {world} x {device}: {train_cohort} to train on, "
-        f"of {cohort}\n"
+        f"{config.objective} from step {first} on {world} x {device}, trained on {train_cohort}, "
+        f"out of {cohort}\n"
         f"batches of {n} images: at chance each hvc term is log({n} - 1) = {math.log(n - 1):.2f}; "
         f"the lowest possible: {', '.join(lows)}\n"
         f"{files['clip'] or 'no CLIP'}, {files['bank'] or 'no bank'}, --align {config.align}"

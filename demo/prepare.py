@@ -39,8 +39,8 @@ def demo_tissue():
 
 
 def demo_clip():
-    """The path of the demo's CLIP. Its captions describe only part of what tissue shows, just as a
-    CLIP of photographs knows only part of it."""
+    """The path of the demo's CLIP. Its captions describe only part of what tissue shows, so it
+    knows tissue only in part, like a CLIP trained on photos."""
     return cached("clip.pt", lambda path: train_demo_clip(path, factors=TOLD))
 
 

@@ -4,10 +4,10 @@
     python -m demo.study --table    the tables and verdicts, from demo/study.jsonl alone
 
 These rules were written down before the first run. There are two worlds: the CLIP's captions
-describe all seven factors of the tissue, or four. Each of eight seeds has its own CLIP and cohort,
-with 96 patients to train on and 128 held out. Accuracies are per slide; AUCs are means over all
-levels. Differences are paired by seed, with 95% intervals by Student's t over seeds: "above" means
-that the interval lies above 0, "below" that it lies below; anything else is open.
+describe either all seven factors of the tissue or four. Each of eight seeds has its own CLIP and
+cohort, with 96 patients to train on and 128 held out. Accuracies are per slide; AUCs are means over
+all levels. Differences are paired by seed, with 95% intervals by Student's t over seeds: "above"
+means that the interval lies above 0, "below" that it lies below; anything else is open.
 
 A. Is it the text? HVC against HVC from random rows, in knn200 and linear.
 B. Does the paper's alignment help? HLSS against HVC, in knn200 and linear.

@@ -127,8 +127,8 @@ def write_demo(out, patients=40, held_out=16, slides=3, patches=8, signature=0.0
 
     Factors vary by class, patient, slide and patch; stain varies by patient and slide and means
     nothing. A fifth of the patches look normal, whatever their label. held_out: patients of each
-    class in the split val. signature: each patient's scanner adds a pattern, this share of the
-    density: a shortcut for a model that merely tells patients apart.
+    class in the val split. signature: the share of the density by which a patient's scanner
+    varies, a shortcut for a model that merely tells patients apart.
     """
     rng = np.random.default_rng(seed)
     # A near-square grid of patches: 4 x 2 for eight.
@@ -172,9 +172,9 @@ def main():
     flag = parser.add_argument
     flag("out", help="folder to write to")
     flag("--patients", type=int, default=40, help="patients in each of the four classes")
-    flag("--held-out", type=int, default=16, help="how many of these are in the split val")
+    flag("--held-out", type=int, default=16, help="how many of these are in the val split")
     flag("--signature", type=float, default=0.0, help="strength of each patient's own pattern")
-    flag("--seed", type=int, default=0, help="another seed is another cohort of the same kind")
+    flag("--seed", type=int, default=0, help="a new seed gives a new cohort of the same kind")
     args = parser.parse_args()
     if os.path.exists(os.path.join(args.out, "manifest.csv")):
         raise SystemExit(f"{args.out} already holds a cohort: name another folder")

@@ -132,7 +132,7 @@ def test_a_manifest_that_is_not_utf_8_is_named(tmp_path):
     ],
 )
 def test_a_missing_column_is_named(tmp_path, header, missing):
-    message = rf"manifest\.csv, line 1: '{header}' has no column {missing}: use lower case"
+    message = rf"manifest\.csv, line 1: '{header}' has no column {missing} \(in lower case\)"
     with pytest.raises(ValueError, match=message):
         data.read_cohort(manifest(tmp_path, ["x.png;amy;s1"], header))
 

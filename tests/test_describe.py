@@ -64,7 +64,7 @@ FAULTS = {  # what the check must say: what we do to the demo bank
     "no image shows 'IDH'": replace_first(
         "Densely set tumour cells with an IDH defect throughout."
     ),
-    "tokens, at most 77": replace_first(
+    "tokens, over 77": replace_first(
         "Closely assembled neighbouring elements overlap, press together, "
         "and obliterate the intervening background entirely."
     ),

@@ -731,7 +731,7 @@ def test_results_of_other_data_or_another_protocol_are_not_overwritten(
     a, b = ((run, "--data", tmp_path / x / "tiles", "--out", tmp_path / "out") for x in "ab")
     command(monkeypatch, *a)
     said = refusal(monkeypatch, capsys, *b)
-    assert f"out holds results of {tmp_path}/a/tiles" in said and "--overwrite" in said
+    assert f"out has results for {tmp_path}/a/tiles" in said and "--overwrite" in said
     refusal(monkeypatch, capsys, *a, "--protocol", "lopo")
     assert read_metrics(tmp_path / "out")["data"] == f"{tmp_path}/a/tiles"
     command(monkeypatch, *b, "--overwrite")

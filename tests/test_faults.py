@@ -586,7 +586,7 @@ def test_out_of_memory_is_said_by_the_rank_that_ran_out_with_what_to_lower(flags
     assert end(start(mine, world=2, trouble=run_out_of_memory)) == [1, 2]
     remedy = "Lower --patients, --draw or --image-size, or use more processes"
     assert words(mine, 1).endswith(f"error: CUDA out of memory. {remedy}\n")
-    assert "rank 1 is dead, stopped or stuck: see its output" in words(mine)
+    assert "dead, stopped or stuck: rank 1; see its output" in words(mine)
 
 
 def test_a_rank_that_dies_stops_or_hangs_is_named(flags, tmp_path):
@@ -607,4 +607,4 @@ def test_a_rank_that_dies_stops_or_hangs_is_named(flags, tmp_path):
         end(ranks[1:], timeout=0)
         assert time.monotonic() - since < 10 + 5 + 15  # the 15 allow for a busy machine
         assert code == 1, what
-        assert "rank 1 is dead, stopped or stuck" in words(mine), words(mine)
+        assert "dead, stopped or stuck: rank 1" in words(mine), words(mine)

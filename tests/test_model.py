@@ -123,7 +123,8 @@ def test_sizes_are_read_off_the_state_dict(clip_file):
     tower = image_tower(state)
     text = text_tower(state)
     assert (tower.image_size, tower.dim) == (64, 64)
-    assert (text.dim, text.context, text.vocabulary) == (64, 77, 514 + len(state["merges"]))
+    assert (text.dim, text.context) == (64, 77)
+    assert len(text.token_embedding.weight) == 514 + len(state["merges"])
     assert not any(p.requires_grad for p in text.parameters())
     torch.manual_seed(1)
     other = ModifiedResNet((1, 2, 1, 3), 8, 48, 96)
@@ -460,7 +461,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(damage, tmp_path):
         ValueError, match=r"step-0000001\.pt is damaged .* \(.+\): use the previous one"
     ):
         load_run(str(path))
-    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole: restore one"):
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is intact: restore one"):
         load_run(str(tmp_path))
 
 

@@ -93,7 +93,7 @@ def test_the_vocabulary_is_downloaded_where_open_clip_is_absent(tmp_path, monkey
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr(describe, "VOCABULARY", url)
-    message = rf"file.*vocab_16e6\.txt\.gz failed .* put it at {hub}/bpe_simple"
+    message = rf"file.*vocab_16e6\.txt\.gz failed .* save the file as {hub}/bpe_simple"
     with pytest.raises(ConnectionError, match=message):
         read_merges()
 

@@ -373,7 +373,7 @@ def test_a_name_may_stand_twice(tmp_path):
 
 def test_ambiguity_is_refused_with_examples(tmp_path):
     root = tiles(tmp_path, ["a/amy/1/x.png", "a/bob/1/x.png", "b/amy/2/x.png", "stray.png"])
-    with pytest.raises(ValueError, match=r"matches 3 image files and not 1 others\n    stray\.png"):
+    with pytest.raises(ValueError, match=r"matches 3 image files but not 1 others\n    stray\.png"):
         tool.index(root, "{label}/{patient}/{slide}/*.png")
     with pytest.raises(ValueError, match="slide '1' belongs to 'bob' here and to 'amy' above"):
         tool.index(root, "{label}/{patient}/{slide}/*.png", partial=True)
@@ -472,5 +472,5 @@ def test_equal_images_are_remarked_on_and_stay(tmp_path, monkeypatch, capsys):
         command(monkeypatch, "check", root, "--clean", "clean.csv", "--workers", "0")
     assert stop.value.code == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "note: 1 images equal another patient's, like amy/s/1.png and bob/t/3.png" in lines
+    assert "note: 1 images are also another patient's, like amy/s/1.png and bob/t/3.png" in lines
     assert len(data.read_cohort(str(tmp_path / "clean.csv"))) == 5

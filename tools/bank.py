@@ -52,10 +52,10 @@ def faults_of_text(entry, tokens, unseen):
     length = len(words_of(text))
     rules = [
         (not is_plain(text), "not ASCII"),
-        (tokens > CONTEXT, f"{tokens} tokens, at most {CONTEXT}"),
+        (tokens > CONTEXT, f"{tokens} tokens, over {CONTEXT}"),
         (is_name and not 1 <= length <= 8, "a name has 1 to 8 words"),
         (not is_name and length < 6, "under 6 words"),
-        (not is_name and length > 40, "over 40 words"),  # about 60 tokens, if they are not counted
+        (not is_name and length > 40, "over 40 words"),  # about 60 tokens, when none are counted
         (not is_name and len(content_of(text) - content_of(entry[1])) < 4, "restates its name"),
     ]
     broken = [message for is_broken, message in rules if is_broken]
@@ -92,8 +92,9 @@ def near_duplicates(kind, entries, threshold):
 def check_bank(bank, attributes=None, tokenizer=None, sentences=None):
     """What a program can measure about a bank: lines to print, and problems (none if it passes).
 
-    attributes, sentences: how many each level and each attribute must have; by default, any
-    number and the commonest. tokenizer: counts tokens; each text must fit CLIP's context.
+    attributes: how many each level must have (default: any number). sentences: how many each
+    attribute must have (default: the commonest number). tokenizer: counts tokens; each text must
+    fit CLIP's context.
     """
     levels = bank["levels"]
     named = [(level, name) for level in levels for name in levels[level]]

@@ -26,8 +26,8 @@ TILES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".jp
 def index(root, pattern, label_level="", nested=False, partial=False, levels=data.LEVELS):
     """The image files below a folder -> Cohort: patient, slide, label and split are in their paths.
 
-    label_level: what must have one label, as "patient". nested: slides of different patients share
-    names. partial: leaves out files that do not match. Raises ValueError if ambiguous.
+    label_level: the level that must have one label, like "patient". nested: patients share names
+    of slides. partial: leaves out files that do not match. Raises ValueError if ambiguous.
     """
     expression = path_pattern(pattern, levels)
     entries, others, labels = [], [], {}
@@ -49,7 +49,7 @@ def index(root, pattern, label_level="", nested=False, partial=False, levels=dat
             raise ValueError(f"{root}: one {label_level} has two labels: {example} and {path}")
     if not entries or (others and not partial):
         raise ValueError(
-            f"{root}: '{pattern}' matches {len(entries)} image files and not {len(others)} others"
+            f"{root}: '{pattern}' matches {len(entries)} image files but not {len(others)} others"
             + "".join(f"\n    {path}" for path in others[:3])
             + f"\nFix the pattern{', or leave them out with --partial' if entries else ''}"
         )
@@ -211,7 +211,7 @@ def look(path):
     except ValueError as error:
         reason = str(error.__cause__).replace(f" {path!r}", "")
         return f"{'truncated' if 'truncated' in reason else 'unreadable'}: {reason}"
-    # Glass varies only by noise. SRH uses few of its 65,536 levels: only flat ones are refused.
+    # Glass varies only by noise. SRH uses few of 65,536 levels: only flat patches are refused.
     least = 2.5 if pixels.dtype == np.uint8 else 64
     spread = pixels.std(axis=(1, 2)).max()
     if spread < least:
@@ -243,7 +243,7 @@ def run_index(args):
 
 
 def run_check(args):
-    """`check`: list unusable patches, write a manifest without them; exit code 1 if any are."""
+    """`check`: list unusable patches, write a manifest without them; exit code 1 if any."""
     cohort = data.read_cohort(args.root, args.levels)
     folder = args.root if os.path.isdir(args.root) else os.path.dirname(args.root)
     path = os.path.join(folder, args.clean)
@@ -263,7 +263,7 @@ def run_check(args):
         if cohort.patient[one] != cohort.patient[row]:
             twins.append(f"{cohort.name(one)} and {cohort.name(row)}")
     if twins:
-        print(f"note: {len(twins)} images equal another patient's, like {twins[0]}")
+        print(f"note: {len(twins)} images are also another patient's, like {twins[0]}")
     kinds = Counter(fault.partition(":")[0] for fault in faults.values())
     print("cannot be used:", ", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "none")
     if args.clean:

@@ -88,7 +88,7 @@ def processes(timeout):
         missing = who_is_missing(store, rank, world)
         if not missing:
             raise
-        raise RuntimeError(f"{missing} is dead, stopped or stuck: see its output") from error
+        raise RuntimeError(f"dead, stopped or stuck: {missing}; see its output") from error
     finally:
         _patient = _store = None
         dist.destroy_process_group()

@@ -1,11 +1,11 @@
-"""Finished numbers -> report.html, one page that needs nothing but itself.
+"""Finished numbers -> report.html, one self-contained page.
 
     python -m tools.report runs/demo                         draws runs/demo/report.html again
     python -m tools.report runs/demo --slides normal-01-2    with maps of this slide too
     python -m tools.report runs/demo --show high_grade-01    a patient's, slide's or patch's words
 
-It shows metrics.json and embeddings.npz of the folder, the log and the settings of the run, and
-patches. report.html draws the results, the training curves and the confusion matrices.
+The page shows the folder's metrics.json and embeddings.npz, the run's log and settings, and
+patches. Its template, report.html, draws results, training curves and confusion matrices.
 """
 
 import argparse
@@ -32,7 +32,7 @@ ACROSS = 5  # maps in a line
 
 
 def read_results(out, needed=("metrics.json", "embeddings.npz")):
-    """metrics.json as a dict, embeddings.npz as {name: array}; FileNotFoundError without one."""
+    """metrics.json as a dict, embeddings.npz as {name: array}. Raises FileNotFoundError."""
     for name in needed:
         if not Path(out, name).exists():
             raise FileNotFoundError(f"{out} has no {name}: run python evaluate.py RUN --out {out}")
@@ -43,8 +43,8 @@ def read_results(out, needed=("metrics.json", "embeddings.npz")):
 
 
 def write_arrays(path, cohort, z, scores, names, root="", rows=(), votes=None):
-    """Writes an .npz of all patches: path, label, split, the group of each level, z [n, D], and of
-    each level scores [n, K_l] and attributes [K_l]; x and y, if the manifest of `root` has them;
+    """Writes an .npz of all patches: path, label, split, the group of each level, z [n, D], and
+    each level's scores [n, K_l] and attributes [K_l]; x and y, if the manifest of `root` has them;
     knn200 [n, C], the votes of kNN on these rows, nan elsewhere."""
     arrays = {"path": np.array([name.decode() for name in cohort.names]), "z": z.numpy()}
     arrays |= {"label": cohort.label, "split": cohort.split}
@@ -250,7 +250,7 @@ def draw_slide(metrics, data, name, members):
         svg += f'<use href="#scale" y="{height + 24}"/>' if low else ""
         svg += f'<text y="{height + 46}">{escape(low)}</text>'
         svg += f'<text y="{height + 46}" x="{PANEL}">{escape(high)}</text></g>'
-    # Each patch is one square a panel: pointing at it in one outlines it in all.
+    # A patch has a square in each panel: pointing at one outlines them all.
     svg += f'<defs><path id="at{members[0]}" d="{squares}"/></defs>'
     for c, r, *words in zip(column, row, *(panel[-1] for panel in panels)):
         svg += f'<use href="#at{members[0]}" x="{side * c}" y="{side * r}">'

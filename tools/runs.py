@@ -117,7 +117,7 @@ def save_checkpoint(folder, checkpoint):
 
 
 def newest_checkpoint(folder):
-    """The newest whole checkpoint, or {"step": 0} in a new run. ValueError if all are damaged."""
+    """The newest intact checkpoint, or {"step": 0} in a new run. ValueError if all are damaged."""
     paths = checkpoints(folder)
     start = paths.pop(0, None)
     for step, path in reversed(paths.items()):
@@ -125,11 +125,11 @@ def newest_checkpoint(folder):
             checkpoint = read_whole(path)
             if checkpoint.get("step") == step:
                 return checkpoint
-            print(f"{path} holds step {checkpoint.get('step')}: use the previous one")
+            print(f"{path} holds step {checkpoint.get('step')}: using the previous one")
         except ValueError as error:
             print(error)
     if paths:
-        raise ValueError(f"no checkpoint in {folder} is whole: restore one, or give another --out")
+        raise ValueError(f"no checkpoint in {folder} is intact: restore one, or give another --out")
     return read_whole(start) if start else {"step": 0}
 
 
@@ -170,7 +170,7 @@ def check_same_cohort(folder, cohort, hashes, before):
         )
     if (then[np.isin(then, now)] != now).any():
         raise ValueError(
-            f"{cohort.root} lists the patches of {folder} in another order: restore it"
+            f"{cohort.root} lists the patches of {folder} in another order: restore that order"
         )
     gone = len(then) - len(now)
     if gone:

@@ -75,7 +75,7 @@ def load_clip(source, activation=""):
             known = published_with
     if not activation and not known:
         raise ValueError(
-            f"{path} does not say its activation, and the wrong one fails silently: give "
+            f"{path} names no activation, and the wrong one fails silently: give "
             "--activation quickgelu (OpenAI's, PLIP) or gelu (QuiltNet, most of open_clip)"
         )
     if activation and known and activation != known:
@@ -106,7 +106,7 @@ def published(url, sha256, path="", cached=""):
         try:
             torch.hub.download_url_to_file(url, cached, sha256)
         except (OSError, RuntimeError) as error:  # no network; another checksum
-            raise ConnectionError(f"{url} failed ({error}): put it at {cached} by hand") from error
+            raise ConnectionError(f"{url} failed ({error}): save the file as {cached}") from error
     path = path or cached
     if not _sha256(path).startswith(sha256):
         raise ValueError(f"{path} is not {url} (its SHA-256 differs): delete it and try again")
@@ -136,7 +136,7 @@ def read_tensors(path):
         state = {name: about[name] for name in ("activation", "heads", "merges") if name in about}
         tensors = checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
         for name in list(tensors):
-            value = tensors.pop(name)  # one by one, so that memory never holds two copies of all
+            value = tensors.pop(name)  # one by one, so that memory never holds two full copies
             if torch.is_tensor(value) and not name.endswith("position_ids"):  # 0, 1, 2, ...
                 name = name.removeprefix("module.")  # of DistributedDataParallel
                 state[name] = value.float() if value.is_floating_point() else value
@@ -148,7 +148,7 @@ def read_tensors(path):
             reason = error
         if asked := re.search(r"GLOBAL (\S+)", str(error)):  # from torch's unpickler
             reason = f"it asks for {asked[1]}, which was not run"
-        raise ValueError(f"{path} is not a checkpoint of tensors alone: {reason}") from None
+        raise ValueError(f"{path} is not a tensors-only checkpoint: {reason}") from None
     return state, state.pop("activation", "")
 
 
@@ -170,7 +170,7 @@ def _read_safetensors(path):
 
 
 def _read_zip(path):
-    """What torch.save wrote, if it is plain values and tensors; or a TorchScript of OpenAI's."""
+    """What torch.save wrote, if plain values and tensors, or one of OpenAI's TorchScript files."""
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         damaged = archive.testzip()  # torch.load does not look at the checksums

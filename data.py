@@ -58,11 +58,11 @@ def load_views(
     batches = (hierarchical_batch(cohort, step, seed, patients, others, places) for step in steps)
     # Threads decode the next batches while the model trains on this one.
     for step, (rows, patches) in zip(steps, load_batches(cohort, batches, read_size, workers)):
-        views_each = math.prod(counts)  # per patient
+        views_each = math.prod(counts)  # of a patient
         parameters = view_parameters(AUGMENTATIONS[augmentation], seed, step, places, views_each)
         noise_seed = seed_of("noise", seed, step)
         images = make_views(patches.to(device), parameters, image_size, noise_seed)
-        ids = torch.from_numpy(cohort.ids(rows)).to(device)  # [patches, L]
+        ids = torch.from_numpy(cohort.ids(rows)).to(device)  # [n / views, levels]
         ids = dict(zip(cohort.levels, ids.repeat_interleave(views, dim=0).T))
         yield images.contiguous(memory_format=torch.channels_last), ids
 
@@ -87,13 +87,13 @@ def hierarchical_batch(cohort, step, seed, patients, counts=(2, 2), places=None)
     for place in range(patients) if places is None else places:
         rng = np.random.default_rng(seed_of("patches", seed, step, place))
         drawn = [batch[place]]
-        for level, count in reversed(list(enumerate(counts))):  # slides, then their patches
+        for depth, count in reversed(list(enumerate(counts))):  # slides, then their patches
             # Each group deals its members from a shuffled deck, and starts over when it runs out.
-            decks = {}
+            decks, most = {}, len(drawn) * count  # cards dealt, if all are of one group
             for group in dict.fromkeys(drawn):
-                first, last = cohort.starts[level][group : group + 2]
-                members = cohort.members[level][first:last]
-                deck = rng.choice(members, min(len(drawn) * count, len(members)), replace=False)
+                first, last = cohort.starts[depth][group : group + 2]  # where its members are
+                members = cohort.members[depth][first:last]
+                deck = rng.choice(members, min(most, len(members)), replace=False)
                 decks[group] = cycle(deck.tolist())
             drawn = [next(decks[group]) for group in drawn for _ in range(count)]
         rows.append(drawn)
@@ -147,28 +147,28 @@ READ_AT = 1.3  # patches are read at this multiple of a view's size: crops neith
 WINDOWS = 2**16  # possible start offsets of a view's window in the batch's noise
 
 
-def view_parameters(augmentation, seed, step, places, views):
-    """The random numbers behind len(places) x views = n images: {name: [n, ...]} on the CPU. Each
+def view_parameters(transforms, seed, step, places, views_each):
+    """The random numbers of len(places) x views_each = n views: {name: [n, ...]} on the CPU. Each
     place has its own generator; a transform that is not drawn gets its neutral value."""
     seeds = [seed_of("views", seed, step, place) for place in places]
-    numbers = [np.random.default_rng(s).random((views, 64), np.float32) for s in seeds]
+    numbers = [np.random.default_rng(s).random((views_each, 64), np.float32) for s in seeds]
     columns = iter(torch.from_numpy(np.concatenate(numbers)).T)  # 64 is more than needed
 
     def random(k=1):  # [n, k]
         return torch.stack([next(columns) for _ in range(k)], dim=1)
 
     def draw(name, neutral, k=1):  # [n, k]: one coin toss for all k
-        probability, low, high = augmentation.get(name, (0, neutral, neutral))
+        probability, low, high = transforms.get(name, (0, neutral, neutral))
         return torch.where(random() < probability, low + (high - low) * random(k), float(neutral))
 
-    # Uniform: the crop's area, and the log of its aspect ratio, at most 4/3 or what fits.
+    # Uniform: the crop's area, and the log of its aspect ratio, at most 4/3 or what still fits.
     log_area = draw("crop", 1).log()
     log_aspect = (2 * random() - 1) * (-log_area).clamp(max=math.log(4 / 3))
-    size = torch.cat([log_area + log_aspect, log_area - log_aspect], dim=1).div(2).exp()
+    extent = torch.cat([log_area + log_aspect, log_area - log_aspect], dim=1).div(2).exp()
     parameters = {
-        "size": size,  # width and height of the crop as shares of the patch
+        "extent": extent,  # width and height of the crop as shares of the patch
         # Coordinates run from -1 to 1, so a share s of the side is 2 s.
-        "centre": (2 * random(2) - 1) * (1 - size) + 2 * draw("translate", 0, 2),
+        "centre": (2 * random(2) - 1) * (1 - extent) + 2 * draw("translate", 0, 2),
         "flip": torch.cat([draw("flip", 1), draw("flip", 1)], dim=1),
         "stain": draw("stain", 1, 3),
         "background": draw("background", 0, 3),
@@ -182,30 +182,30 @@ def view_parameters(augmentation, seed, step, places, views):
     return {name: value.squeeze(1) for name, value in parameters.items()}  # [n, 1] -> [n]
 
 
-def make_views(images, parameters, size, noise_seed=0):
-    """V views of each of n patches, on their device: float32 [n V, 3, size, size] in [0, 1].
+def make_views(patches, parameters, size, noise_seed=0):
+    """V views of each of m patches, on their device: float32 [m V, 3, size, size] in [0, 1].
 
-    images: uint8 [n, 3, H, W] or uint16 [n, 2, H, W]. parameters: V consecutive rows per patch.
+    patches: uint8 [m, 3, H, W] or uint16 [m, 2, H, W]. parameters: V consecutive rows per patch.
     """
     # Each view takes a window of one field of white noise: a field for each would be slow.
     generator = torch.Generator().manual_seed(noise_seed)
-    noise = torch.randn(3 * size * size + WINDOWS, generator=generator).to(images.device)
+    noise = torch.randn(3 * size * size + WINDOWS, generator=generator).to(patches.device)
     # Small chunks fit a CPU's cache and run several times faster; a GPU takes all at once.
-    V = len(parameters["flip"]) // len(images)
-    some = len(images) if images.is_cuda else max(1, 2**18 // (V * 3 * size * size))
-    out = []
-    for first in range(0, len(images), some):
-        mine = {name: value[first * V : (first + some) * V] for name, value in parameters.items()}
-        out.append(augment(images[first : first + some], mine, size, noise))
-    return torch.cat(out)
+    V = len(parameters["flip"]) // len(patches)
+    chunk = len(patches) if patches.is_cuda else max(1, 2**18 // (V * 3 * size * size))
+    views = []
+    for first in range(0, len(patches), chunk):
+        part = {name: value[first * V : (first + chunk) * V] for name, value in parameters.items()}
+        views.append(augment(patches[first : first + chunk], part, size, noise))
+    return torch.cat(views)
 
 
-def augment(images, parameters, size, noise):
+def augment(patches, parameters, size, noise):
     """make_views() for a few patches: one transform after another."""
     # The parameters themselves stay on the CPU, to choose rows without waiting for a GPU.
-    moved = {name: value.to(images.device, non_blocking=True) for name, value in parameters.items()}
-    V = len(parameters["flip"]) // len(images)
-    x = intensities(images)[:, None].expand(-1, V, -1, -1, -1).flatten(0, 1)
+    moved = {key: value.to(patches.device, non_blocking=True) for key, value in parameters.items()}
+    V = len(parameters["flip"]) // len(patches)
+    x = intensities(patches)[:, None].expand(-1, V, -1, -1, -1).flatten(0, 1)
     x = resample(x, size, moved)
     if (parameters["stain"] != 1).any() or parameters["background"].any():
         x = stain_jitter(x, moved["stain"], moved["background"])
@@ -213,14 +213,14 @@ def augment(images, parameters, size, noise):
     x *= brightness * contrast  # brightness (contrast x + (1 - contrast) mean x)
     x += x.mean(dim=(1, 2, 3), keepdim=True) * (1 / contrast - 1)
 
-    # These change only the views for which they were drawn.
-    windows = noise.unfold(0, 3 * size * size, 1).unflatten(1, (3, size, size))
+    # These change only the views for which they were drawn (not 0); their inputs stand behind them.
+    windows = noise.unfold(0, 3 * size * size, 1).unflatten(1, (3, size, size))  # no copy
     for name, transform, *inputs in (
         ("autocontrast", autocontrast),
-        ("solarise", lambda x, at: torch.where(x < at.view(-1, 1, 1, 1), x, 1 - x), "solarise"),
+        ("solarise", lambda x, t: torch.where(x < t.view(-1, 1, 1, 1), x, 1 - x), "solarise"),
         ("sharpen", partial(adjust_sharpness, sharpness_factor=2)),
         ("blur", blur, "blur"),
-        ("noise", lambda x, n, at: x + n.view(-1, 1, 1, 1) * windows[at], "noise", "window"),
+        ("noise", lambda x, s, at: x + s.view(-1, 1, 1, 1) * windows[at], "noise", "window"),
         ("erase", erase, "erase", "hole"),
     ):
         rows = parameters[name].nonzero()[:, 0]
@@ -246,7 +246,7 @@ def resample(x, size, parameters):
     """Crops, shifts, flips and rotates in one bilinear look-up. Returns [n, 3, size, size]."""
     angle = torch.deg2rad(parameters["rotate"])
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1)
-    scale = parameters["size"] * parameters["flip"]  # [n, 2]
+    scale = parameters["extent"] * parameters["flip"]  # [n, 2]
     affine = turn.view(-1, 2, 2) * scale[:, None]  # output -> input: scaled, then turned
     pixel = (2 * torch.arange(size, device=x.device) + 1) / size - 1  # the centres of pixels
     pixels = torch.stack(torch.meshgrid(pixel, pixel, indexing="xy")).flatten(1)  # [2, size x size]
@@ -321,7 +321,7 @@ def decode(path, size=None):
     """
     try:
         with Image.open(path) as image:
-            # Pillow would silently cut 16-bit colours to 8 bits; the file's layout reveals them.
+            # Pillow would silently cut 16-bit colours to 8 bits; the layout of the file shows them.
             deep = image.mode[0] in "IF" or re.search(";16|65535", str([t[3] for t in image.tile]))
             if image.format == "TIFF":
                 deep = deep or image.n_frames > 1 or max(image.tag_v2.get(258, (8,))) > 8  # bits

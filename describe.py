@@ -43,7 +43,7 @@ def encode_bank(content, tower, tokenizer, batch=64):
     content: what a bank file holds. tower: a frozen CLIP text tower. tokenizer: a Tokenizer.
     """
     levels = content["levels"]
-    sentences_of = [sentences for names in levels.values() for sentences in names.values()]
+    sentences_of = [said for attributes in levels.values() for said in attributes.values()]
     texts = [text for sentences in sentences_of for text in sentences]
     encoded = []
     for start in tqdm(range(0, len(texts), batch), desc="bank", unit="batch", leave=False):
@@ -52,16 +52,16 @@ def encode_bank(content, tower, tokenizer, batch=64):
         encoded.append(F.normalize(tower(tokens[:, :longest]), dim=1))  # padding only costs time
     parts = torch.cat(encoded).split([len(sentences) for sentences in sentences_of])
     vectors = F.normalize(torch.stack([part.mean(dim=0) for part in parts]), dim=1)
-    return dict(zip(levels, vectors.split([len(names) for names in levels.values()])))
+    return dict(zip(levels, vectors.split([len(attributes) for attributes in levels.values()])))
 
 
 def open_bank(path, state, vocab="", levels=LEVELS):
     """The names of a bank's attributes, {level: [names]}, and their vectors, {level: [K_l, D]}.
 
-    path: a bank.pt, or a bank file to encode with the text tower in a CLIP's state dict.
+    path: a bank.pt, or a bank file to encode with the CLIP in state. vocab: as in read_merges().
     """
     if path.endswith(".pt"):
-        saved = read_whole(path, "encode the bank again")
+        saved = read_whole(path, remedy="encode the bank again")
         if "vectors" not in saved:
             raise ValueError(f"{path} is not a bank.pt: encode the bank again")
         if saved.get("rotated") is not None:

@@ -39,7 +39,7 @@ FEW = 20  # with fewer patients intervals come out too narrow: see docs/RESULTS.
 
 @torch.no_grad()
 def embed(model, cohort, read_size, image_size, batch=128, workers=2, stop=()):
-    """z of every patch of a cohort, whole and not augmented: [n, D] float32 on the CPU.
+    """z of every patch of a cohort, not augmented: [n, D] float32 on the CPU.
 
     Under torch.distributed the processes share the batches, and each gets all of z. stop: a list;
     returns None once it is non-empty on any process.
@@ -207,27 +207,27 @@ def group_mean(values, groups):
 
 
 def pool(probabilities, labels, groups):
-    """The mean probabilities [G, C] of each slide or patient, with its label [G], its first row [G]
-    and how many groups were left out because their patches have several labels. Votes are averaged
-    once, without the second softmax of the released code. groups: [n], the ids of a level."""
+    """Each group's mean probabilities [G, C], label [G] and first row [G], and how many groups were
+    left out because their patches have several labels. Votes are averaged once, without the second
+    softmax of the released code. groups: [n], the ids of a level."""
     mean, first = group_mean(probabilities, groups)
-    agree = group_mean(np.eye(labels.max() + 1)[labels], groups)[0].max(axis=1) == 1
+    shares = group_mean(np.eye(labels.max() + 1)[labels], groups)[0]  # [G, C], of the labels
+    agree = shares.max(axis=1) == 1
     return mean[agree], labels[first[agree]], first[agree], int((~agree).sum())
 
 
 def rates(probabilities, labels, patient, counts):
-    """Accuracy [R], recall [R, C] and mean class accuracy (MCA) [R], for each of R resamples.
+    """Accuracy [R], recall [R, C] and mean class accuracy (MCA) [R] of each resample.
 
         recall_c = sum_p w_p correct_pc / sum_p w_p total_pc
         MCA      = mean of recall_c over the classes that occur
 
-    probabilities: [n, C]. labels: [n]. patient: [n], columns in `counts`. counts: [R, P], w_p, how
-    often each patient counts: row 0 is all ones, the cohort itself. A class that does not occur has
-    recall nan.
+    probabilities: [n, C]. labels: [n]. patient: [n], each row's column in counts. counts: [R, P],
+    w_p, from bootstrap_counts(). A class that does not occur has recall nan.
     """
     P = counts.shape[1]
     C = probabilities.shape[1]
-    cell = patient * C + labels
+    cell = patient * C + labels  # one number for (patient, class)
     right = probabilities.argmax(axis=1) == labels
     total = counts @ np.bincount(cell, minlength=P * C).reshape(P, C)  # [R, C]
     correct = counts @ np.bincount(cell[right], minlength=P * C).reshape(P, C)
@@ -261,7 +261,7 @@ def bootstrap_counts(P, resamples, seed=0):
 
 
 def estimate(name, values):
-    """{name: values[0], name_interval: the central 95% of the other R}, from values [1 + R]."""
+    """{name: values[0], name_interval: the central 95% of values[1:], if there are any}."""
     value = None if np.isnan(values[0]) else float(values[0])
     resampled = values[1:][~np.isnan(values[1:])]
     if not len(resampled):
@@ -269,15 +269,15 @@ def estimate(name, values):
     return {name: value, f"{name}_interval": np.percentile(resampled, (2.5, 97.5)).tolist()}
 
 
-def assess_level(predictions, labels, groups, patient, counts, classes):
+def assess_level(predictions, labels, groups, patient, counts, names):
     """The metrics of one probe at one level. predictions: probabilities [n, C] of one encoder, or
-    of two to compare. groups: [n], ids. patient: [n], columns in `counts`."""
+    of two to compare. groups: [n], ids. patient, counts: as in rates(). names: of the C classes."""
     probabilities, label, first, left_out = pool(predictions[0], labels, groups)
     metrics = {"n": len(label), "left_out": left_out}
     if not len(label):
         return metrics
     patient = patient[first]
-    resampled = counts if len(np.unique(patient)) >= FEW else counts[:1]
+    resampled = counts if len(np.unique(patient)) >= FEW else counts[:1]  # or no interval
     values = rates(probabilities, label, patient, resampled)
     metrics |= estimate("accuracy", values["accuracy"]) | estimate("mca", values["mca"])
     for other in predictions[1:]:
@@ -285,13 +285,13 @@ def assess_level(predictions, labels, groups, patient, counts, classes):
         other_values = rates(pool(other, labels, groups)[0], label, patient, resampled)
         for name in ("accuracy", "mca"):
             metrics |= estimate(f"{name}_gain", values[name] - other_values[name])
-    if len(counts) > 1:
-        C = len(classes)
+    if len(counts) > 1:  # not for a probe during training
+        C = len(names)
         areas = [auc(probabilities[:, c], label == c) for c in np.unique(label)]
         confusion = np.bincount(label * C + probabilities.argmax(axis=1), minlength=C * C)
         metrics["auc"] = float(np.mean(areas)) if len(areas) > 1 else None
         recalls = values["recall"].T
-        metrics["recall"] = {c: estimate("recall", r) for c, r in zip(classes, recalls)}
+        metrics["recall"] = {c: estimate("recall", r) for c, r in zip(names, recalls)}
         metrics["confusion"] = confusion.reshape(C, C).tolist()
     return metrics
 

@@ -63,9 +63,9 @@ def supcon(features, ids, temperature=0.07):
         column = torch.arange(len(all_ids), device=ids.device)
         itself = column == column[rank * n : (rank + 1) * n, None]  # [n, W n]
         positive = (ids[:, None] == all_ids) & ~itself  # [n, W n]
-        positives = positive.sum(dim=1)  # [n]
-        if (positives == 0).any():
-            row = int((positives == 0).nonzero()[0])
+        P = positive.sum(dim=1)  # [n], |P(i)|
+        if (P == 0).any():
+            row = int((P == 0).nonzero()[0])
             raise ValueError(
                 f"row {row} (id {int(ids[row])}) has no positive: draw at least 2 views of a patch"
             )
@@ -74,14 +74,14 @@ def supcon(features, ids, temperature=0.07):
         logits = features @ all_features.T / temperature
         logits = logits.masked_fill(itself, float("-inf"))
         log_probability = logits.log_softmax(dim=1)
-        return -(log_probability.masked_fill(~positive, 0).sum(dim=1) / positives).mean()
+        return -(log_probability.masked_fill(~positive, 0).sum(dim=1) / P).mean()
 
 
 def floors(counts):
     """The lowest value of each level's contrast on its own: log |P|, never quite reached.
 
     With |P| positives the best p_ij is 1 / |P|. counts: views per patch, patches per slide,
-    slides per patient, ... For (2, 2, 2): log 1 = 0, log 3 and log 7. Repeated patches raise them.
+    slides per patient, ... For (2, 2, 2): log 1 = 0, log 3 and log 7. Repeats raise them.
     """
     return [math.log(math.prod(counts[: i + 1]) - 1) for i in range(len(counts))]
 
@@ -118,8 +118,8 @@ def symmetric_kl(z, t, temperature=1.0):
         = 1/2 sum_d (s(z) - s(t))_d (log s(z) - log s(t))_d
         s(x) = softmax(x / temperature)
 
-    z, t: [n, D]. Returns the mean over rows. The code computes the second form, in which nothing
-    cancels when s(z) is close to s(t), as it always is for unit vectors at temperature 1.
+    z, t: [n, D]. Returns the mean over rows. The code computes the second form, a sum of terms
+    that are never negative, so nothing cancels when s(z) is close to s(t), as at temperature 1.
     """
     with torch.autocast(z.device.type, enabled=False):
         log_s = (float32(z) / temperature).log_softmax(dim=1)
@@ -193,7 +193,7 @@ class _Gather(torch.autograd.Function):
     """all_gather with the full gradient.
 
     Every process's loss uses every row, so a row's gradient is the sum of what all processes send
-    back. torch's own all_gather returns constants and would lose the other processes' part.
+    back; DDP's average makes it that of the mean over all rows. torch's all_gather has no gradient.
     """
 
     @staticmethod

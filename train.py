@@ -209,16 +209,16 @@ def check_config(config):
 def train(config, rank=0, world=1, device=CPU):
     """Trains to the end, or until a signal arrives. Returns whether it reached the end."""
     # The cohort, the model, the optimizer, and the step to resume from.
-    lock = runs.lock_folder(config.out) if rank == 0 else nullcontext()
+    lock = runs.lock_folder(config.out) if rank == 0 else nullcontext()  # held from here on
     folder = from_first(None if rank else config.data or demo_tissue())  # others wait for rank 0
     cohort = read_cohort(folder, config.level_names, config.val_fraction)
-    train_cohort = cohort.restrict("train")
+    train_cohort = cohort.restrict("train")  # with the same ids
     patients = min(config.patients, len(train_cohort.present))  # in a global batch
     files = {"data": folder} | find_text(config, rank)  # {"data", "clip", "bank"}: paths
-    model, facts = build_model(config, files, cohort, rank, device)
+    model, facts = build_model(config, files, cohort, rank, device)  # facts: for checkpoints
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=True)
     done = resume(config, files, model, optimizer, facts, cohort)  # the last finished step
-    targets = teach(config, files, model, facts, train_cohort, device)  # {level: [G_l, K_l]}
+    targets = teach(config, files, model, facts, train_cohort, device)  # {level: a row for each id}
     wrapped = wrap(model, config, world, device)  # gradients and batch norm over all processes
     log = runs.Log(config.out, done, rank)
     batches = make_batches(config, train_cohort, patients, facts, done, rank, world, device)
@@ -229,7 +229,7 @@ def train(config, rank=0, world=1, device=CPU):
     bar = tqdm(total=config.steps, initial=done, desc="train", unit="step", disable=rank > 0)
     with lock, bar, stop_signals() as signals:
         run = (config, rank, cohort, model, optimizer, facts, log, signals)
-        if not save_and_probe(done, *run):
+        if not save_and_probe(done, *run):  # a signal came
             return False
         began = time.perf_counter()
         for step, (images, ids) in enumerate(batches, done + 1):  # [n, 3, S, S]; {level: [n]}

@@ -627,16 +627,16 @@ def test_geometry_is_exact_where_it_falls_on_pixels():
     x, _ = views(translate=(0.25, 0.25))
     torch.testing.assert_close(x[..., :24, :24], SOURCE[..., 8:, 8:], atol=1e-4, rtol=0)
     x, parameters = views(crop=(0.25, 0.25))
-    assert torch.allclose(parameters["size"].prod(dim=1), torch.tensor(0.25))
+    assert torch.allclose(parameters["extent"].prod(dim=1), torch.tensor(0.25))
     # The crop stays inside the patch.
-    assert (parameters["centre"].abs() + parameters["size"] <= 1 + 1e-6).all()
+    assert (parameters["centre"].abs() + parameters["extent"] <= 1 + 1e-6).all()
 
 
 def test_the_affine_map_is_torchs():
     parameters = data.view_parameters(data.AUGMENTATIONS["demo"], 3, 1, range(6), 1)
     angle = torch.deg2rad(parameters["rotate"])
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(-1, 2, 2)
-    scale = parameters["size"] * parameters["flip"]
+    scale = parameters["extent"] * parameters["flip"]
     affine = torch.cat([turn * scale[:, None], parameters["centre"][..., None]], dim=2)
     grid = F.affine_grid(affine, [6, 3, 20, 20], align_corners=False)
     expected = F.grid_sample(SOURCE, grid, padding_mode="reflection", align_corners=False)
@@ -674,11 +674,11 @@ def test_a_crop_has_the_area_that_was_asked_for():
     """Uniform from 0.6 to 1, at aspect ratios up to 4/3 where they fit: no crop is cut off."""
     crop = {"crop": data.AUGMENTATIONS["demo"]["crop"]}
     parameters = data.view_parameters(crop, 0, 1, range(200), 100)
-    width, height = parameters["size"].T
+    width, height = parameters["extent"].T
     area = width * height
     assert area.mean().item() == pytest.approx(0.8, abs=0.01)
     assert (area > 0.95).float().mean().item() == pytest.approx(0.125, abs=0.01)
-    assert (parameters["centre"].abs() + parameters["size"]).max() <= 1 + 1e-6
+    assert (parameters["centre"].abs() + parameters["extent"]).max() <= 1 + 1e-6
     assert (width / height).log().abs().max() <= np.log(4 / 3) + 1e-6
     for half in (width > height, width < height):  # landscape, portrait
         assert half.float().mean().item() == pytest.approx(0.5, abs=0.02)

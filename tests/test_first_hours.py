@@ -269,7 +269,11 @@ def mistakes(folder):
         ),
         ("tools.cohort", ["index", folder, "--pattern", "{slide}/*"], "must name patient"),
         ("train", ["--data", folder / "gone", *clip], "does not exist: name the cohort"),
-        ("train", ["--bank", folder / "gone.json", *clip], r"gone\.json does not exist: name a bank file"),
+        (
+            "train",
+            ["--bank", folder / "gone.json", *clip],
+            r"gone\.json does not exist: name a bank file",
+        ),
         ("evaluate", [folder / "gone"], "neither a run folder nor a checkpoint file"),
         ("evaluate", [folder / "nothing"], r"holds no train.py checkpoint .*: train first"),
         ("evaluate", [folder / "text.pt"], "is damaged or not a checkpoint"),

@@ -40,7 +40,7 @@ def load_views(
     patients,  # in a global batch
     counts,  # views per patch, patches per slide, slides per patient
     augmentation,  # a name in AUGMENTATIONS
-    sizes,  # pixels of a decoded patch (READ_AT times S) and of a view (S)
+    sizes,  # pixels of a decoded patch (1.3 S, see READ_AT) and of a view (S)
     seed=0,
     device="cpu",
     share=(0, 1),  # (rank, world): which share of the patients to load

@@ -77,7 +77,7 @@ def thumbnails():
         stain = np.array((1, 1, 0)) + rng.normal(0, (0.15, 0.15, 0.05))
         patches += [render(mean, rng, stain) for _ in range(4)]
     patches = torch.from_numpy(np.stack(patches)).permute(0, 3, 1, 2)
-    numbers = view_parameters(AUGMENTATIONS["demo"], seed=1, step=1, places=range(8), views=2)
+    numbers = view_parameters(AUGMENTATIONS["demo"], seed=1, step=1, places=range(8), views_each=2)
     views = make_views(patches, numbers, 2 * SIDE)
     addresses = []
     for view in views.permute(0, 2, 3, 1):

@@ -190,7 +190,7 @@ def make_views(patches, parameters, size, noise_seed=0):
     # Each view takes a window of one field of white noise: a field for each would be slow.
     generator = torch.Generator().manual_seed(noise_seed)
     noise = torch.randn(3 * size * size + WINDOWS, generator=generator).to(patches.device)
-    # Small chunks fit a CPU's cache and run several times faster; a GPU takes all at once.
+    # Small chunks fit a CPU's cache and run several times faster; a GPU takes them all at once.
     V = len(parameters["flip"]) // len(patches)
     chunk = len(patches) if patches.is_cuda else max(1, 2**18 // (V * 3 * size * size))
     views = []
@@ -213,7 +213,7 @@ def augment(patches, parameters, size, noise):
     x *= brightness * contrast  # brightness (contrast x + (1 - contrast) mean x)
     x += x.mean(dim=(1, 2, 3), keepdim=True) * (1 / contrast - 1)
 
-    # These change only the views for which they were drawn (not 0); their inputs stand behind them.
+    # These change only the views for which they were drawn (not 0); their inputs follow them.
     windows = noise.unfold(0, 3 * size * size, 1).unflatten(1, (3, size, size))  # no copy
     for name, transform, *inputs in (
         ("autocontrast", autocontrast),
@@ -377,7 +377,7 @@ class Cohort:
     After select(), ids are unchanged and rows restart at 0."""
 
     root: str
-    levels: tuple  # L names, as LEVELS
+    levels: tuple  # L names, like LEVELS
     names: np.ndarray  # [n] bytes: the path of each patch relative to the root
     parents: list  # L - 1 arrays: the slide of each row, then the patient of each slide
     group_names: list  # L - 1 lists: the names of the slides, of the patients
@@ -461,7 +461,7 @@ def read_manifest(manifest, levels=LEVELS):
         where, line = f"{manifest}, line {number}", line.strip()
         if "\ufffd" in line:  # replaces bytes that are not UTF-8
             raise ValueError(f"{where}: {line!r} is not UTF-8: save it as CSV UTF-8")
-        try:  # line by line, so that an open quote cannot swallow the next ones
+        try:  # line by line, so that an open quote cannot swallow the next line
             fields = [field.strip() for field in next(csv.reader([line], strict=True), [])]
         except csv.Error as error:
             raise ValueError(f"{where}: fix the quotes in {line!r} ({error})") from error
@@ -540,7 +540,7 @@ def check_entry(where, path, groups, split):
         if not name:
             raise ValueError(f"{where}: only label, split and root may be empty")
         if re.search(r"^\s|\s$|[\n\r\ud800-\udfff]", name):
-            raise ValueError(f"{where}: rename {name!r} to one line of UTF-8 without outer spaces")
+            raise ValueError(f"{where}: rename {name!r} to one trimmed line of UTF-8")
     # A part that is empty, . or .. would leave the folder, or give a file two names.
     if re.search(r"(^|/)\.{0,2}(/|$)|^\w:|\\", path):
         raise ValueError(f"{where}: {path!r} must be a plain path inside the root, like a/b.png")

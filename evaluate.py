@@ -301,7 +301,7 @@ def assess(predictions, cohort, splits, resamples=RESAMPLES, other=None):
 
     predictions: {kind: probabilities [n, C] of the held-out rows}, from predict(). other: the same
     for another encoder, to compare with; probes that it lacks are left out. metrics: n, left_out
-    (groups with several labels); if n > 0 accuracy and mca; with resamples also intervals, macro
+    (groups with several labels); if n > 0: accuracy, mca; with resamples: intervals, macro
     one-vs-rest auc, recall by class and confusion (rows: true, columns: predicted).
     """
     rows = np.concatenate([held_out for _, held_out in splits])
@@ -492,7 +492,7 @@ def reader_notes(protocol, checkpoint, cohort, rows, probes):
     patients = np.unique(cohort.patient[rows])
     seen = runs.trained_on(cohort, patients, checkpoint["cohort"]) if probes else 0
     side, before = short_side(cohort)[0], checkpoint["short_side"]
-    size = f"patches are {side} pixels wide and the run's were {before}: another magnification?"
+    size = f"patches are {side} pixels wide and the run's were {before}: same magnification?"
     rules = [
         (seen, f"pretraining saw {seen} of the {len(patients)} held-out patients, without labels"),
         (probes and len(cohort.classes) == 1, "only one class: accuracy says nothing"),

@@ -169,7 +169,7 @@ def fill(tower, tensors, what):
     for name in sorted(wanted.keys() | given.keys()):
         here, there = wanted.get(name, "absent"), given.get(name, "missing")
         if here != there:
-            raise ValueError(f"{what}: {name} is {there} but should be {here}: another network?")
+            raise ValueError(f"{what}: {name} is {there} but should be {here}: wrong network?")
     tower.load_state_dict(tensors, assign=True)
 
 

@@ -469,7 +469,7 @@ def check_finite(numbers, step, ids, cohort):
         paths = [cohort.path(row) for row in ids[cohort.levels[0]].unique()[:3].tolist()]
         remedy = "If the images are sound, restart with a lower --lr"
         if step == 1:
-            remedy = "No step was taken yet: check the CLIP, the bank and the images, not --lr"
+            remedy = "No step has been taken yet: check the CLIP, the bank and the images, not --lr"
         raise FloatingPointError(
             f"step {step}: {', '.join(bad)}. The step was not taken and the last checkpoint is "
             f"kept; the batch begins with {', '.join(paths)}. {remedy}"

@@ -230,6 +230,7 @@ def mistakes(folder):
         "capitals.csv": b"Path,Patient,Slide\nx.png,amy,s1\n",
         "backslash.csv": b"path,patient,slide\na\\x.png,amy,s1\n",
         "empty.csv": b"",
+        "good.csv": b"path,patient,slide\nx.png,amy,s1\ny.png,bob,s2\n",
         "text.pt": b"not weights",
         "bank.json": b'{"levels": {"patch": {}}}',
         "list.json": b"[1, 2",
@@ -271,7 +272,7 @@ def mistakes(folder):
         ("train", ["--data", folder / "gone", *clip], "does not exist: name the cohort"),
         (
             "train",
-            ["--bank", folder / "gone.json", *clip],
+            ["--data", *csv("good.csv"), "--bank", folder / "gone.json", *clip],
             r"gone\.json does not exist: name a bank file",
         ),
         ("evaluate", [folder / "gone"], "neither a run folder nor a checkpoint file"),

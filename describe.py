@@ -380,7 +380,7 @@ def main():
     flag("--levels", nargs="+", default=LEVELS, help="only these levels")
     flag("--attributes", type=int, default=128, help="how many each level gets (the paper: 128)")
     flag("--sentences", type=int, default=4, help="how many each attribute gets (the paper: 4)")
-    flag("--batch", type=int, default=8, help="attributes a request: fewer if replies break off")
+    flag("--batch", type=int, default=8, help="attributes per call: fewer if replies break off")
 
     flag = command(run_encode, "a bank file and a CLIP -> bank.pt")
     flag("--clip", required=True, help=f"a CLIP with a text tower: a file, or {', '.join(CLIPS)}")

@@ -1,7 +1,7 @@
 """The demo's CLIP, a small one: trained in a minute or two on captioned demo tissue.
 
 captions.json has phrases for low and high values of each factor, frames to put them in, and
-fillers. The bank's sentences use the same words but are new to this CLIP, as with real ones.
+fillers. The bank's sentences use the same words but are new to it, as with real CLIPs.
 """
 
 import json

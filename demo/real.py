@@ -1,6 +1,6 @@
 """Real tissue, breast tiles with or without carcinoma: what does training add to colours?
 
-`python -m demo.real FOLDER` makes all runs, resuming where it stopped; without FOLDER, it prints
+`python -m demo.real FOLDER` does all runs, resuming where it stopped; without FOLDER, it prints
 the table. FOLDER: the IDC tiles, as in docs/GUIDE.md. Fixed in advance (steps by run time): a hash
 holds out about a fifth of the patients; means of three seeds; `tower` is the start; `colours`, a
 logistic regression on each channel's mean, deviation and skew; gains over the start;

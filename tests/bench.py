@@ -509,7 +509,9 @@ def main():
         if found:
             gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
             print(f"torch {torch.__version__}, {os.cpu_count()} cores, {gpu}")
-            head = f"{'':46}{'ours':>10} {'':9}{'beside':>10}{'ratio':>9}  {'what is beside':24}aim"
+            head = (
+                f"{'':46}{'ours':>10} {'':9}{'baseline':>10}{'ratio':>9}  {'which baseline':24}aim"
+            )
             print(head, *map(line_of, found), sep="\n")
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(found, indent=1))

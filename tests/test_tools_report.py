@@ -623,7 +623,7 @@ def test_show_says_which_names_there_are(out, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         shown(out, monkeypatch, capsys, "nobody")
     said = capsys.readouterr().err
-    assert said.startswith(f"error: --show nobody: {out} has no such patch, slide, patient; ")
+    assert said.startswith(f"error: --show nobody: {out} has no such patch or slide or patient; ")
     known = "patch images/high_grade-00/0-0.png, slide high_grade-00-0, patient high_grade-00"
     assert said.endswith(f"try {known}\n")
 

@@ -41,7 +41,7 @@ def frames_of(text):  # all runs of three words, each once: what boilerplate is 
     return dict.fromkeys(" ".join(run) for run in zip(words, words[1:], words[2:]))
 
 
-def is_plain(text):  # printable ASCII without HTML entities: every tokenizer reads it alike
+def is_plain(text):  # printable ASCII without HTML entities: all tokenizers read it alike
     entities = any(html.unescape(form) != form for form in (text, text.lower()))
     return text.isascii() and text.isprintable() and not entities
 
@@ -118,7 +118,7 @@ def check_bank(bank, attributes=None, tokenizer=None, sentences=None):
 
     frames = Counter(frame for *_, text in said for frame in frames_of(text))
     for frame, count in frames.items():
-        if count > max(16, 0.1 * len(said)):  # a few sentences have no boilerplate yet
+        if count > max(16, 0.1 * len(said)):  # a small bank has no boilerplate
             line = f"{frame!r} occurs in {count / len(said):.0%} of the sentences"
             problems[line] = [entry[:2] for entry in said if frame in frames_of(entry[-1])]
     frame, count = frames.most_common(1)[0] if frames else ("none", 0)

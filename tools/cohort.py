@@ -26,8 +26,8 @@ TILES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".jp
 def index(root, pattern, label_level="", nested=False, partial=False, levels=data.LEVELS):
     """The image files below a folder -> Cohort: patient, slide, label and split are in their paths.
 
-    label_level: the level that must have one label, like "patient". nested: patients share names
-    of slides. partial: leaves out files that do not match. Raises ValueError if ambiguous.
+    label_level: the level that must have one label, like "patient". nested: patients share slide
+    names. partial: leaves out files that do not match. Raises ValueError if ambiguous.
     """
     expression = path_pattern(pattern, levels)
     entries, others, labels = [], [], {}
@@ -143,14 +143,14 @@ def opensrh(root):
 
 
 def opensrh_place(path):
-    """(column, row) of a patch from the end of its name, ix_jx_iy_jy; None for another name."""
+    """(column, row) of a patch from the end of its name, ix_jx_iy_jy; None otherwise."""
     if found := re.search(r"(\d+)_(\d+)_(\d+)_(\d+)\.\w+$", path):
         ix, jx, iy, jy = map(int, found.groups())  # i goes down; each field has 3 x 3 patches
         return 3 * (jx // 1000) + jy // 300, 3 * (ix // 1000) + iy // 300
 
 
 def coordinates(root):
-    """{path: (x, y)} of the patches whose manifest has both. root: as for data.read_cohort."""
+    """{path: (x, y)} of the patches that have both. root: as for data.read_cohort."""
     path = root if root.lower().endswith(".csv") else os.path.join(root, "manifest.csv")
     places = {}
     for line in csv.DictReader(open(path, encoding="utf-8-sig"), skipinitialspace=True):

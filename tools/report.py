@@ -309,7 +309,7 @@ def show(out, wanted):
         places = [level for level in names if (names[level] == name).any()]
         if not places:
             known = ", ".join(f"{level} {names[level][0]}" for level in names)
-            raise ValueError(f"--show {name}: {out} has no such {', '.join(names)}; try {known}")
+            raise ValueError(f"--show {name}: {out} has no such {' or '.join(names)}; try {known}")
         for place in places:
             print(f"{place} {name}")
             for level in names:

@@ -22,7 +22,7 @@ UNFINISHED = re.compile(rf"({CHECKPOINT.pattern}|log\.jsonl|config\.json)\.[0-9]
 
 
 def write_whole(path, write):
-    """Writes a file by write(file), completely or not at all. Raises OSError."""
+    """Writes a file via write(file), completely or not at all. Raises OSError."""
     part = f"{path}.{os.getpid()}.part"  # of this process alone
     try:
         with open(part, "wb") as file:
@@ -165,12 +165,12 @@ def check_same_cohort(folder, cohort, hashes, before):
     if new.any():
         raise ValueError(
             f"{cohort.root} is not the cohort of {folder}: {new.sum()} patches are new or renamed, "
-            f"or have another slide, patient, split or label: {cohort.name(new.argmax())}, ...: "
+            f"or changed slide, patient, split or label: {cohort.name(new.argmax())}, ...: "
             "restore the manifest, or give another --out"
         )
     if (then[np.isin(then, now)] != now).any():
         raise ValueError(
-            f"{cohort.root} lists the patches of {folder} in another order: restore that order"
+            f"{cohort.root} lists the patches of {folder} in another order: restore the run's"
         )
     gone = len(then) - len(now)
     if gone:

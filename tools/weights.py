@@ -105,7 +105,7 @@ def published(url, sha256, path="", cached=""):
         os.makedirs(os.path.dirname(cached), exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, cached, sha256)
-        except (OSError, RuntimeError) as error:  # no network; another checksum
+        except (OSError, RuntimeError) as error:  # no network; wrong checksum
             raise ConnectionError(f"{url} failed ({error}): save the file as {cached}") from error
     path = path or cached
     if not _sha256(path).startswith(sha256):

@@ -407,8 +407,8 @@ def make_batches(config, cohort, patients, facts, first, rank, world, device):
 
 def introduce(config, files, first, world, device, cohort, train_cohort, patients):
     """Writes config.json, and prints what to know before the loop begins."""
-    runs.describe(config.out, vars(config) | files, world, device)
     n = patients * math.prod(config.counts)
+    runs.describe(config.out, vars(config) | files | {"batch": n}, world, device)
     lows = [f"{at} {low:.2f}" for at, low in zip(config.level_names, floors(config.counts))]
     print(
         f"{config.objective} from step {first} on {world} x {device}, trained on {train_cohort}, "

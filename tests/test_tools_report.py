@@ -212,6 +212,17 @@ def test_a_curve_goes_through_what_was_logged(out):
     assert not any("memory" in caption for caption in captions)
 
 
+@pytest.mark.skipif(not NODE, reason="no Node here")
+def test_the_contrast_stands_beside_its_chance_and_its_lowest_values(out):
+    for draw, lowest in (("", "0.00, 1.10, 1.95"), ("3,1,2", "0.69, 0.69, 1.61")):
+        config = json.loads((out / "config.json").read_text()) | {"batch": 64, "draw": draw}
+        (out / "config.json").write_text(json.dumps(config))
+        made = scripted(report.draw(out).read_text("utf-8"))
+        captions = [one["textContent"] for one in made if one["name"] == "figcaption"]
+        (hvc,) = [caption for caption in captions if caption.startswith("hvc: ")]
+        assert hvc.endswith(f"; chance is 4.14, the lowest possible {lowest}")
+
+
 # ------------------------------------------------------------------------------------------- slides
 
 

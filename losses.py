@@ -218,8 +218,7 @@ def float32(x):
 
 def main():
     torch.manual_seed(0)
-    names = ("patients", "slides", "patches", "views")
-    print(f"16 images: {' x '.join(f'2 {name}' for name in names)}.")
+    print("16 images: 2 patients x 2 slides x 2 patches x 2 views.")
     print("Row 0, and which rows it attracts (+) and repels (-):")
     row = torch.arange(16)
     for level, size, floor in zip(LEVELS, (2, 4, 8), floors((2, 2, 2))):

@@ -349,7 +349,6 @@ class TextTower(nn.Module):
     def __init__(self, vocabulary, context, width, layers, heads, dim, activation):
         super().__init__()
         self.context = context
-        self.dim = dim
         self.token_embedding = nn.Embedding(vocabulary, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(context, width))
         self.transformer = transformer(width, layers, heads, activation, causal=True)

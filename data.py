@@ -449,7 +449,7 @@ def read_cohort(root, levels=LEVELS, val_fraction=0.2):
     is_file = os.fspath(root).lower().endswith(".csv")
     manifest = os.path.abspath(root if is_file else os.path.join(root, "manifest.csv"))
     if not os.path.exists(manifest):
-        raise FileNotFoundError(f"{manifest} does not exist: name the cohort's folder with --data")
+        raise FileNotFoundError(f"{manifest} does not exist: tools.cohort index writes it")
     entries = read_manifest(manifest, levels)
     return build_cohort(os.path.dirname(manifest), entries, levels, val_fraction)
 
@@ -494,9 +494,10 @@ def build_cohort(root, entries, levels=LEVELS, val_fraction=0.2):
         for level, name, parent in zip(above, groups, [split, *groups]):  # for patients, the split
             before = above[level].setdefault(name, parent)
             if before != parent:
+                remedy = "rename one (tools.cohort index --nested does)"
                 raise ValueError(
                     f"{where}: {level} {name!r} belongs to {parent!r} here and to {before!r} above;"
-                    " rename one (tools.cohort index --nested does)"
+                    f" {'give it one split' if level == levels[-1] else remedy}"
                 )
         names[path.encode()] = None
         slides.append(sys.intern(groups[-1]))  # one string for all patches of a slide

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import SPLITS, load_batches, plain_view, read_cohort, short_side
+from data import SPLITS, load_batches, plain_view, plural, read_cohort, short_side
 from describe import check_sentences, encode_bank, read_json, tokenizer_of
 from losses import attributes_used
 from model import load_run, text_tower
@@ -474,8 +474,8 @@ def cohort_notes(config, cohort):
     demo_bank = config["bank"].endswith(os.path.join("demo", "attributes.json"))
     demo_clip = config["clip"].endswith(os.path.join("cache", "clip.pt"))
     fresh = config["backbone"] or config["start"] == "random"
-    wordless = fresh and config["align"] != "regression"
-    train = cohort.split == SPLITS.index("train")
+    wordless = config["bank"] and fresh and config["align"] != "regression"
+    train, val = (cohort.split == SPLITS.index(split) for split in ("train", "val"))
     rules = [
         (wordless, "the encoder started from random weights: its attribute names mean nothing"),
         (real and demo_bank, "the bank describes demo tissue: name another with --bank"),
@@ -484,27 +484,25 @@ def cohort_notes(config, cohort):
     for c, name in enumerate(cohort.classes):
         unseen = train.any() and not (train & (cohort.label == c)).any()
         rules.append((unseen, f"no training patient has the class {name}: its recall is 0"))
+        alone = set(cohort.label[val]) - {-1} == {c}
+        rules.append((alone, f"{name} is the only class in val: accuracy and gains say nothing"))
     return [note for holds, note in rules if holds]
 
 
 def reader_notes(protocol, checkpoint, cohort, rows, probes):
     """Caveats for readers of the numbers, as sentences. rows: those that were probed."""
-    patients = np.unique(cohort.patient[rows])
+    patients, people = np.unique(cohort.patient[rows]), plural(cohort.levels[-1])
     seen = runs.trained_on(cohort, patients, checkpoint["cohort"]) if probes else 0
     side, before = short_side(cohort)[0], checkpoint["short_side"]
     size = f"patches are {side} pixels wide and the run's were {before}: same magnification?"
     rules = [
-        (seen, f"pretraining saw {seen} of the {len(patients)} held-out patients, without labels"),
-        (probes and len(cohort.classes) == 1, "only one class: accuracy says nothing"),
+        (seen, f"pretraining saw {seen} of the {len(patients)} held-out {people}, without labels"),
         (side != before, size),
     ]
-    for c, name in enumerate(cohort.classes if protocol == "lopo" else ()):
-        alone = len(np.unique(cohort.patient[cohort.label == c])) == 1
-        rules.append((alone, f"{name} has only one patient, which leaves none to train on"))
     for level in cohort.levels if probes else ():
         metrics = probes["knn20"]["levels"][level]
         few = "accuracy" in metrics and "accuracy_interval" not in metrics
-        rules.append((few, f"{level}: no interval with fewer than {FEW} patients"))
+        rules.append((few, f"{level}: no interval with fewer than {FEW} {people}"))
     return cohort_notes(checkpoint["config"], cohort) + [note for holds, note in rules if holds]
 
 

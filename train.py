@@ -13,8 +13,8 @@ import os
 import time
 import warnings
 from collections import deque
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
 import torch
@@ -87,7 +87,7 @@ class Config:
         "python data.py FOLDER NAME shows them",
         choices=list(AUGMENTATIONS),
     )
-    val_fraction: float = flag(0.2, "share of patients held out, if no split", low=0, high=1)
+    val_fraction: float = flag(0.2, "rough share of patients held out, if no split", low=0, high=1)
     seed: int = flag(0, "for batches, views and new weights", low=0)
 
     # The steps.
@@ -189,12 +189,14 @@ def check_config(config):
         raise ValueError(
             f"--levels {config.levels}: name at least two; with one, nothing tells patients apart"
         )
-    if len(config.counts) != len(levels) or min(config.counts) < 1 or config.counts[0] < 2:
+    good = False
+    with suppress(ValueError):  # not numbers, or not as many
+        good = len(config.counts) == len(levels) and min(config.lambdas.values()) >= 0
+    if not good or min(config.counts) < 1 or config.counts[0] < 2:
         raise ValueError(
-            f"--draw {config.draw}: give {len(levels)} numbers: 2 or more views, then 1 or more"
+            f"--draw {config.draw or '2 each'}, --level-weights {config.level_weights or '1 each'}:"
+            f" give {len(levels)} numbers: 2 or more views, then 1 or more; weights from 0 up"
         )
-    if min(config.lambdas.values()) < 0:
-        raise ValueError(f"--level-weights {config.level_weights}: none may be below 0")
     wordless = config.backbone and config.objective != "hlss" and config.align == "off"
     if (config.data or config.backbone) and not config.clip and not wordless:
         raise ValueError(
@@ -332,11 +334,8 @@ def resume(config, files, model, optimizer, facts, cohort):
         raise ValueError(f"not all processes find {config.out} at step {step}: use a shared disk")
     if step == 0:
         return 0
-    steps = checkpoint["config"]["steps"]
-    if config.steps > steps:
-        old, new = learning_rate(step, replace(config, steps=steps)), learning_rate(step, config)
-        print(f"note: --steps {config.steps} (was {steps}) takes lr from {old:.2g} to {new:.2g}")
-    may_change = MAY_CHANGE if config.steps >= steps else set(MAY_CHANGE) - {"steps"}
+    shorter = config.steps < checkpoint["config"]["steps"]
+    may_change = set(MAY_CHANGE) - {"steps"} if shorter else MAY_CHANGE
     runs.check_same_flags(config.out, vars(config), checkpoint["config"], may_change)
     runs.check_same_cohort(config.out, cohort, facts["cohort"], checkpoint["cohort"])
     same = facts["attributes"] == checkpoint["attributes"]
@@ -418,7 +417,8 @@ def introduce(config, files, first, world, device, cohort, train_cohort, patient
         f"{files['clip'] or 'no CLIP'}, {files['bank'] or 'no bank'}, --align {config.align}"
     )
     if patients < config.patients:
-        print(f"note: every batch holds all {patients} training patients: there are no more")
+        more = "there are no more" if patients > 1 else "it has no negatives"
+        print(f"note: every batch holds every training {cohort.levels[-1]} ({patients}): {more}")
     for note in cohort_notes(vars(config) | files, cohort):
         print(f"note: {note}")
 

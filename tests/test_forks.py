@@ -53,6 +53,7 @@ def made(name, clip_file, cohort, folder):
     shutil.copytree(ROOT, fork, ignore=rooms)
     recipe = os.path.join(ROOT, "tests", "forks", f"{name}.diff")
     subprocess.run(["git", "apply", recipe], cwd=fork, check=True)
+    run(fork, "-m", "ruff", "check", ".")
 
     if name == "level":  # its tissue has a fourth level
         cohort = "cohort"

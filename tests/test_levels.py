@@ -119,21 +119,22 @@ def test_what_does_not_fit_is_refused_by_name(flags, four, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "said"),
     [
-        "--draw 2,2",
-        "--draw 2,0,2",
-        "--draw 1,2,2",
-        "--draw 2,2,x",
-        "--level-weights 1,1",
-        "--level-weights 1,1,-1",
-        "--levels patch,patch",
+        ("--draw 2,2", "--draw 2,2, --level-weights 1 each: give 3 numbers"),
+        ("--draw 2,0,2", "give 3 numbers: 2 or more views, then 1 or more"),
+        ("--draw 1,2,2", "give 3 numbers: 2 or more views, then 1 or more"),
+        ("--draw 2,2,x", "--draw 2,2,x, --level-weights 1 each: give 3 numbers"),
+        ("--level-weights 1,1", "--draw 2 each, --level-weights 1,1: give 3 numbers"),
+        ("--level-weights 1,1,x", "--level-weights 1,1,x: give 3 numbers"),
+        ("--level-weights 1,1,-1", "weights from 0 up"),
+        ("--levels patch,patch", "--levels patch,patch: name at least two"),
     ],
 )
-def test_counts_that_do_not_fit_the_levels_are_refused(words, capsys):
+def test_counts_that_do_not_fit_the_levels_are_refused(words, said, capsys):
     with pytest.raises(SystemExit):
         train.parse_config(words.split())
-    assert words.split()[0] in capsys.readouterr().err
+    assert said in capsys.readouterr().err.partition("error: ")[2]
 
 
 def test_a_pattern_may_name_further_levels(tmp_path):

@@ -558,6 +558,7 @@ def test_the_picture_and_the_matrices_are_those_of_the_numbers(out, tmp_path):
     assert "20 patients, 40 slides, 120 patches. Probes are fitted to the train split" in words
     assert "2 high_grade, 2 low_grade, 2 normal, 2 spindle. Guessing" in words
     assert "accuracy of 25.0%. Trained with --objective hlss --align paper, from no CLIP" in words
+    assert words.endswith(" Only 72 training patches have labels, and all of them vote in knn200.")
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")

@@ -223,7 +223,7 @@ def run_index(args):
     """`index` and `opensrh`: write a manifest."""
     path = args.out or os.path.join(args.root, "manifest.csv")
     if not path.endswith(".csv") or (os.path.exists(path) and not args.overwrite):
-        raise ValueError(f"{path} is not a .csv or already exists; --overwrite replaces it")
+        raise ValueError(f"{path} already exists (--overwrite replaces it) or is not a .csv")
     if args.command == "opensrh":
         cohort, with_split, place = opensrh(args.root), True, opensrh_place
     else:

@@ -239,7 +239,7 @@ def test_a_damaged_checkpoint_is_reported_and_not_used(tmp_path, how, capsys, mo
     assert "step-0000004.pt is damaged" in capsys.readouterr().out
     assert not (tmp_path / "executed").exists()
     damage(tmp_path / "step-0000002.pt", how)
-    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole"):
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is intact"):
         newest_checkpoint(tmp_path)
 
 

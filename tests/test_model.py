@@ -324,7 +324,7 @@ def test_weights_of_another_network_are_refused_and_of_this_one_read(tmp_path):
     for name in ("resnet34", "resnet50"):
         torch.save(torchvision.models.get_model(name).state_dict(), path)
         with pytest.raises(
-            ValueError, match=r"weights.pt for resnet18: layer1[^\n]*another[^\n]*$"
+            ValueError, match=r"weights.pt for resnet18: layer1[^\n]*wrong network[^\n]*$"
         ):
             backbone_tower("resnet18", {}, path)
     before_torch_1_6 = functools.partial(torch.save, _use_new_zipfile_serialization=False)
@@ -338,14 +338,14 @@ def test_weights_of_another_network_are_refused_and_of_this_one_read(tmp_path):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("ls_1.gamma", lambda t: torch.ones(128), "ls_1.gamma is .128. and should be absent"),
+        ("ls_1.gamma", lambda t: torch.ones(128), "ls_1.gamma is .128. but should be absent"),
         (
             "mlp.c_fc.weight",
             lambda t: t[:100],
-            "c_fc.weight is .100, 128. and should be .512, 128.",
+            "c_fc.weight is .100, 128. but should be .512, 128.",
         ),
         ("positional_embedding", lambda t: t[:-1], "has 15 positions: not a square"),
-        ("attn_pool.query", lambda t: torch.ones(4), "attn_pool.query is .4. and should be absent"),
+        ("attn_pool.query", lambda t: torch.ones(4), "attn_pool.query is .4. but should be absent"),
     ],
 )
 def test_what_is_almost_a_clip_is_refused_in_a_line(name, change, message):

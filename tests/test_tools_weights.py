@@ -316,8 +316,6 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not(write, tmp_path):
     path = tmp_path / "clip.pt"
     write(str(ran), path)
     message = r"clip\.pt is not a tensors-only checkpoint: it asks for posix\.mkdir, which was"
-        r"clip\.pt is not a tensors-only checkpoint: it asks for posix\.mkdir, which was not run"
-    )
     with pytest.raises(ValueError, match=message):
         load_clip(str(path))
     assert not ran.exists()

@@ -182,6 +182,15 @@ def test_words_that_mean_nothing_are_noted(cohort_folder):
     (note,) = evaluate.cohort_notes(config, cohort)
     assert note == "the encoder started from random weights: its attribute names mean nothing"
     assert evaluate.cohort_notes(config | {"align": "regression"}, cohort) == []
+    assert evaluate.cohort_notes(config | {"bank": ""}, cohort) == []  # there are no names
+
+
+def test_held_out_patients_of_one_class_are_noted(cohort_folder):
+    cohort = evaluate.read_cohort(cohort_folder)
+    cohort.label[cohort.split == evaluate.SPLITS.index("val")] = 0
+    config = {"bank": "", "clip": "", "backbone": "resnet18", "start": "clip", "align": "off"}
+    (note,) = evaluate.cohort_notes(config, cohort)
+    assert note == "high_grade is the only class in val: accuracy and gains say nothing"
 
 
 # ------------------------------------------------------------------------------------ mistakes

@@ -419,7 +419,7 @@ def evaluate(args, device):
         "classes": cohort.classes,
         "protocol": args.protocol,
         "rows": rows.tolist(),
-        "notes": reader_notes(args.protocol, checkpoint, cohort, rows, probes),
+        "notes": reader_notes(checkpoint, cohort, rows, probes),
         "against": args.against,
         "probes": probes,
         "levels": cohort.levels,
@@ -489,7 +489,7 @@ def cohort_notes(config, cohort):
     return [note for holds, note in rules if holds]
 
 
-def reader_notes(protocol, checkpoint, cohort, rows, probes):
+def reader_notes(checkpoint, cohort, rows, probes):
     """Caveats for readers of the numbers, as sentences. rows: those that were probed."""
     patients, people = np.unique(cohort.patient[rows]), plural(cohort.levels[-1])
     seen = runs.trained_on(cohort, patients, checkpoint["cohort"]) if probes else 0

@@ -498,6 +498,7 @@ def reader_notes(checkpoint, cohort, rows, probes):
     rules = [
         (seen, f"pretraining saw {seen} of the {len(patients)} held-out {people}, without labels"),
         (side != before, size),
+        (os.path.exists(os.path.join(cohort.root, "factors.csv")), "a program drew this tissue"),
     ]
     for level in cohort.levels if probes else ():
         metrics = probes["knn20"]["levels"][level]

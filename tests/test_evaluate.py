@@ -396,7 +396,7 @@ def test_metrics_hold_every_probe_and_what_the_words_say(evaluated, run):
     assert found <= {(name, level) for name in metrics["classes"] for level in LEVELS}
     assert {level for _, level in found} == set(LEVELS)
     assert all(1 <= used <= 14 for used in metrics["attributes_used"].values())
-    assert metrics["notes"] == []
+    assert metrics["notes"] == ["a program drew this tissue"]
     assert (metrics["against"], metrics["step"], metrics["run"]) == ("start", 4, run)
 
 

@@ -90,7 +90,7 @@ def hierarchical_batch(cohort, step, seed, patients, counts=(2, 2), places=None)
         drawn = [batch[place]]
         for depth, count in reversed(list(enumerate(counts))):  # slides, then their patches
             # Each group deals its members from a shuffled deck, and starts over when it runs out.
-            decks, most = {}, len(drawn) * count  # cards dealt, if all are of one group
+            decks, most = {}, len(drawn) * count  # most: what one group deals, if all is from it
             for group in dict.fromkeys(drawn):
                 first, last = cohort.starts[depth][group : group + 2]  # where its members are
                 members = cohort.members[depth][first:last]
@@ -463,7 +463,8 @@ def read_manifest(manifest, levels=LEVELS):
         if "\ufffd" in line:  # replaces bytes that are not UTF-8
             raise ValueError(f"{where}: {line!r} is not UTF-8: save it as CSV UTF-8")
         try:  # line by line, so that an open quote cannot swallow the next line
-            rows = csv.reader([line], strict=True) if '"' in line else [line.split(",")]  # faster
+            plain = '"' not in line and len(line) < csv.field_size_limit()  # splitting is faster
+            rows = [line.split(",")] if plain else csv.reader([line], strict=True)
             fields = [field.strip() for field in next(iter(rows))]
         except csv.Error as error:
             raise ValueError(f"{where}: fix the quotes in {line!r} ({error})") from error
@@ -494,10 +495,9 @@ def build_cohort(root, entries, levels=LEVELS, val_fraction=0.2):
         for level, name, parent in zip(above, groups, [split, *groups]):  # for patients, the split
             before = above[level].setdefault(name, parent)
             if before != parent:
-                remedy = "rename one (tools.cohort index --nested does)"
                 raise ValueError(
                     f"{where}: {level} {name!r} belongs to {parent!r} here and to {before!r} above;"
-                    f" {'give it one split' if level == levels[-1] else remedy}"
+                    " rename one (tools.cohort index --nested does), or give both one split"
                 )
         names[path.encode()] = None
         slides.append(sys.intern(groups[-1]))  # one string for all patches of a slide

@@ -121,9 +121,8 @@ class Config:
         levels = self.level_names
         weights = self.level_weights.split(",") if self.level_weights else [1] * len(levels)
         lambdas = {f"hvc_{level}": float(x) for level, x in zip(levels, weights, strict=True)}
-        return lambdas | {
-            f"{a}_{level}": self.align_weight for a in ("ha", "ar") for level in levels
-        }
+        aligned = {f"{a}_{level}": self.align_weight for a in ("ha", "ar") for level in levels}
+        return lambdas | aligned
 
 
 LONG = dict(image_size=224, patients=64, steps=60000, workers=8, probe_every=5000, save_every=1000)
@@ -407,13 +406,14 @@ def make_batches(config, cohort, patients, facts, first, rank, world, device):
 def introduce(config, files, first, world, device, cohort, train_cohort, patients):
     """Writes config.json, and prints what to know before the loop begins."""
     n = patients * math.prod(config.counts)
-    runs.describe(config.out, vars(config) | files | {"batch": n}, world, device)
     lows = [f"{at} {low:.2f}" for at, low in zip(config.level_names, floors(config.counts))]
+    bounds = {"chance": f"{math.log(n - 1):.2f}", "lowest": ", ".join(lows)}  # of the contrast
+    runs.describe(config.out, vars(config) | files | bounds, world, device)
     print(
-        f"{config.objective} from step {first} on {world} x {device}, trained on {train_cohort}, "
+        f"{config.objective} from step {first} on {world} x {device}, training on {train_cohort}, "
         f"out of {cohort}\n"
-        f"batches of {n} images: at chance each hvc term is log({n} - 1) = {math.log(n - 1):.2f}; "
-        f"the lowest possible: {', '.join(lows)}\n"
+        f"batches of {n} images: at chance each hvc term is log({n} - 1) = {bounds['chance']}; "
+        f"the lowest possible: {bounds['lowest']}\n"
         f"{files['clip'] or 'no CLIP'}, {files['bank'] or 'no bank'}, --align {config.align}"
     )
     if patients < config.patients:

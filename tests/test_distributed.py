@@ -15,7 +15,6 @@ from conftest import ROOT, newest, on_processes
 from test_train import log_of, weights_of
 from torch.utils.flop_counter import FlopCounterMode
 
-import evaluate
 import train
 from data import load_views, read_cohort
 from demo.clip import train_demo_clip
@@ -304,11 +303,12 @@ def finish(process):
     return process.returncode, *output
 
 
-def test_two_nodes_meet_over_c10d(flags, monkeypatch):
-    """Two torchrun agents train, as on two machines; evaluate.py then finds the same numbers."""
+def test_two_nodes_meet_over_c10d(flags):
+    """Two torchrun agents train, as on two machines; evaluate.py on one machine finds the same
+    numbers."""
     meet = [
         "--nnodes=2",
-        "--nproc_per_node=1",
+        "--nproc_per_node=2",
         "--rdzv-backend=c10d",
         f"--rdzv-endpoint=127.0.0.1:{free_port()}",
         "--rdzv-id=hlss",
@@ -324,8 +324,8 @@ def test_two_nodes_meet_over_c10d(flags, monkeypatch):
         name.startswith(("module.", "_orig_mod.")) or "._orig_mod." in name
         for name in weights_of(out)
     )
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", out])
-    evaluate.main()
+    code, _, errors = finish(torchrun("--nproc_per_node=2", "--standalone", "evaluate.py", out))
+    assert code == 0, errors
     with open(os.path.join(out, "metrics.json")) as file:
         found = json.load(file)["probes"]["knn20"]["levels"]["patch"]
     assert found.items() >= log_of(out)[-1]["probe"]["knn20"]["levels"]["patch"].items()

@@ -270,7 +270,7 @@ def mistakes(folder):
         (
             "tools.cohort",
             ["check", folder / "gone"],
-            r"gone/manifest\.csv does not exist: tools",
+            r"gone/manifest\.csv does not exist: tools\.cohort index writes it",
         ),
         (
             "tools.cohort",
